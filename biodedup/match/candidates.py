@@ -1,9 +1,10 @@
-"""Reads candidates' templates and compares them with a probe's: raw scores, by pair of columns.
+"""Compares a probe's templates with those of many candidates: raw scores, by pair of columns.
 
-Owns what is read of candidates, and which minutiae have been compared. Never calibrates and never chooses.
+Owns the reading of candidates' templates, and the list of minutiae that are compared already. Never calibrates, and never chooses
+candidates.
 
-1. Each column's embeddings are read once, and compared in one product of matrices.
-2. Minutiae that add to an embedding wait until they are asked for (`staged.py`). Other minutiae are compared at once.
+1. Each column's embeddings are read once, and compared in one matrix product.
+2. Minutiae that add to an embedding are compared on request only (`staged.py`). All other minutiae are compared at once.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ class Candidates(Protocol):
     """The source of the candidates' templates: a gallery's rows, or a few templates in memory. rows: int64 (n,)."""
 
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
-        """The columns of each row, as a bit mask (`values.BIT`)."""
+        """The columns of each row, as a bit mask (`values.BIT`), uint16 (n,)."""
 
     def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
-        """float32 (n, q), of rows that have this column; None if the column holds no embeddings. probes: float32 (q, d), unit rows.
-        Raises ModelMismatch."""
+        """Cosines float32 (n, q) of rows that have this column, or None if the column holds no embeddings. probes: float32 (q, d), unit
+        rows. Raises ModelMismatch."""
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
-        """row -> minutiae record, of the rows that have one."""
+        """Row -> minutiae record, for the rows that have a record."""
 
     def model_ids(self) -> Mapping[str, str]:
         """The model of each column."""
 
 
 class TemplateCandidates:
-    """Candidates that are held as templates: one mapping column -> template for each row 0, 1, ..."""
+    """Candidates in memory: a mapping column -> template for each of the rows 0, 1, ..."""
 
     def __init__(self, *candidates: Mapping[str, Template]) -> None:
         self._candidates = candidates
@@ -48,8 +49,8 @@ class TemplateCandidates:
         return np.array([sum(BIT[column] for column in self._candidates[row]) for row in rows.tolist()], np.uint16)
 
     def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
-        found = [self._candidates[row][column].embedding for row in rows.tolist()]
-        vectors = [vector for vector in found if vector is not None]
+        embeddings = [self._candidates[row][column].embedding for row in rows.tolist()]
+        vectors = [vector for vector in embeddings if vector is not None]
         if not vectors or len(vectors) < len(rows):
             return None
         return similarities_of(np.array(vectors, np.float32), column, probes)
@@ -69,18 +70,18 @@ def similarities_of(vectors: Float32, column: str, probes: Float32) -> Float32:
 
 
 def check_dimension(dimension: int, column: str, probes: Float32) -> None:
-    """Raises ModelMismatch for probes (q, d) that have another number of dimensions than the column."""
+    """Raises ModelMismatch unless the probes (q, d) have as many dimensions as the column."""
     if probes.shape[1] != dimension:
         raise ModelMismatch(
             f"the {column} probe has {probes.shape[1]} numbers, the candidate's {dimension}; extract both with one model"
         )
 
 
-class Measured:
+class RawScores:
     """The raw scores of one probe with n candidates.
 
-    wanted: the pairs of columns to compare, and for each the candidates that have its column, int64 (k,), ascending. waiting: bool
-    (n, pairs), where minutiae would add to the embedding and are not compared yet. compared: pairs of minutiae records compared so far.
+    wanted: pair of columns -> the indices of the candidates to compare, int64 (k,), ascending. waiting: bool (n, pairs), True where
+    minutiae add to the embedding and are not compared yet. compared: the number of minutiae records compared so far.
     """
 
     def __init__(
@@ -99,64 +100,68 @@ class Measured:
         self._similarity, self._minutiae = np.full((2, len(wanted), len(rows)), np.nan)
         self.waiting = np.zeros((len(wanted), len(rows)), bool).T
         model_ids = source.model_ids()
-        alone = list[tuple[int, Int64]]()
-        together: dict[tuple[str, str, bytes], list[int]] = {}  # what one reading of a column serves
-        for number, (pair, ats) in enumerate(wanted.items()):
+        without_embedding = list[tuple[int, Int64]]()
+        same_product: dict[tuple[str, str, bytes], list[int]] = {}  # pairs that compare the same candidates' embeddings
+        for number, (pair, indices) in enumerate(wanted.items()):
             template = probe[pair[0]]
             if pair[0] != pair[1] and model_ids.get(pair[1]) != template.model_id:
                 continue
             if template.embedding is None:
-                alone.append((number, ats))
+                without_embedding.append((number, indices))
             else:
-                together.setdefault((pair[1], template.model_id, ats.tobytes()), []).append(number)
-        self._compare(alone)
-        for (column, *_), numbers in together.items():
-            self._embeddings(column, numbers, wanted[self.pairs[numbers[0]]])
+                same_product.setdefault((pair[1], template.model_id, indices.tobytes()), []).append(number)
+        self._compare(without_embedding)
+        for (column, *_), numbers in same_product.items():
+            self._compare_embeddings(column, numbers, wanted[self.pairs[numbers[0]]])
 
-    def _embeddings(self, column: str, numbers: Sequence[int], ats: Int64) -> None:
+    def _compare_embeddings(self, column: str, numbers: Sequence[int], indices: Int64) -> None:
         templates = [self._probe[self.pairs[number][0]] for number in numbers]
         probes = np.array([template.embedding for template in templates], np.float32)
-        similarity = self._source.similarities(self._rows[ats], column, probes)
+        similarity = self._source.similarities(self._rows[indices], column, probes)
         if similarity is None:
             return
         for number, template, of_probe in zip(numbers, templates, similarity.T, strict=True):
-            self._similarity[number, ats] = of_probe
+            self._similarity[number, indices] = of_probe
             adds = self._models[self.pairs[number][0]].with_minutiae is not None
-            self.waiting[ats, number] = adds and template.minutiae is not None
+            self.waiting[indices, number] = adds and template.minutiae is not None
 
     def compare(self, cells: Bool) -> None:
-        """Compares the minutiae that wait in these cells. cells: bool, (n, pairs) or (n, 1)."""
+        """Compares the waiting minutiae of these cells. cells: bool, (n, pairs) or (n, 1)."""
         wanted = self.waiting & cells
         numbers = np.flatnonzero(wanted.any(axis=0)).tolist()
         self._compare([(number, np.flatnonzero(wanted[:, number])) for number in numbers])
         self.waiting &= ~wanted
 
     def _compare(self, wanted: Sequence[tuple[int, Int64]]) -> None:
-        """Compares the minutiae of these pairs of columns with these candidates, all in one call. wanted: (number of the pair, candidates)."""
+        """Compares minutiae in one call of the matcher. wanted: (number of the pair of columns, indices of the candidates)."""
         probes, records, which = list[bytes](), list[bytes](), list[int]()
         cells = list[tuple[int, list[int]]]()
-        for number, ats in wanted:
-            own, column = self.pairs[number]
-            probe = self._probe[own].minutiae
+        for number, indices in wanted:
+            probe_column, column = self.pairs[number]
+            probe = self._probe[probe_column].minutiae
             if probe is None:
                 continue
-            record_of = self._source.minutiae(self._rows[ats], column)
-            has = [at for at, row in zip(ats.tolist(), self._rows[ats].tolist(), strict=True) if row in record_of]
-            records += [record_of[row] for row in self._rows[has].tolist()]
-            which += [len(probes)] * len(has)
+            record_of = self._source.minutiae(self._rows[indices], column)
+            with_record = [
+                index
+                for index, row in zip(indices.tolist(), self._rows[indices].tolist(), strict=True)
+                if row in record_of
+            ]
+            records += [record_of[row] for row in self._rows[with_record].tolist()]
+            which += [len(probes)] * len(with_record)
             probes.append(probe)
-            cells.append((number, has))
+            cells.append((number, with_record))
         if not records:
             return
-        scores, low = self._matcher.compare_pairs(probes, records, np.array(which, np.int64)), 0
-        for number, has in cells:
-            self._minutiae[number, has] = scores[low : low + len(has)]
-            low += len(has)
+        scores, start = self._matcher.compare_pairs(probes, records, np.array(which, np.int64)), 0
+        for number, with_record in cells:
+            self._minutiae[number, with_record] = scores[start : start + len(with_record)]
+            start += len(with_record)
         self.compared += len(records)
 
-    def scores(self, ats: Int64 | None = None) -> dict[Pair, PairScores]:
-        """By what has been compared so far; of these candidates, None for all."""
-        chosen = slice(None) if ats is None else ats
+    def scores(self, indices: Int64 | None = None) -> dict[Pair, PairScores]:
+        """Calibrated scores by pair of columns, from the raw scores so far. indices: of these candidates; None: of all."""
+        chosen = slice(None) if indices is None else indices
         return {
             pair: calibrated(
                 self._models[pair[0]],
@@ -167,6 +172,10 @@ class Measured:
             for number, pair in enumerate(self.pairs)
         }
 
-    def llr_db(self, ats: Int64) -> Float64:
-        """The evidence of each pair of columns by what has been compared so far, float64 (k, pairs); NaN where there is none."""
-        return np.array([scores.llr_db for scores in self.scores(ats).values()]).reshape(len(self.pairs), len(ats)).T
+    def llr_db(self, indices: Int64) -> Float64:
+        """The evidence of each pair of columns from the raw scores so far, float64 (k, pairs); NaN where nothing is compared."""
+        return (
+            np.array([scores.llr_db for scores in self.scores(indices).values()])
+            .reshape(len(self.pairs), len(indices))
+            .T
+        )
