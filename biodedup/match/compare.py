@@ -1,4 +1,4 @@
-"""Compares one probe with many candidates, capture by capture, and adds up the evidence.
+"""Compares probes with many candidates each, capture by capture, and adds up the evidence.
 
 Owns the choice of the captures that are paired, and the fusion of their scores. Never searches and never decides.
 
@@ -14,9 +14,10 @@ Owns the choice of the captures that are paired, and the fusion of their scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +32,11 @@ from biodedup.match.ranked import Fused, PairScores, Ranked, Scored, ScoreMatrix
 from biodedup.match.scores.calibration import Calibration
 from biodedup.match.scores.calibrations import SampleOf, WithMinutiae
 from biodedup.match.scores.fusion import llr_reaching
-from biodedup.match.staged import Stage
+from biodedup.match.staged import Probes, Stage
 from biodedup.values import BIT, Score, Template
+
+_BATCH_ROWS = 8192
+"""Rows of a batch: about 10 MB with a face and ten fingers, ten times as much across positions."""
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
@@ -98,21 +102,66 @@ class Comparer:
         one comparison, that of its strongest row. None: each row is a subject of its own. stage: chooses, by the evidence of the
         embeddings, the rows whose minutiae are compared (`staged.py`); all other rows are left out. None: all rows are compared in full.
         """
-        rows = np.asarray(rows, np.int64)
-        if not len(rows):
-            return Ranked()
+        (ranked,) = self.compare_each(
+            [probe], source, [np.asarray(rows, np.int64)], across=across, subjects=[subjects], stages=[stage]
+        )
+        return ranked
+
+    def compare_each(
+        self,
+        probes: Sequence[Mapping[str, Template]],
+        source: Candidates,
+        rows: Sequence[NDArray[np.int64]],
+        *,
+        across: bool = False,
+        subjects: Sequence[NDArray[np.int64] | None],
+        stages: Sequence[Stage | None],
+    ) -> list[Ranked]:
+        """As `compare`, for several probes. rows, subjects, stages: of each probe.
+
+        Probes with the same kinds of captures are compared in one batch, so that a column is read once. The results are the same to the last
+        bit.
+        """
+        results = [Ranked()] * len(probes)
+        same_kinds: dict[Hashable, list[int]] = {}
+        for number, (probe, of_probe, stage) in enumerate(zip(probes, rows, stages, strict=True)):
+            if len(of_probe):
+                same_kinds.setdefault((_kinds_of(probe), _without_above(stage)), []).append(number)
+        for numbers in same_kinds.values():
+            for piece in _pieces(numbers, [len(rows[number]) for number in numbers]):
+                batch = _Batch(
+                    [probes[n] for n in piece], [rows[n] for n in piece], [subjects[n] for n in piece], stages[piece[0]]
+                )
+                above = [stage.above if (stage := stages[n]) is not None else None for n in piece]
+                for number, ranked in zip(piece, self._compare_batch(batch, source, above, across), strict=True):
+                    results[number] = ranked
+        return results
+
+    def _compare_batch(
+        self, batch: _Batch, source: Candidates, above: Sequence[tuple[float, float] | None], across: bool
+    ) -> list[Ranked]:
+        """The comparisons of each probe of the batch. above: `Stage.above` of each probe."""
+        rows, which, subjects = batch.rows, batch.which, batch.subjects
+        probe, stage = batch.probes[0], batch.stage
         pairing = _Pairing(probe, source.model_ids(), rows, source.presence(rows), subjects, across=across)
-        raw_scores = RawScores(self._matcher, probe, self.score_models(probe), source, rows, pairing.wanted())
+        raw_scores = RawScores(
+            self._matcher, batch.probes, self.score_models(probe), source, (rows, which), pairing.wanted()
+        )
         kept, by_embeddings = np.arange(len(rows)), None
         if stage is not None and raw_scores.waiting.any():
-            chosen, by_embeddings = stage.choose(raw_scores, *pairing.fuse(raw_scores.scores()), subjects)
+            above_db = np.array([(-np.inf, -np.inf) if pair is None else pair for pair in above]).T
+            chosen, by_embeddings = stage.choose(
+                raw_scores, *pairing.fuse(raw_scores.scores()), subjects, Probes(which, above_db)
+            )
             kept = np.flatnonzero(chosen)
             by_embeddings = by_embeddings[:, kept]
         in_full = np.zeros((len(rows), 1), bool)
         in_full[kept] = True
         raw_scores.compare(in_full)
         matrix, fused = pairing.of(kept).fuse(raw_scores.scores(kept))
-        return Ranked([Scored(matrix, fused, by_embeddings, raw_scores.compared)])
+        ends = np.searchsorted(which[kept], np.arange(len(batch.probes) + 1)).tolist()
+        spans = zip(pairwise(ends), raw_scores.compared.tolist(), strict=True)
+        return [Ranked([Scored(matrix, fused, by_embeddings, count, start, end)]) for (start, end), count in spans]
 
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """The score model of each of the probe's columns."""
@@ -152,6 +201,32 @@ class Comparer:
         return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
 
+class _Batch:
+    """Probes with the same kinds of captures, and the rows to compare. rows: int64 (n,). which: int64 (n,), ascending, the probe of each row.
+    subjects: int64 (n,), or None if each row is a subject of its own."""
+
+    def __init__(
+        self,
+        probes: Sequence[Mapping[str, Template]],
+        rows: Sequence[NDArray[np.int64]],
+        subjects: Sequence[NDArray[np.int64] | None],
+        stage: Stage | None,
+    ) -> None:
+        self.probes, self.stage = probes, stage
+        self.rows = np.concatenate(rows)
+        self.which = np.repeat(np.arange(len(rows)), [len(of_probe) for of_probe in rows])
+        self.subjects: NDArray[np.int64] | None = None
+        if any(of_probe is not None for of_probe in subjects):
+            base, numbers = 0, list[NDArray[np.int64]]()  # subjects of different probes have different numbers
+            for rows_of_probe, of_probe in zip(rows, subjects, strict=True):
+                if of_probe is None:
+                    numbers.append(base + np.arange(len(rows_of_probe)))
+                else:
+                    numbers.append(base + np.unique(of_probe, return_inverse=True)[1])
+                base += len(rows_of_probe)
+            self.subjects = np.concatenate(numbers)
+
+
 class _Pairing:
     """The captures of a probe and of each row that are compared, and the fusion of their scores. presence: the columns of each row, as
     masks. subjects: int64 (n,), or None if each row is a subject of its own."""
@@ -187,14 +262,17 @@ class _Pairing:
         return _Pairing(self._probe, self._model_ids, rows, presence, subjects, across=self._across)
 
     def wanted(self) -> dict[Pair, NDArray[np.int64]]:
-        """Pair of columns -> the indices of the rows to compare, ascending."""
+        """Pair of columns -> the indices of the rows to compare, ascending. The order of the pairs does not depend on the rows, so that sums
+        are equal to the last bit."""
         lists: dict[Pair, list[NDArray[np.int64]]] = {}
         for columns, indices in self._members:
             readings = self._readings.get(columns)
             of_groups = (pair for group in self._groups[columns] for pair in group)
             for pair in dict.fromkeys((*of_groups, *(readings.pairs if readings else ()))):
                 lists.setdefault(pair, []).append(indices)
-        wanted = {pair: np.sort(np.concatenate(indices)) for pair, indices in lists.items()}
+        place = {column: at for at, column in enumerate(self._probe)}
+        pairs = sorted(lists, key=lambda pair: (place[pair[0]], BIT[pair[1]]))
+        wanted = {pair: np.sort(np.concatenate(lists[pair])) for pair in pairs}
         if self._subjects is None:
             return wanted
         return {pair: indices[(self._presence[indices] & BIT[pair[1]]) != 0] for pair, indices in wanted.items()}
@@ -240,6 +318,41 @@ def _readings(
     probe_models = {probe[column].model_id for column in of_probe}
     of_candidate = tuple(column for column in columns if column != "face" and models.get(column) in probe_models)
     return readings_of(of_probe, of_candidate, labelled)
+
+
+def _kinds_of(probe: Mapping[str, Template]) -> Hashable:
+    """The columns, models and kinds of a probe's captures. Probes with equal kinds are compared in a batch."""
+    return tuple(
+        [
+            (
+                column,
+                template.model_id,
+                None if template.embedding is None else len(template.embedding),
+                template.minutiae is None,
+            )
+            for column, template in probe.items()
+        ]
+    )
+
+
+def _without_above(stage: Stage | None) -> Hashable:
+    """A key for all fields of the stage except `above`."""
+    if stage is None:
+        return None
+    lone_db = tuple(sorted(stage.lone_db.items()))
+    return stage.first, stage.reach_db, stage.risk, stage.finger_db, stage.correlation, lone_db
+
+
+def _pieces(numbers: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
+    """The numbers in pieces of at most _BATCH_ROWS rows, or of a single number with more rows. counts: the rows of each number."""
+    piece, total = list[int](), 0
+    for number, count in zip(numbers, counts, strict=True):
+        if piece and total + count > _BATCH_ROWS:
+            yield piece
+            piece, total = [], 0
+        piece.append(number)
+        total += count
+    yield piece
 
 
 @cache

@@ -57,6 +57,15 @@ _GRID_STEP_DB = 0.5
 _MATES, _SEED = 1 << 15, 2_011
 
 
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """The probes of a batch. which: int64 (n,), ascending, the number of each candidate's probe. above: float64 (2, probes), `Stage.above` of
+    each probe; minus infinity for None."""
+
+    which: Int64
+    above: Float64
+
+
 @dataclass(frozen=True)
 class Stage:
     """The settings of the choice.
@@ -77,10 +86,16 @@ class Stage:
     above: tuple[float, float] | None = None
 
     def choose(
-        self, raw_scores: RawScores, matrix: ScoreMatrix, fused: Fused, subjects: Int64 | None
+        self,
+        raw_scores: RawScores,
+        matrix: ScoreMatrix,
+        fused: Fused,
+        subjects: Int64 | None,
+        probes: Probes,
     ) -> tuple[Bool, Float64]:
         """(the rows to compare in full, bool (n,); score_db and llr_db by embeddings of each row's subject, float64 (2, n)). matrix, fused:
-        the scores of embeddings. subjects: as in `Comparer.compare`."""
+        the scores of embeddings. subjects: as in `Comparer.compare`; different probes have different subjects. All probes have this stage,
+        except for `above`."""
         numbers = np.arange(len(matrix.rows)) if subjects is None else np.unique(subjects, return_inverse=True)[1]
         best = np.flatnonzero(~np.isnan(fused.score_db))  # a single row of each subject
         by_embeddings = np.full((2, len(numbers)), np.nan)
@@ -90,21 +105,26 @@ class Stage:
             return np.ones(len(numbers), bool), by_embeddings
         score_db, llr_db = by_embeddings
         kept = np.zeros(len(numbers), bool)
-        order = best[np.lexsort((matrix.rows[best], -llr_db[best], -score_db[best]))]
-        first = order[: self.first]
-        if self.above is not None:
-            keys = zip(score_db[first].tolist(), llr_db[first].tolist(), strict=True)
-            first = first[np.array([key > self.above for key in keys], bool)]
-        kept[first] = True
+        kept[self._first_of_each(matrix.rows, score_db, llr_db, best, probes)] = True
         waiting = fused.used & (raw_scores.waiting if subjects is None else _of_subjects(raw_scores.waiting, numbers))
         with np.errstate(invalid="ignore"):
             kept |= (llr_db >= self._mates_db(waiting, matrix, fused)) | (score_db >= self.reach_db)
         kept = _of_subjects(kept, numbers)
-        kept |= self._may_reach(waiting, matrix, fused, kept)
+        kept |= self._may_reach(waiting, matrix, fused, kept, probes.which)
         # without columns that are borrowed from other rows of the subject
         row_db = matrix.llr_db if subjects is None else raw_scores.llr_db(np.arange(len(numbers)))
         kept |= _with_matching_finger(raw_scores, self._may_agree(waiting, matrix, fused, row_db) & ~kept[:, None])
         return _of_subjects(kept, numbers), by_embeddings
+
+    def _first_of_each(self, rows: Int64, score_db: Float64, llr_db: Float64, best: Int64, probes: Probes) -> Int64:
+        """The `first` strongest candidates of each probe by their embeddings (rule 1), if they have more evidence than `above`. best: a single
+        row of each subject."""
+        order = best[np.lexsort((rows[best], -llr_db[best], -score_db[best], probes.which[best]))]
+        of_probe = probes.which[order]
+        first = order[np.arange(len(order)) - np.searchsorted(of_probe, of_probe) < self.first]
+        above_score_db, above_llr_db = probes.above[:, probes.which[first]]
+        equal = (score_db[first] == above_score_db) & (llr_db[first] > above_llr_db)
+        return np.asarray(first[(score_db[first] > above_score_db) | equal])
 
     def _mates_db(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused) -> Float64:
         """The llr_db by embeddings from which a candidate may be a mate, float64 (n,)."""
@@ -143,17 +163,18 @@ class Stage:
             limit_db = np.where(needed_db < FINGER_NEEDS_DB, lone_db, from_db)
             return np.asarray(several[:, None] & ~(row_db < limit_db))
 
-    def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool) -> Bool:
+    def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool, which: Int64) -> Bool:
         """The candidates that are not kept yet and may reach reach_db by chance (rule 3). waiting: bool (n, pairs), the used pairs with
-        minutiae to compare."""
+        minutiae to compare. which: the probe of each candidate."""
         rest = np.flatnonzero(~kept & waiting.any(axis=1))
         log_chance = _log_means(waiting[rest], matrix, fused.used[rest], rest).sum(axis=1)
         log_chance -= TILTS * (fused.trial_penalty_db.sum(axis=1) + fused.label_penalty_db)[rest, None]
         needed_db = matrix.llr_reaching(self.reach_db, fused.used[rest], waiting[rest]) - STEP_DB
         chance = np.exp(np.minimum((log_chance - TILTS * needed_db[:, None]).min(axis=1), 0.0))
-        order = np.argsort(chance, kind="stable")
+        order = np.lexsort((chance, which[rest]))
         may = np.zeros(len(kept), bool)
-        may[rest[order[np.cumsum(chance[order]) > self.risk]]] = True
+        for of_probe in np.split(order, np.flatnonzero(np.diff(which[rest][order])) + 1):
+            may[rest[of_probe[np.cumsum(chance[of_probe]) > self.risk]]] = True
         return may
 
 

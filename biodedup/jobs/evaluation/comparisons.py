@@ -105,9 +105,9 @@ class _Held:
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
         return np.asarray(self._presence[rows])
 
-    def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
+    def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32 | None:
         vectors = self._vectors[column][self._place[column][rows]]
-        return similarities_of(vectors, column, probes) if vectors.shape[1] else None
+        return similarities_of(vectors, column, probes, which) if vectors.shape[1] else None
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
         records = self._records[column]
