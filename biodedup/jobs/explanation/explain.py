@@ -233,7 +233,7 @@ def _write(
     comparison = pairs.compare(mine, theirs, across=request.across_positions)
     told = _explained(comparison, sides, policy, size)
     evidence = () if comparison is None else comparison.evidence
-    laws = [pairs.law(mine[part.column], part) for part in evidence]
+    laws = [pairs.calibration_of(mine[part.column], part) for part in evidence]
     write_page(
         out,
         "explain.html",
@@ -251,7 +251,7 @@ def _write(
         pairs=[
             {
                 "law": law,
-                "readings": pairs.readings(mine[part.column], part),
+                "readings": pairs.raw_scores(mine[part.column], part),
                 **_compared_captures(part, sides),
             }
             for part, law in zip(evidence, laws, strict=True)
@@ -280,7 +280,9 @@ def _explained(
     """The decision by the thresholds of a gallery of this size, or of a 1:1 comparison."""
     verify_db = _verify_db(policy)
     duplicate_db, review_db = (verify_db, verify_db) if size is None else policy.thresholds_db(size)
-    compared = [] if comparison is None else [comparison if size is not None else replace(comparison, sure_db=None)]
+    compared = (
+        [] if comparison is None else [comparison if size is not None else replace(comparison, worst_case_db=None)]
+    )
     verdict = judge(
         compared,
         duplicate_db,
@@ -345,7 +347,7 @@ def _headline(
     if "uncalibrated" in verdict.reasons:
         return (
             f"For a person to judge: {score}, but by a calibration that {where} has not checked with enough people of its own; "
-            f"as far as that is sure, {comparison.sure_db or 0.0:.0f} dB."
+            f"as far as that is sure, {comparison.worst_case_db or 0.0:.0f} dB."
         )
     if "extrapolated" in verdict.reasons:
         return (

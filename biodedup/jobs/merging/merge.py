@@ -54,7 +54,7 @@ from biodedup.jobs.shared.acting import Actor
 from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
-from biodedup.match.judgement import BELIEVED
+from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.search.clusters import clusters_of
 from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
 
@@ -332,7 +332,7 @@ def _swapped(part: Evidence) -> Evidence:
 def _groups(registers: Sequence[Register], staged: Snapshot, links: Sequence[Link], settings: Settings) -> list[Group]:
     strong = [link for link in links if link.score_db >= settings.threshold_db]
     clusters = clusters_of(strong)
-    believed = (link for link in strong if link.kind in BELIEVED)
+    believed = (link for link in strong if link.kind in TRUSTED_KINDS)
     trusted = clusters_of(link for link in believed if settings.min_db is not None or not link.extrapolated)
     whole = {cluster.subject_ids for cluster in trusted}
     members = _members(registers, staged, [name for cluster in clusters for name in cluster.subject_ids])
