@@ -26,7 +26,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.policies import PolicyVersion, mismatch, told
+from biodedup.gallery.policies import PolicyVersion, differences_in_words, mismatch
 from biodedup.gallery.segments.part import Int64
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.shared.progress import Progress
@@ -139,7 +139,7 @@ def policy_of(registers: Sequence[Register], central: Register | None, given: Po
     for other in registers[1:]:
         if changes := differences(first.policy.policy, other.policy.policy):
             raise InvalidInput(
-                f"districts decide by different policies: {told(changes, f'in {first.name}', f'in {other.name}')}; state the policy "
+                f"districts decide by different policies: {differences_in_words(changes, f'in {first.name}', f'in {other.name}')}; state the policy "
                 "that is to count ([policy] in the settings file), with which --apply creates the central gallery; or name a central "
                 "gallery that exists already, whose policy counts then"
             )
