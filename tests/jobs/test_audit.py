@@ -336,7 +336,7 @@ def test_a_roll_of_captures_is_identified_entry_by_entry(tmp_path, portrait):
 
 
 def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(tmp_path, portrait, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("biodedup.jobs.deduplication.audit"), "_ENTRIES_NOTED", 1)
+    monkeypatch.setattr(importlib.import_module("biodedup.jobs.deduplication.audit"), "_CHECKPOINT_ENTRIES", 1)
     for name, image in (("a.jpg", portrait), ("b.jpg", portrait[:, ::-1])):
         (tmp_path / name).write_bytes(jpeg(image))
     roll = written(tmp_path / "roll.csv", "path\na.jpg\nb.jpg\n")

@@ -33,7 +33,7 @@ from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.jobs.deduplication.gallery import is_gallery, join_notes, linked
+from biodedup.jobs.deduplication.gallery import is_gallery, join_checkpoint, join_links
 from biodedup.jobs.merging.apply import Applied, apply_merge, begun, refuse_unfinished, standing_id
 from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Findings, Group, Member, Settings
 from biodedup.jobs.merging.registers import (
@@ -221,8 +221,8 @@ def _results(
         staged = staging.snapshot()
         with Engine.open(folder, run.config, read_only=True, override_policy=True, storage=run.storage) as engine:
             warn(run.progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
-            with join_notes(engine, run.work / "join.notes", settings.joined_db) as notes:
-                joined = linked(engine, notes, settings.joined_db, run.progress, run.executor)
+            with join_checkpoint(engine, run.work / "join.notes", settings.joined_db) as notes:
+                joined = join_links(engine, notes, settings.joined_db, run.progress, run.executor)
             checked = _check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress)
         links = _each_once(joined.kept())
         groups = _groups(registers, staged, links, settings)
