@@ -5,6 +5,7 @@ Owns the order in which replicas are asked, deadlines, hedged requests and what 
 1. Each replica gets `deadline_s`. One that fails is asked last for a while.
 2. When an answer takes longer than 95 of 100 answers of late, the next replica is asked, too, and the first answer counts (hedged requests:
    Dean and Barroso, The Tail at Scale, 2013). At most one question in ten is hedged, so that a slow cluster is not asked twice as much.
+   The slow one is asked last until it answers: a dead node, of which Ray knows nothing yet, costs a hedge or two, and not all of them.
 3. When the queues of all replicas that are alive are full, the question is refused, and the caller tries again later.
 """
 
@@ -108,6 +109,15 @@ class Asker:
             self._suspect_until = {name: until for name, until in self._suspect_until.items() if until > now}
             self._suspect_until[replica.name] = now + SUSPECT_S
 
+    def suspect_until_answered(self, replica: Replica, answer: Future[wire.Sent]) -> None:
+        """answer: what it has not answered in the usual time."""
+        self.suspect(replica)
+        answer.add_done_callback(lambda done: None if done.exception() else self._trust(replica))
+
+    def _trust(self, replica: Replica) -> None:
+        with self._lock:
+            self._suspect_until.pop(replica.name, None)
+
     @property
     def deadline_s(self) -> float:
         return self._deadline_s
@@ -171,6 +181,8 @@ class _Question:
             if may_hedge and not done and self._asked and now >= hedge_at:
                 hedged = True
                 if self._asker.may_hedge():
+                    for future, asked in self._asked.items():
+                        self._asker.suspect_until_answered(asked.replica, future)
                     self._start(self._left.popleft(), now)
         return self._said
 
