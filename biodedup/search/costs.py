@@ -65,6 +65,7 @@ BUCKET_DIRECTION_NS, BUCKET_MEMBER_NS, BUCKET_PAIR_NS = 2.1, 1_500.0, 0.5
 """Self-join, nanoseconds of a thread, with AVX2: a row compared with a bucket's direction; a row unpacked as a member
 of a bucket; a pair of members compared. A self-join without buckets takes BUCKET_PAIR_NS a pair, too."""
 
-JOIN_PAIR_NS, JOIN_COMPARED_ROW_MS, JOIN_SEARCHED_COLUMN_MS = 15.0, 1.6, 30.0
+JOIN_PAIR_NS, JOIN_COMPARED_ROW_MS, JOIN_SEARCHED_COLUMN_MS = 15.0, 1.6, 0.4
 """For the estimate that a join states before it begins (`selfjoin/estimate.py`), timed on two loaded cores with 10,000 to 40,000 faces: a pair
-of a join without buckets, its start included; a row with a candidate, compared; a row searched like a probe, for each column."""
+of a join without buckets, its start included; a row with a candidate, compared; a row searched like a probe, for each column, among 200,000
+subjects with a face and ten fingers (`benchmarks/ektp.py`)."""

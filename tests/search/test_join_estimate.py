@@ -34,7 +34,7 @@ def test_a_low_threshold_or_a_long_join_is_warned_about_and_an_ordinary_one_is_n
     both = estimate_of(1_000_000, 40.0, 1, faces_only=True).warnings()
     assert len(both) == 2 and "takes about" in both[1]
     assert estimate_of(20_000, 100.0, 1, faces_only=True).warnings() == []
-    long = estimate_of(20_000, 100.0, 11, faces_only=False)
+    long = estimate_of(200_000, 100.0, 11, faces_only=False)
     assert long.seconds > SECONDS_WARNED and len(long.warnings()) == 1
 
 

@@ -4,12 +4,15 @@ Owns which rows are compared with which. Never decides and never writes.
 
 1. Galleries of faces alone: each row is compared with the rows behind it, or, in a large gallery, only with the rows
    that share an LSH bucket with it (`buckets.py`).
-2. Other galleries: each row is searched for like a probe.
+2. Other galleries: each row is searched for like a probe, among the rows behind it. So a pair is looked for once, with the miss risk of a
+   search. Where subjects have several rows, each row is searched for in the whole gallery.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -25,7 +28,7 @@ from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
 from biodedup.match.scores.calibrations import SampleOf
 from biodedup.search.scope import Scope
-from biodedup.search.searcher import PROBES, Searcher, SnapshotRows
+from biodedup.search.searcher import PROBES, CandidateSet, Searcher, SnapshotRows
 from biodedup.search.selfjoin.bucket_join import join_buckets, parts_with_codec
 from biodedup.search.selfjoin.buckets import Buckets, choose
 from biodedup.search.selfjoin.crowds import FoundPairs, PairCollector
@@ -36,7 +39,8 @@ JOIN_ROWS = 4096
 """Rows that are compared at once with all rows behind them."""
 _ROWS_FIRST, _PAIRS_AT_ONCE = 16, 1 << 15
 """Rows of a tile that are scanned first. Later ones are scanned together as long as they have few pairs, so that crowds fit into memory."""
-_SEARCHED_ROWS = 32  # searched for at once, where rows have more than a face
+_SEARCHED_ROWS, _BATCHES = 128, 2
+"""Rows that are searched for at once, where rows have more than a face, and how many such batches run side by side."""
 
 
 class SelfJoin:
@@ -87,7 +91,7 @@ class SelfJoin:
         """Pairs of one of these live rows, ascending, and a row behind it, that score threshold_db or more; each once.
         with_all: of one of these rows and any other row."""
         if not _has_faces_only(snapshot):
-            return self._searched(snapshot, rows, threshold_db)
+            return self._searched(snapshot, rows, threshold_db, with_all=with_all)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
         similarity = np.full(len(rows), self._searcher.similarity_reaching(model_id, threshold_db), np.float32)
@@ -143,19 +147,44 @@ class SelfJoin:
         across = self._config.across_positions and not faces_only
         return self._searcher.compare(probe, SnapshotRows(snapshot), others, _excluded_rows(snapshot, row), across)
 
-    def _searched(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> FoundPairs:
-        """The pairs found by searching for each row in the whole gallery. The search for one row may miss a pair that the search for the
-        other finds, so it counts from either side."""
+    def _searched(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool) -> FoundPairs:
+        """The pairs found by searching for each row among the rows behind it; with_all: in the whole gallery. Where subjects have several
+        rows, always in the whole gallery: these are compared together, so that a pair scores differently from its two sides."""
+        all_rows = with_all or bool(snapshot.extra_rows)
         collector = self._collector(snapshot, threshold_db)
-        for start in range(0, len(rows), _SEARCHED_ROWS):
-            some = rows[start : start + _SEARCHED_ROWS]
-            probes = [snapshot.templates(row) for row in some]
+        batches = [rows[start : start + _SEARCHED_ROWS] for start in range(0, len(rows), _SEARCHED_ROWS)]
+
+        def search(some: Sequence[int]) -> list[CandidateSet]:
             excluded = [_excluded_rows(snapshot, row) for row in some]
-            across = self._config.across_positions
-            results = self._searcher.search(snapshot, probes, floor_db=threshold_db, across=across, excluded=excluded)
-            for row, candidates in zip(some, results, strict=True):
-                collector.add(row, candidates.comparisons)
+            across, probes = self._config.across_positions, snapshot.templates_of(some)
+            return self._searcher.search(
+                snapshot,
+                probes,
+                from_row=0 if all_rows else some[0] + 1,
+                floor_db=threshold_db,
+                across=across,
+                excluded=excluded,
+            )
+
+        # the scan of one batch leaves processors to the comparisons of another
+        with ThreadPoolExecutor(min(_BATCHES, self._searcher.scanner.threads), "biodedup-join") as pool:
+            for some, results in zip(batches, _in_order(pool, search, batches), strict=True):
+                for row, candidates in zip(some, results, strict=True):
+                    collector.add(row, candidates.comparisons)
         return collector.found()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Sequence[int]], list[CandidateSet]], batches: Sequence[Sequence[int]]
+) -> Iterator[list[CandidateSet]]:
+    """The results of all batches, in their order. A few batches at a time are worked on or wait."""
+    running = deque[Future[list[CandidateSet]]]()
+    for batch in batches:
+        running.append(pool.submit(work, batch))
+        if len(running) > _BATCHES:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def _has_faces_only(snapshot: Snapshot) -> bool:
