@@ -286,6 +286,8 @@ class Searcher:
             return True
         if template.model_id != models[template.column].model_id:
             return True
+        if any(own != column and comparable(own, template.column, across=across) for own in probe):
+            return True  # another finger of the probe may be the one under this label
         nearest = -np.inf
         for part in snapshot.parts:
             if part.end_row > from_row and template.column in part.columns:

@@ -364,7 +364,7 @@ def test_a_case_whose_linked_case_was_enrolled_shows_the_subject(engine):
     bella = waiting(engine)
     engine.enroll(sent("carla", again(bella, 0.9), "e2"))
     with internals(engine).gallery.transaction() as transaction:  # as if the cases were not linked
-        transaction.release("e1")
+        transaction.enrol_case("e1")
     (candidate,) = [c for c in engine.case("e2").undecided if c.subject_id == "bella"]
     assert candidate.case == ""
     assert engine.adjudicate("e2", "same", "A", candidate="bella").outcome == "duplicate"
