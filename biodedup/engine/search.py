@@ -112,7 +112,7 @@ class BatchedSearch:
         for i, (probe, found) in enumerate(zip(probes, seen.found, strict=True)):
             counted = np.ones(len(found.comparisons), bool)
             above = seen.searcher.weakest_shown(found.comparisons, counted, seen.extra_k)
-            has_more = any(map(seen.searcher.comparer.has_more, probe.templates.values()))
+            has_more = any(map(seen.searcher.comparer.has_minutiae_to_add, probe.templates.values()))
             serves = above is not None and has_more
             rows.append(np.concatenate([since, count + np.arange(i)]) if serves else np.zeros(0, np.int64))
             stages.append(seen.searcher.stage(probe.templates, scope, above=above))
