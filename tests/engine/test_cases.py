@@ -133,7 +133,7 @@ def test_each_of_several_candidates_can_be_judged_by_itself(engine):
     assert engine.enroll(sent("bella", probe, "e1")).outcome == "review"
     with pytest.raises(bd.InvalidInput, match="2 candidates"):
         engine.adjudicate("e1", "same", "A. Officer")
-    with pytest.raises(bd.InvalidInput, match="no candidate"):
+    with pytest.raises(bd.InvalidInput, match="not a candidate"):
         engine.adjudicate("e1", "different", "A. Officer", candidate="dora")
     decision = engine.adjudicate("e1", "different", "A. Officer", candidate="anna")
     assert (decision.outcome, decision.adjudicated) == ("review", None)
