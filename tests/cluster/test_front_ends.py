@@ -290,7 +290,7 @@ def test_what_needs_a_folder_says_so_and_messages_name_the_register(register, tm
     with register() as engine:
         with pytest.raises(bd.InvalidInput, match="gallery export"):
             engine.backup(tmp_path / "copy")
-    with pytest.raises(bd.PolicyMismatch, match=r"gallery r[0-9]+ in PostgreSQL decides"):
+    with pytest.raises(bd.PolicyMismatch, match=r"gallery r[0-9]+ in PostgreSQL has its own policy"):
         register(bd.Config(policy=bd.Policy(fpir=1e-5)))
 
 

@@ -332,7 +332,7 @@ def test_a_disputed_encounter_is_a_case_about_the_subject_itself(engine, tmp_pat
     assert len(list(engine.cases())) == 1
     jobs.show_case(engine, "e1", tmp_path / "case.html", clock=Clock())
     page = (tmp_path / "case.html").read_text()
-    assert "has the number of a subject who is enrolled" in page and "do not verify as theirs" in page
+    assert "has the number of a subject who is enrolled" in page and "do not match its own" in page
 
 
 @pytest.mark.slow

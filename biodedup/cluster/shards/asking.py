@@ -5,7 +5,8 @@ Owns the order of the replicas, deadlines, hedged requests, and the interpretati
 1. Each replica has `deadline_s` seconds to answer. A replica that has failed comes last in the order for a while.
 2. Hedged requests (Dean and Barroso, "The Tail at Scale", 2013): if an answer takes longer than 95 % of the recent answers, the next
    replica is asked as well, and the first answer is used. At most one question in ten is hedged, so that hedging does not double the load
-   of a slow cluster.
+   of a slow cluster. A replica whose question was hedged comes last until it answers: a dead node that Ray has not noticed yet costs one
+   or two hedges.
 3. If the queues of all living replicas are full, the question is refused, and the caller tries again later.
 """
 
@@ -114,6 +115,15 @@ class Asker:
             self._suspect_until = {name: until for name, until in self._suspect_until.items() if until > now}
             self._suspect_until[replica.name] = now + SUSPECT_S
 
+    def suspect_until_answered(self, replica: Replica, answer: Future[wire.Sent]) -> None:
+        """answer: what it has not answered in the usual time."""
+        self.suspect(replica)
+        answer.add_done_callback(lambda done: None if done.exception() else self._trust(replica))
+
+    def _trust(self, replica: Replica) -> None:
+        with self._lock:
+            self._suspect_until.pop(replica.name, None)
+
     @property
     def deadline_s(self) -> float:
         return self._deadline_s
@@ -177,6 +187,8 @@ class _Question:
             if may_hedge and not done and self._asked and now >= hedge_at:
                 hedged = True
                 if self._asker.may_hedge():
+                    for future, asked in self._asked.items():
+                        self._asker.suspect_until_answered(asked.replica, future)
                     self._start(self._left.popleft(), now)
         return self._said
 

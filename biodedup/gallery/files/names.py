@@ -15,9 +15,9 @@ SEGMENT_FOLDER = "segments"
 CANARIES_NAME = "sentinels"
 """Canary probes of `biodedup doctor --canaries` (jobs/health/canary_file.py); not part of the gallery's content."""
 BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER = "backlog.sqlite3", "kits.sqlite3", "merges"
-"""Files of other jobs (jobs/enrolment/queue.py, jobs/kits/ledger.py, jobs/merging/apply.py): not part of the content, but part of a
+"""Files of other jobs (jobs/enrolment/queue.py, jobs/kits/ledger.py, jobs/merging/log.py): not part of the content, but part of a
 backup."""
-NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a new database, until it is complete
+NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a new database; it gets its name when it is complete
 _UNFINISHED = re.compile(r"(\.of-\d+)?\.new")
 
 
