@@ -203,7 +203,7 @@ class Snapshot:
         hashes = packed.hashes(ids)
         several = np.zeros(len(rows), bool)
         for part in self.parts:
-            several |= np.isin(hashes, part.again) if len(part.again) else False
+            several |= np.isin(hashes, part.repeated) if len(part.repeated) else False
         several &= ~np.isin(rows, self.pending_rows)
         at = np.flatnonzero(several)
         if not len(at):
@@ -264,7 +264,9 @@ class Snapshot:
 
     def all_subject_ids(self) -> Iterator[str]:
         """The ids of the enrolled subjects, each once, in the order of enrolment."""
-        several = {int(hashed) for part in self.parts for hashed in part.again.tolist()} if self.extra_rows else set()
+        several = (
+            {int(hashed) for part in self.parts for hashed in part.repeated.tolist()} if self.extra_rows else set()
+        )
         seen: set[str] = set()
         for part in self.parts:
             mask = self.enrolled.mask(part)

@@ -177,7 +177,7 @@ def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schem
         "encounter_id": [encounter_id or None for encounter_id in encounters],
         "groups": [sorted(snapshot.group_sets.get(n, ())) for n in part.group_sets(low, high)[inside].tolist()],
         "presence": part.presence(low, high)[inside],
-        "again": np.isin(packed.hashes(ids), part.again),
+        "again": np.isin(packed.hashes(ids), part.repeated),
     }
     for name, model in snapshot.models.items():
         column = part.columns.get(name)

@@ -344,7 +344,7 @@ class _ImportedPart:
         return packed.pack_text(pa.compute.fill_null(self._rows.read("encounter_id", low, high), ""))
 
     @cached_property
-    def again(self) -> NDArray[np.uint64]:
+    def repeated(self) -> NDArray[np.uint64]:
         pieces = [np.zeros(0, np.uint64)]
         for low, high in self._rows.pieces():
             marked = self._rows.read("again", low, high)

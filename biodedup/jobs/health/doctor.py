@@ -17,7 +17,7 @@ from biodedup.config import Config
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
-from biodedup.gallery.care.exposure import exposed, tighten, told
+from biodedup.gallery.care.exposure import advice_on_exposure, exposed, tighten
 from biodedup.gallery.care.repair import repair
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
@@ -93,7 +93,7 @@ def examine(
                 mended.append(f"gallery {gallery}: {count} files and folders closed to other users")
         found = inspect(storage, gallery)
         if open_ones := exposed(gallery):
-            reachable.append(told(gallery, open_ones))
+            reachable.append(advice_on_exposure(gallery, open_ones))
         if found:
             problems.extend(f"gallery {gallery}: {problem}" for problem in found)
         else:
