@@ -35,11 +35,11 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.deduplication.gallery import is_gallery, join_notes, linked
 from biodedup.jobs.merging.apply import Applied, apply_merge, begun, refuse_unfinished, standing_id
-from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Findings, Group, Member, Settings
+from biodedup.jobs.merging.ids import check_shared
+from biodedup.jobs.merging.model import AbsorbedRecord, Findings, Group, Member, Settings
 from biodedup.jobs.merging.registers import (
     Origins,
     Register,
-    SharedId,
     check_registers,
     colliding_hashes,
     named,
@@ -51,14 +51,11 @@ from biodedup.jobs.merging.registers import (
 from biodedup.jobs.merging.report import beside, write_results
 from biodedup.jobs.merging.survivors import absorbed, check_rule, survivor
 from biodedup.jobs.shared.acting import Actor
-from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.match.judgement import BELIEVED
 from biodedup.search.clusters import clusters_of
-from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
-
-_CHECKED_TOGETHER = 200  # shared ids compared between two notes
+from biodedup.values import COLUMNS, Cluster, Evidence, Link
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def merge(
     the merged size, lists what lies above its review threshold, and applies only what is within the measured scores. The policy is the
     central gallery's, else the one of config, else the one that all districts have. by: the person who applies it, with the role supervise
     where identities are configured; sign: the file of its private key.
-    executor: where tiles are compared (`jobs.ray_executor`).
+    executor: where tiles and shared ids are compared (`jobs.ray_executor`).
 
     Raises NotAllowed, ApprovalNeeded (`Policy.two_people`): then the result is there and nothing was applied; InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
     """
@@ -223,7 +220,7 @@ def _results(
             warn(run.progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
             with join_notes(engine, run.work / "join.notes", settings.joined_db) as notes:
                 joined = linked(engine, notes, settings.joined_db, run.progress, run.executor)
-            checked = _check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress)
+            checked = check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress, run.executor)
         links = _each_once(joined.kept())
         groups = _groups(registers, staged, links, settings)
         district_of = _districts(registers, staged, links)
@@ -399,47 +396,6 @@ def _mean(qualities: Iterable[float | None]) -> float | None:
 def _decided_at(snapshot: Snapshot, encounter_id: str) -> float | None:
     answer = snapshot.answer(encounter_id) if encounter_id else None
     return None if answer is None else json.loads(answer.text).get("decided_at")
-
-
-def _check_shared(
-    engine: Engine,
-    staged: Snapshot,
-    shared: Sequence[SharedId],
-    notes_path: Path,
-    settings: Settings,
-    progress: Progress,
-) -> list[Checked]:
-    """Compares each subject whose id an earlier district gave, too, with the subject of that district, 1:1."""
-    first: dict[str, SharedId] = {}
-    later = [entry for entry in shared if first.setdefault(entry.subject_id, entry) is not entry]
-    info = engine.info()
-    key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
-    scores: list[float | None] = []
-    with CheckpointFile(notes_path, key, engine.config.keys) as notes:
-        for noted in notes.entries:
-            scores += noted
-        for low in range(len(scores), len(later), _CHECKED_TOGETHER):
-            batch = later[low : low + _CHECKED_TOGETHER]
-            rows = staged.rows_of(pack_text([first[entry.subject_id].merged_id for entry in batch])).tolist()
-            compared = [
-                engine.unrestricted().verify(Encounter(None, templates=staged.templates(row)), entry.merged_id)
-                for entry, row in zip(batch, rows, strict=True)
-            ]
-            batch_scores = [verification.score_db if verification.evidence else None for verification in compared]
-            notes.append(batch_scores)
-            scores += batch_scores
-            progress("checking ids", len(scores), len(later))
-    score_of = dict(zip((id(entry) for entry in later), scores, strict=True))
-    checked = []
-    for entry in shared:
-        if id(entry) not in score_of:
-            checked.append(Checked(entry, None, None, None))
-            continue
-        score_db = score_of[id(entry)]
-        verdict = "same_person" if score_db is not None and score_db >= settings.verify_db else "another_person"
-        against = first[entry.subject_id].owner
-        checked.append(Checked(entry, against, score_db, "not_comparable" if score_db is None else verdict))
-    return checked
 
 
 def _districts(registers: Sequence[Register], staged: Snapshot, links: Sequence[Link]) -> dict[str, str]:
