@@ -5,7 +5,7 @@ Owns the order in which replicas are asked, deadlines, hedged requests and what 
 1. Each replica gets `deadline_s`. One that fails is asked last for a while.
 2. When an answer takes longer than 95 of 100 answers of late, the next replica is asked, too, and the first answer counts (hedged requests:
    Dean and Barroso, The Tail at Scale, 2013). At most one question in ten is hedged, so that a slow cluster is not asked twice as much.
-   The slow one is asked last until it answers: a dead node, of which Ray knows nothing yet, costs a hedge or two, and not all of them.
+   The slow one is asked last until it answers, hedged or not: a dead node, of which Ray knows nothing yet, costs a hedge or two.
 3. When the queues of all replicas that are alive are full, the question is refused, and the caller tries again later.
 """
 
@@ -180,9 +180,9 @@ class _Question:
             self._drop_late(now)
             if may_hedge and not done and self._asked and now >= hedge_at:
                 hedged = True
+                for future, asked in self._asked.items():
+                    self._asker.suspect_until_answered(asked.replica, future)
                 if self._asker.may_hedge():
-                    for future, asked in self._asked.items():
-                        self._asker.suspect_until_answered(asked.replica, future)
                     self._start(self._left.popleft(), now)
         return self._said
 
