@@ -447,7 +447,8 @@ def test_a_replica_without_room_is_not_started_and_the_shortage_says_what_to_do(
     text = keeper.shortage(short)
     assert text == cluster.noted[short]
     assert (
-        f"group {short} has room for 1 replicas, wanted 2: one takes 10 bytes, and the 2 nodes have 5, 5 bytes" in text
+        f"group {short} has room for 1 replicas, wanted 2: a replica takes 10 bytes, and the 2 nodes have 5, 5 bytes"
+        in text
     )
     assert "start another node" in text and "--memory" in text and keeper.shortage(1 - short) == ""
     cluster.nodes.append("c")

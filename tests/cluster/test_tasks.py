@@ -134,7 +134,7 @@ def test_a_merge_by_the_command_line_writes_the_same_five_files(cluster, tmp_pat
 
 
 def test_ids_that_two_registers_gave_are_compared_on_other_machines_too(on_ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(ids, "_CHECKED_TOGETHER", 16)
+    monkeypatch.setattr(ids, "_CHECKPOINT_IDS", 16)
     a, b = people(60, seed=1), people(60, seed=2)
     b[:5] = again(a[:5], 0.9)
     sources = [filled(tmp_path / name, vectors, "s") for name, vectors in (("a", a), ("b", b))]

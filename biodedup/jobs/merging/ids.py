@@ -24,7 +24,8 @@ from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.progress import Progress
 from biodedup.values import Encounter
 
-_CHECKED_TOGETHER = 200  # shared ids compared between two notes
+_CHECKPOINT_IDS = 200
+"""Number of shared ids that are compared between two checkpoints."""
 
 _Pairs = list[tuple[str, str]]
 _Scores = list[float | None]
@@ -84,17 +85,17 @@ def check_shared(
     progress: Progress,
     executor: Executor,
 ) -> list[Checked]:
-    """Compares each subject whose id an earlier district gave, too, with the subject of that district."""
+    """Compares subjects of different districts that have the same id, 1:1: each with the subject of the first district that has the id."""
     first: dict[str, SharedId] = {}
     later = [entry for entry in shared if first.setdefault(entry.subject_id, entry) is not entry]
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
     scores: _Scores = []
     with CheckpointFile(notes_path, key, engine.config.keys) as notes:
-        for noted in notes.entries:
-            scores += noted
+        for saved in notes.entries:
+            scores += saved
         pairs = [(first[entry.subject_id].merged_id, entry.merged_id) for entry in later[len(scores) :]]
-        batches = [pairs[low : low + _CHECKED_TOGETHER] for low in range(0, len(pairs), _CHECKED_TOGETHER)]
+        batches = [pairs[low : low + _CHECKPOINT_IDS] for low in range(0, len(pairs), _CHECKPOINT_IDS)]
         for batch_scores in in_order(executor, IdWork(engine, staged), batches):
             notes.append(batch_scores)
             scores += batch_scores
