@@ -308,7 +308,7 @@ def test_a_file_of_another_gallery_is_a_problem(gallery, tmp_path):
     grow(tmp_path / "other", 0, 100)
     jobs.watch(tmp_path / "other")
     (gallery / CANARIES_NAME).write_bytes((tmp_path / "other" / CANARIES_NAME).read_bytes())
-    assert "of another gallery" in jobs.watch(gallery).problems[0]
+    assert "belongs to another gallery" in jobs.watch(gallery).problems[0]
 
 
 def test_a_backup_takes_them_along_and_is_searched_without_writing(gallery, tmp_path, monkeypatch):
