@@ -128,7 +128,7 @@ def test_what_a_key_may_do_is_kept_beside_it_and_changed_bit_by_bit(tmp_path):
     for wrong in ({"void_max": -1}, {"groups": ("\n",)}, {"encounters_day_max": "9"}):
         with pytest.raises(bd.InvalidInput):
             jobs.set_trust("A", trusted, **wrong)
-    with pytest.raises(bd.InvalidInput, match="neither a .pub file"):
+    with pytest.raises(bd.InvalidInput, match=r"neither a \.pub file"):
         jobs.set_trust("Z", trusted)
 
 
