@@ -126,7 +126,7 @@ def test_verdicts_and_audit_records_that_were_dropped_are_not_answered_as_if_all
     with bd.Engine.open(folder, config, read_only=True) as engine:
         with pytest.raises(bd.GalleryDamaged, match=r"table verdict .* log verify"):
             engine.verdicts()
-        with pytest.raises(bd.GalleryDamaged, match=r"newest ones were dropped; run `biodedup log verify`"):
+        with pytest.raises(bd.GalleryDamaged, match=r"newest records were deleted; run `biodedup log verify`"):
             list(engine.audit_records())
 
 

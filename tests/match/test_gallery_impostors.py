@@ -44,7 +44,7 @@ def test_impostors_of_any_gallery_reach_a_score_as_rarely_as_it_says(tmp_path):
     others = alike(600, 21)  # who are not enrolled
     cosines = (others @ others.T)[np.triu_indices(600, 1)]
     own = scores_db(tmp_path / "g", cosines)
-    shipped = scores_db(tmp_path / "g", cosines, bd.Config(policy=bd.Policy(own_strangers=False)))
+    shipped = scores_db(tmp_path / "g", cosines, bd.Config(policy=bd.Policy(use_gallery_impostors=False)))
     assert measured_fmr(shipped, 20).ratio > 5
     for nominal_db in (20, 30):
         assert 0.4 < measured_fmr(own, nominal_db).ratio < 1.6  # the tail's shape stays the card's
@@ -155,10 +155,10 @@ def test_a_table_among_other_impostors_says_of_what_is_as_rare_the_same():
     score = np.linspace(-0.5, 1, 151)
     table = {"score": score, "llr_db": 40 * score, "nonmated_db": -10 / np.log(10) * norm.logsf(score, 0.02, 0.1)}
     known = Calibration.from_card(table | {"measured_db": 60, "source": "a test"})
-    assert known.nonmated_law == (pytest.approx(0.02, abs=0.006), pytest.approx(0.1, rel=0.01))
+    assert known.nonmated_moments == (pytest.approx(0.02, abs=0.006), pytest.approx(0.1, rel=0.01))
     there = known.with_impostors(0.1, 0.2, "elsewhere")
     for z in (-1.0, 0.5, 2.0, 4.0):
-        here = known.nonmated_law[0] + known.nonmated_law[1] * z
+        here = known.nonmated_moments[0] + known.nonmated_moments[1] * z
         assert there.score_db([0.1 + 0.2 * z]) == pytest.approx(known.score_db([here]))
         assert there.llr_db([0.1 + 0.2 * z]) == pytest.approx(known.llr_db([here]))
 
@@ -170,7 +170,7 @@ def test_an_evaluation_scores_as_a_gallery_of_its_people_would():
         for i, face in enumerate(faces)
     ]
     for own in (True, False):
-        config = bd.Config(policy=bd.Policy(own_strangers=own))
+        config = bd.Config(policy=bd.Policy(use_gallery_impostors=own))
         found = evaluate_encounters(made, config, source="a test", made_at=0.0).comparisons.calibrations
         assert ("own people" in found.of(load_card("sface").model_id).source) == own
 

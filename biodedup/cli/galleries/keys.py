@@ -101,15 +101,15 @@ def rekey(
     meanwhile.
     """
     with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
-        turn_id = acting(engine, by, sign).rekey(
-            renewable=not plain, progress=lambda done, total: progress("transforming", done, total)
+        transform_id = acting(engine, by, sign).rekey(
+            renewable=not plain, progress=lambda done, total: progress("rekeying", done, total)
         )
     text = (
-        f"{gallery} stores embeddings with transform {turn_id}"
-        if turn_id
+        f"{gallery} stores embeddings with transform {transform_id}"
+        if transform_id
         else f"{gallery} stores embeddings without a transform"
     )
-    finish({"transform": turn_id or None}, text, as_json)
+    finish({"transform": transform_id or None}, text, as_json)
 
 
 @key.command()

@@ -31,11 +31,12 @@ from biodedup.cli.options import (
     gallery_of,
 )
 from biodedup.cli.printing import complain, finish, print_json, say, show_table
+from biodedup.common.renamed import old_names
 from biodedup.common.tables import differences, flat, hints, made, plain
 from biodedup.config import Config, GalleryConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.gallery.policies import PolicyVersion, shown, told
+from biodedup.gallery.policies import PolicyVersion, differences_in_words, value_in_words
 from biodedup.settings import DEFAULT, listed
 
 policy = typer.Typer(no_args_is_help=True, help="Show the decision policy of a gallery, or store a new version of it.")
@@ -62,7 +63,9 @@ def show(
     if as_json:
         print_json(_document(versions[-1]) | {"versions": [_document(version) for version in versions]})
         return
-    show_table([(name, shown(value)) for name, value in flat(versions[-1].policy).items()], ["setting", "value"])
+    show_table(
+        [(name, value_in_words(value)) for name, value in flat(versions[-1].policy).items()], ["setting", "value"]
+    )
     before: PolicyVersion | None = None
     for version in versions:
         if before is None:
@@ -77,7 +80,8 @@ def show(
 def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, wait: float, gallery: Path | RegisterUrl, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
     """Store a new version of the gallery's policy, which applies immediately. Settings without an option keep their values."""
     folder = named or gallery
-    wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    wanted = {new: _parsed(new, given.pop(old)) for old, new in old_names(Policy).items() if given[old] is not None}
+    wanted |= {name: _parsed(name, value) for name, value in given.items() if value is not None}
     if not wanted:
         raise InvalidInput("no option names a setting to change; name one, such as --fpir 1e-6")
     chosen = replace(configured(folder, config), policy=None)  # a [policy] in the settings must not matter here
@@ -90,7 +94,8 @@ def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, w
 
 def _signature() -> inspect.Signature:
     """The signature of `policy set`, with an option for each field of `Policy`."""
-    fields = [(name, _option(name, hint)) for name, hint in hints(Policy).items()]
+    fields = [(name, _option(name, name)) for name in hints(Policy)]
+    fields += [(old, _option(old, new, hidden=True)) for old, new in old_names(Policy).items()]
     others = [
         ("sign", SignOption, None),
         ("wait", WaitOption, 0.0),
@@ -112,17 +117,18 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _option(name: str, hint: Any) -> Any:
-    flag, usual = f"--{name.replace('_', '-')}", f"Default of a new gallery: {shown(flat(Policy())[name])}."
+def _option(name: str, field: str, *, hidden: bool = False) -> Any:
+    hint, flag = hints(Policy)[field], f"--{name.replace('_', '-')}"
+    usual = f"Default of a new gallery: {value_in_words(flat(Policy())[field])}."
     if hint is bool:
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=usual)]
+        flags = f"{flag}/--no-{flag.removeprefix('--')}"
+        return Annotated[bool | None, typer.Option(flags, help=usual, hidden=hidden)]
     if hint in (int, float, str):
-        return Annotated[hint | None, typer.Option(flag, help=usual)]
+        return Annotated[hint | None, typer.Option(flag, help=usual, hidden=hidden)]
     if hint == float | None:
-        return Annotated[str | None, typer.Option(flag, metavar=f"NUMBER|{_NONE}", help=usual)]
-    return Annotated[
-        list[str] | None, typer.Option(flag, metavar="TEXT", help=f"Repeatable; {_NONE} for nothing. {usual}")
-    ]
+        return Annotated[str | None, typer.Option(flag, metavar=f"NUMBER|{_NONE}", help=usual, hidden=hidden)]
+    several = f"Repeatable; {_NONE} for nothing. {usual}"
+    return Annotated[list[str] | None, typer.Option(flag, metavar="TEXT", help=several, hidden=hidden)]
 
 
 def _parsed(name: str, value: Any) -> Any:
@@ -154,7 +160,7 @@ def show_config(
         stored = _versions(folder, chosen.config)[-1]
         rows |= {f"policy.{n}": (v, f"gallery, version {stored.version}") for n, v in flat(stored.policy).items()}
         if stated is not None and stated != stored.policy:
-            conflict = told(differences(stored.policy, stated), "in the gallery", "in the settings")
+            conflict = differences_in_words(differences(stored.policy, stated), "in the gallery", "in the settings")
     else:
         values = flat(stated or Policy())
         rows |= {f"policy.{n}": (v, chosen.sources.get(f"policy.{n}", DEFAULT)) for n, v in values.items()}
@@ -163,7 +169,7 @@ def show_config(
         print_json({"gallery": str(folder), "settings": document, "policy_conflict": conflict or None})
         return
     header = ["setting", "value", "from"]
-    show_table([(name, shown(value), source) for name, (value, source) in rows.items()], header)
+    show_table([(name, value_in_words(value), source) for name, (value, source) in rows.items()], header)
     if conflict:
         complain(
             f"commands refuse to open this gallery: {conflict}. Remove [policy] from the settings, or change the gallery's policy with "
@@ -189,7 +195,7 @@ def _document(version: PolicyVersion) -> dict[str, Any]:
 
 def _changed(before: PolicyVersion, after: PolicyVersion) -> str:
     changes = differences(before.policy, after.policy)
-    return "; ".join(f"{name} from {shown(a)} to {shown(b)}" for name, (a, b) in changes.items())
+    return "; ".join(f"{name} from {value_in_words(a)} to {value_in_words(b)}" for name, (a, b) in changes.items())
 
 
 def _moment(seconds: float | None) -> str:

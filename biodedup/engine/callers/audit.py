@@ -125,7 +125,7 @@ def counted(count: int) -> None:
 
 
 class AuditLog:
-    """The audit log of one open gallery, its `Recorder`. mode: of `config.AUDITS`; clock: the time in seconds. Thread-safe."""
+    """The audit log of one open gallery, its `Recorder`. mode: of `config.config.AUDITS`; clock: the time in seconds. Thread-safe."""
 
     def __init__(self, gallery: Gallery, mode: str, clock: Callable[[], float]) -> None:
         self.mode, self.clock = mode, clock
@@ -238,7 +238,7 @@ def move_old(transaction: Transaction, storage: Storage, out: Path, before: floa
     """As `Engine.archive_audit`: the file is durable before the commit that drops the records."""
     if out.exists():
         raise InvalidInput(f"{out} exists, and an archive is never replaced; name a new file")
-    spans = [s for s in transaction.callers(noted=False).audit_spans() if s.records and s.until < before]
+    spans = [s for s in transaction.caller_tables(noted=False).audit_spans() if s.records and s.until < before]
     if spans:
         content = archive_of(spans)
         with translated(f"writing {out}"):
@@ -247,7 +247,7 @@ def move_old(transaction: Transaction, storage: Storage, out: Path, before: floa
         digest = hashlib.sha256(content).hexdigest()
         transaction.record_step(ARCHIVE_STEP + digest, {"first": spans[0].number, "last": spans[-1].last})
         for span in spans:
-            transaction.callers().put_audit_span(replace(span, records=b""))
+            transaction.caller_tables().put_audit_span(replace(span, records=b""))
     return sum(span.last - span.number + 1 for span in spans)
 
 

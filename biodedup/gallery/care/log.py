@@ -28,7 +28,7 @@ from biodedup.gallery.catalogue.chain import (
     pack_row,
 )
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 
 _NAMED_MAX = 20  # problems of one table that are named
 
@@ -82,7 +82,7 @@ def verify_chain(
                 return _Check(catalogue, gallery_id, mark, public_keys).report(files, len(manifest.files))
             finally:
                 catalogue.rollback()
-    except (GalleryDamaged, *ODD_CONTENT) as error:
+    except (GalleryDamaged, *MALFORMED) as error:
         if isinstance(error, CallerError | MemoryError):
             raise
         return LogReport(

@@ -110,9 +110,9 @@ class _TemplateColumns:
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
         return np.asarray(self._presence[rows])
 
-    def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
+    def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32 | None:
         vectors = self._vectors[column][self._index[column][rows]]
-        return similarities_of(vectors, column, probes) if vectors.shape[1] else None
+        return similarities_of(vectors, column, probes, which) if vectors.shape[1] else None
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
         records = self._records[column]
@@ -225,9 +225,11 @@ def _calibrations(
     encounters: Sequence[Labelled], gallery: Bool, columns: _TemplateColumns, config: Config
 ) -> Calibrations:
     samples = {name: _impostor_sample(encounters, gallery, name) for name in set(columns.model_ids().values())}
-    own = config.stated_policy.own_strangers
+    use_gallery = config.stated_policy.use_gallery_impostors
     return Calibrations(
-        Extractor(config).cards, lambda model_id: samples.get(model_id, NO_SAMPLE), own_strangers=lambda: own
+        Extractor(config).cards,
+        lambda model_id: samples.get(model_id, NO_SAMPLE),
+        use_gallery_impostors=lambda: use_gallery,
     )
 
 

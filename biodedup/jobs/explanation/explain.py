@@ -238,7 +238,7 @@ def _write(
     comparison = pairs.compare(a, b, across=request.across_positions)
     explained = _explained(comparison, sides, policy, size)
     evidence = () if comparison is None else comparison.evidence
-    laws = [pairs.law(a[part.column], part) for part in evidence]
+    laws = [pairs.calibration_of(a[part.column], part) for part in evidence]
     write_page(
         out,
         "explain.html",
@@ -256,7 +256,7 @@ def _write(
         pairs=[
             {
                 "law": law,
-                "readings": pairs.readings(a[part.column], part),
+                "readings": pairs.raw_scores(a[part.column], part),
                 **_compared_captures(part, sides),
             }
             for part, law in zip(evidence, laws, strict=True)
@@ -285,7 +285,9 @@ def _explained(
     """Decides by the thresholds of a gallery of this size, or of a 1:1 comparison."""
     verify_db = _verify_db(policy)
     duplicate_db, review_db = (verify_db, verify_db) if size is None else policy.thresholds_db(size)
-    compared = [] if comparison is None else [comparison if size is not None else replace(comparison, sure_db=None)]
+    compared = (
+        [] if comparison is None else [comparison if size is not None else replace(comparison, worst_case_db=None)]
+    )
     verdict = judge(
         compared,
         duplicate_db,
@@ -350,7 +352,7 @@ def _headline(
     if "uncalibrated" in verdict.reasons:
         return (
             f"For a person to judge: {score}, but {where} has not checked the calibration with enough of its own people; "
-            f"the cautious score is {comparison.sure_db or 0.0:.0f} dB."
+            f"the cautious score is {comparison.worst_case_db or 0.0:.0f} dB."
         )
     if "extrapolated" in verdict.reasons:
         return f"For a person to judge: {score}, but the score is extrapolated, and the policy does not trust this; {reaches}."

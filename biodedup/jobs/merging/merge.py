@@ -55,7 +55,7 @@ from biodedup.jobs.shared.acting import Actor
 from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
-from biodedup.match.judgement import BELIEVED
+from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.search.clusters import clusters_of
 from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
 
@@ -337,7 +337,7 @@ def _groups(registers: Sequence[Register], staged: Snapshot, links: Sequence[Lin
     """The clusters of records of one person. A cluster applies if trusted links alone connect all its members."""
     strong = [link for link in links if link.score_db >= settings.threshold_db]
     clusters = clusters_of(strong)
-    believed = (link for link in strong if link.kind in BELIEVED)
+    believed = (link for link in strong if link.kind in TRUSTED_KINDS)
     trusted = clusters_of(link for link in believed if settings.min_db is not None or not link.extrapolated)
     applying = {cluster.subject_ids for cluster in trusted}
     members = _members(registers, staged, [name for cluster in clusters for name in cluster.subject_ids])

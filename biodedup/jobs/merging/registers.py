@@ -27,7 +27,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.policies import PolicyVersion, mismatch, told
+from biodedup.gallery.policies import PolicyVersion, differences_in_words, mismatch
 from biodedup.gallery.segments.part import Int64
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.shared.progress import Progress
@@ -136,7 +136,7 @@ def policy_of(registers: Sequence[Register], central: Register | None, given: Po
     for other in registers[1:]:
         if changes := differences(first.policy.policy, other.policy.policy):
             raise InvalidInput(
-                f"districts have different policies: {told(changes, f'in {first.name}', f'in {other.name}')}; state the policy of the merge "
+                f"districts have different policies: {differences_in_words(changes, f'in {first.name}', f'in {other.name}')}; state the policy of the merge "
                 "([policy] in the settings file), with which --apply creates the central gallery; or name an existing central gallery, "
                 "whose policy then applies"
             )
