@@ -305,7 +305,7 @@ def backup(
     text = (
         f"version {copied.version} is in {target}: {counted(copied.databases, 'database')} and {counted(copied.files_copied, 'file')} copied "
         f"({copied.byte_count:,} bytes), "
-        f"{copied.files_kept} were already there"
+        f"{copied.files_kept} were there"
     )
     if copied.left_out:
         text += f"; not copied, because damaged: {', '.join(copied.left_out)}"
