@@ -7,7 +7,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli import base
+from biodedup.cli import printing
 from biodedup.search.selfjoin.estimate import SECONDS_WARNED, duration, estimate_of, rounded
 from tests.support.vectors import SFACE, people
 
@@ -99,6 +99,6 @@ def test_a_deduplication_states_the_number_in_its_summary(tmp_path, portrait):
 
 
 def test_the_command_line_prints_a_warning_at_once(capsys):
-    with base.progress_bar() as progress:
+    with printing.progress_bar() as progress:
         progress("warning: this takes 3 h", 0, 10)
         assert "warning: this takes 3 h" in capsys.readouterr().err
