@@ -277,7 +277,7 @@ def test_a_print_of_1000_dpi_is_known_by_its_ridges_whatever_its_file_says(dpi):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("true", [250, 800])
+@pytest.mark.parametrize("true", [250, 900])
 def test_ridges_that_no_finger_has_are_refused_by_their_distance_where_no_usual_resolution_fits(true):
     again = two_impressions(7)[1]
     scaled = cv2.resize(again, None, fx=true / 500, fy=true / 500, interpolation=cv2.INTER_AREA)
