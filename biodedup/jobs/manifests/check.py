@@ -20,7 +20,14 @@ from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.values import COLUMNS, Refusal
 
-_NAMES = {"utf-8": "UTF-8", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "cp1252": "Windows-1252"}
+_NAMES = {
+    "utf-8": "UTF-8",
+    "utf-16": "UTF-16",
+    "utf-16-le": "UTF-16",
+    "utf-16-be": "UTF-16",
+    "utf-32": "UTF-32",
+    "cp1252": "Windows-1252",
+}
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tabulator", "|": "vertical bar"}
 
 
@@ -137,10 +144,13 @@ def check_roll(roll: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
 
 
 def _absent(number: int, subject_id: str | None, paths: Iterable[Any]) -> RefusedRow | None:
-    """A refusal for a file that is not there."""
+    """A refusal for a file that is not there, or for what is no file."""
     for path in paths:
         if isinstance(path, Path) and not path.exists():
             return RefusedRow(number, subject_id, Refusal("encounter", "missing_file", f"{path} does not exist"))
+        if isinstance(path, Path) and not path.is_file():
+            detail = f"{path} is a folder" if path.is_dir() else f"{path} is no regular file"
+            return RefusedRow(number, subject_id, Refusal("encounter", "not_a_file", detail))
     return None
 
 
