@@ -98,7 +98,7 @@ def group_counts(snapshot: Snapshot) -> dict[str, int]:
     """group -> how many enrolled subjects are in it, by name. A subject with several rows counts once."""
     enrolled, counts = snapshot.enrolled, Counter[str]()
     several = (
-        {int(hashed) for part in snapshot.parts for hashed in part.again.tolist()} if snapshot.extra_rows else set()
+        {int(hashed) for part in snapshot.parts for hashed in part.repeated.tolist()} if snapshot.extra_rows else set()
     )
     known = np.array(sorted(several), np.uint64)
     numbers = Counter[int]()

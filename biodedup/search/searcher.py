@@ -33,7 +33,7 @@ from biodedup.match.staged import Stage
 from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.joint import JointPlan
-from biodedup.search.multicolumn.plan import MultiColumnQuery, covered_presences
+from biodedup.search.multicolumn.plan import MultiColumnQuery, covered_presences, is_journal
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
 from biodedup.search.multicolumn.scanned import ScannedPlan
 from biodedup.search.native.scanner import Scanner
@@ -431,13 +431,19 @@ class _Search:
     def _scoped(self, query: MultiColumnQuery) -> MultiColumnQuery | None:
         scope, floor_llr_db = self._scope, np.inf
         if self._floor_db > 0:
-            if not query.plans:
+            kinds = [*query.plans, *(self._journal_kinds(query) if query.joint else ())]
+            if not kinds:
                 return None
-            query = replace(query, joint=False, lone_db={})
-            ids = [[self._models[name].model_id for name in sorted(names)] for names in query.plans]
+            ids = [[self._models[name].model_id for name in sorted(names)] for names in kinds]
             floor_llr_db = min(self._comparer.llr_reaching(self._floor_db, model_ids) for model_ids in ids)
         k = query.k + scope.extra_k
         return replace(query, k=k, floor_llr_db=floor_llr_db, groups=scope.groups, from_row=scope.from_row)
+
+    def _journal_kinds(self, query: MultiColumnQuery) -> set[frozenset[str]]:
+        """The sets of this query's columns that rows of the journal have, of several columns each."""
+        journals = [part for part in self._snapshot.parts if is_journal(part, query.columns)]
+        kinds = {frozenset(c for c in query.columns if bits & BIT[c]) for part in journals for bits in part.bits}
+        return {kind for kind in kinds if len(kind) > 1}
 
     def _search_multicolumn(self, queries: Sequence[MultiColumnQuery | None]) -> None:
         """Adds the rows that the multi-column queries find to the rows to compare."""

@@ -4,12 +4,15 @@ Owns the choice of the rows that are compared with each other. Never decides and
 
 1. In a gallery that has only faces, each row is compared with all later rows. In a large gallery it is compared only with the rows that share
    an LSH bucket with it (`buckets.py`).
-2. In any other gallery, each row is searched as a probe.
+2. In any other gallery, each row is searched as a probe among the later rows. So each pair is searched once, with the miss risk of a search.
+   If subjects have several rows, each row is searched in the whole gallery.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -25,7 +28,7 @@ from biodedup.match.compare import Comparer
 from biodedup.match.ranked import Ranked
 from biodedup.match.scores.calibrations import SampleOf
 from biodedup.search.scope import Scope
-from biodedup.search.searcher import PROBES, Searcher, SnapshotRows
+from biodedup.search.searcher import PROBES, CandidateSet, Searcher, SnapshotRows
 from biodedup.search.selfjoin.bucket_join import join_buckets, parts_with_codec
 from biodedup.search.selfjoin.buckets import Buckets, choose
 from biodedup.search.selfjoin.crowds import FoundPairs, PairCollector
@@ -37,7 +40,8 @@ JOIN_ROWS = 4096
 _ROWS_FIRST, _PAIRS_AT_ONCE = 16, 1 << 15
 """Number of rows in the first scan of a tile, and expected pairs of a later scan. The number of rows per scan depends on the pairs found so
 far, so that crowds fit into memory."""
-_SEARCHED_ROWS = 32  # rows that are searched in one call, if rows have more than a face
+_SEARCHED_ROWS, _BATCHES = 128, 2
+"""If rows have more than a face: the number of rows that are searched in one call, and of calls that run at the same time."""
 
 
 class SelfJoin:
@@ -87,7 +91,7 @@ class SelfJoin:
         """The pairs of a row of `rows` and a later row that score at least threshold_db, each once. rows: live rows, ascending. with_all: also
         pairs with earlier rows."""
         if not _has_faces_only(snapshot):
-            return self._searched(snapshot, rows, threshold_db)
+            return self._searched(snapshot, rows, threshold_db, with_all=with_all)
         faces = snapshot.embeddings(rows, "face")
         model_id = snapshot.models["face"].model_id
         similarity = np.full(len(rows), self._searcher.similarity_reaching(model_id, threshold_db), np.float32)
@@ -143,18 +147,44 @@ class SelfJoin:
         across = self._config.across_positions and not faces_only
         return self._searcher.compare(probe, SnapshotRows(snapshot), others, _excluded_rows(snapshot, row), across)
 
-    def _searched(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float) -> FoundPairs:
-        """The pairs found by searching for each row in the whole gallery. A pair counts if the search for either of its rows finds it."""
+    def _searched(self, snapshot: Snapshot, rows: Sequence[int], threshold_db: float, *, with_all: bool) -> FoundPairs:
+        """The pairs found by searching for each row among the later rows; with_all: in the whole gallery. If subjects have several rows,
+        always in the whole gallery: their rows are compared together, so that the score of a pair depends on which of them is the probe."""
+        all_rows = with_all or bool(snapshot.extra_rows)
         collector = self._collector(snapshot, threshold_db)
-        for start in range(0, len(rows), _SEARCHED_ROWS):
-            batch = rows[start : start + _SEARCHED_ROWS]
-            probes = [snapshot.templates(row) for row in batch]
-            excluded = [_excluded_rows(snapshot, row) for row in batch]
-            across = self._config.across_positions
-            results = self._searcher.search(snapshot, probes, floor_db=threshold_db, across=across, excluded=excluded)
-            for row, candidates in zip(batch, results, strict=True):
-                collector.add(row, candidates.comparisons)
+        batches = [rows[start : start + _SEARCHED_ROWS] for start in range(0, len(rows), _SEARCHED_ROWS)]
+
+        def search(some: Sequence[int]) -> list[CandidateSet]:
+            excluded = [_excluded_rows(snapshot, row) for row in some]
+            across, probes = self._config.across_positions, snapshot.templates_of(some)
+            return self._searcher.search(
+                snapshot,
+                probes,
+                from_row=0 if all_rows else some[0] + 1,
+                floor_db=threshold_db,
+                across=across,
+                excluded=excluded,
+            )
+
+        # while one batch waits for its scan, another is compared
+        with ThreadPoolExecutor(min(_BATCHES, self._searcher.scanner.threads), "biodedup-join") as pool:
+            for some, results in zip(batches, _in_order(pool, search, batches), strict=True):
+                for row, candidates in zip(some, results, strict=True):
+                    collector.add(row, candidates.comparisons)
         return collector.found()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Sequence[int]], list[CandidateSet]], batches: Sequence[Sequence[int]]
+) -> Iterator[list[CandidateSet]]:
+    """The results of all batches, in their order. Only a few results are held at a time."""
+    running = deque[Future[list[CandidateSet]]]()
+    for batch in batches:
+        running.append(pool.submit(work, batch))
+        if len(running) > _BATCHES:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def _has_faces_only(snapshot: Snapshot) -> bool:
