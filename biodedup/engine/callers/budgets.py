@@ -33,7 +33,7 @@ from biodedup.values import Float32, Template, Verification
 
 HOUR_S, DAY_S = 3_600.0, 86_400.0
 NEAR = 0.5
-"""Cosine from which two captures count as alike. Strangers' faces exceed it in 1 of 100,000 pairs, captures of one person fall short of it in
+"""Cosine from which two captures count as alike. Impostors' faces exceed it in 1 of 100,000 pairs, captures of one person fall short of it in
 one of ten (LFW, 2026-11)."""
 _REMEMBERED, _PAIRS_MAX = 16, 4_096  # failed captures of a pair of caller and subject; pairs
 NO_SUBJECTS: Mapping[str, int] = MappingProxyType({})
