@@ -129,6 +129,22 @@ def test_a_replica_that_was_too_slow_is_asked_last_until_it_answers():
     assert {by(asker.ask(replicas, QUESTION)) for _ in range(2)} == {"a", "b"}
 
 
+def test_a_slow_replica_is_asked_last_also_where_no_hedge_is_left(monkeypatch):
+    replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
+    for _ in range(asking._LATENCIES_MIN):
+        asker.ask(replicas, QUESTION)
+    replicas[0].says, before = None, replicas[0].asked
+    monkeypatch.setattr(asker, "may_hedge", lambda: noticed.set())
+    noticed = threading.Event()
+    stuck = threading.Thread(target=asker.ask, args=(replicas, QUESTION))
+    stuck.start()
+    assert noticed.wait(30)
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(6)] == ["b"] * 6
+    assert replicas[0].asked == before + 1
+    replicas[0].unanswered.pop().set_result(wire.Message(DONE).sent())
+    stuck.join()
+
+
 def test_a_slow_replica_that_then_fails_stays_last():
     replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
     for _ in range(asking._LATENCIES_MIN):

@@ -19,6 +19,7 @@ from biodedup.capture.minutiae.record import MinutiaeRecord, write_record
 from biodedup.config import IsolationConfig
 from biodedup.embed.cards import joint_id, load_card
 from biodedup.engine import joining
+from biodedup.jobs.merging import ids
 from biodedup.jobs.shared.workers import Workers
 from tests.support.shell import run
 from tests.support.vectors import again, people
@@ -130,6 +131,28 @@ def test_a_merge_by_the_command_line_writes_the_same_five_files(cluster, tmp_pat
     assert len(files) == 5
     for name in files:
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
+
+
+def test_ids_that_two_registers_gave_are_compared_on_other_machines_too(on_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(ids, "_CHECKPOINT_IDS", 16)
+    a, b = people(60, seed=1), people(60, seed=2)
+    b[:5] = again(a[:5], 0.9)
+    sources = [filled(tmp_path / name, vectors, "s") for name, vectors in (("a", a), ("b", b))]
+    sent: list[str] = []
+
+    class Noting:
+        pieces_ahead = on_ray.pieces_ahead
+
+        def submit(self, work, piece):
+            sent.append(type(work).__name__)
+            return on_ray.submit(work, piece)
+
+    for name, more in (("here", {}), ("there", {"executor": Noting()})):
+        (tmp_path / name).mkdir()
+        jobs.merge(sources, tmp_path / name / "m.parquet", min_db=70.0, **more)
+    assert sent.count("IdWork") == 4
+    for file in (path for path in (tmp_path / "here").iterdir() if path.is_file()):
+        assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_a_batch_with_captures_that_kill_their_process_ends_with_the_same_outcomes(on_ray, tmp_path):

@@ -371,7 +371,7 @@ def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path)
 @pytest.mark.slow
 def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path):
     forge(folder, config, "DELETE FROM verdict")
-    with pytest.raises(bd.GalleryDamaged, match="not sound"):
+    with pytest.raises(bd.GalleryDamaged, match="not valid"):
         jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", config)
     assert not (tmp_path / "c").exists()
 

@@ -194,7 +194,7 @@ def test_one_lost_row_is_within_the_risk_unless_nothing_left_to_chance_loses_it_
     losing(monkeypatch, [victim.row])
     watch = jobs.watch(gallery)
     assert (watch.columns[0].lost, watch.columns[0].certain) == (1, 1)
-    assert "nothing left to chance" in watch.problems[0]
+    assert "a miss risk of zero does not find" in watch.problems[0]
 
 
 def test_stored_templates_that_have_changed_under_sound_checksums_are_reported(gallery, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_similarity_that_is_miscomputed_is_reported(gallery, monkeypatch):
     )
     watch = jobs.watch(gallery)
     assert watch.columns[0].miscomputed == watch.columns[0].found
-    assert "not that of the stored rows" in watch.problems[0]
+    assert "differs from that of the stored rows" in watch.problems[0]
 
 
 # removals ---------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_a_file_of_another_gallery_is_a_problem(gallery, tmp_path):
     grow(tmp_path / "other", 0, 100)
     jobs.watch(tmp_path / "other")
     (gallery / CANARIES_NAME).write_bytes((tmp_path / "other" / CANARIES_NAME).read_bytes())
-    assert "of another gallery" in jobs.watch(gallery).problems[0]
+    assert "belongs to another gallery" in jobs.watch(gallery).problems[0]
 
 
 def test_a_backup_takes_them_along_and_is_searched_without_writing(gallery, tmp_path, monkeypatch):

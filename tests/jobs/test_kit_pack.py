@@ -58,7 +58,7 @@ def test_a_batch_is_never_replaced_by_one_that_lacks_its_records(centre):
     content = (centre / "b.kit").read_bytes()
     with pytest.raises(bd.InvalidInput, match="2 records that this manifest does not name"):
         packed(centre, "A", "b.kit", table(people(1)))
-    with pytest.raises(bd.InvalidInput, match="not a sound batch of this kit"):
+    with pytest.raises(bd.InvalidInput, match="does not list it as a batch of this kit"):
         packed(centre, "B", "b.kit", table(people(3)))
     assert (centre / "b.kit").read_bytes() == content
 

@@ -140,6 +140,14 @@ def test_files_and_names_that_a_page_mentions_exist(page):
             assert known, f"{name(page)}: {owner.__name__}.{member}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "`test_" in page.read_text()], ids=name)
+def test_tests_that_a_page_names_exist(page):
+    known = {
+        found for file in (ROOT / "tests").rglob("*.py") for found in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert [named for named in re.findall(r"`(test_\w+)`", page.read_text()) if named not in known] == []
+
+
 def test_the_architecture_lists_every_package_and_real_modules():
     text = ARCHITECTURE.read_text()
     for package in (ROOT / "biodedup").rglob("__init__.py"):

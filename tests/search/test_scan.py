@@ -402,7 +402,7 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
 
 
 def test_more_rows_above_a_similarity_than_can_be_collected_are_found_all_the_same(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(native, "_HITS_MOST", 20)
+    monkeypatch.setattr(native, "_HITS_MAX", 20)
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     least = np.full(3, 0.2, np.float32)

@@ -5,8 +5,8 @@ Owns the order of the replicas, deadlines, hedged requests, and the interpretati
 1. Each replica has `deadline_s` seconds to answer. A replica that has failed comes last in the order for a while.
 2. Hedged requests (Dean and Barroso, "The Tail at Scale", 2013): if an answer takes longer than 95 % of the recent answers, the next
    replica is asked as well, and the first answer is used. At most one question in ten is hedged, so that hedging does not double the load
-   of a slow cluster. A replica whose question was hedged comes last until it answers: a dead node that Ray has not noticed yet costs one
-   or two hedges.
+   of a slow cluster. A replica that is so slow comes last until it answers, whether its question was hedged or not: a dead node that
+   Ray has not noticed yet costs one or two hedges.
 3. If the queues of all living replicas are full, the question is refused, and the caller tries again later.
 """
 
@@ -186,9 +186,9 @@ class _Question:
             self._drop_late(now)
             if may_hedge and not done and self._asked and now >= hedge_at:
                 hedged = True
+                for future, asked in self._asked.items():
+                    self._asker.suspect_until_answered(asked.replica, future)
                 if self._asker.may_hedge():
-                    for future, asked in self._asked.items():
-                        self._asker.suspect_until_answered(asked.replica, future)
                     self._start(self._left.popleft(), now)
         return self._said
 

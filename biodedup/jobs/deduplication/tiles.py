@@ -33,17 +33,9 @@ class JoinWork(Work[JoinStep, JoinedTile | None]):
         return Deferred(self.joining.tile, piece)
 
     def recipe(self) -> JoinRecipe:
-        config, folder = self._engine.config, self._engine.folder
-        if folder is None:
-            raise InvalidInput(
-                "the join of a register cannot use an executor; omit the executor, or export the register to a folder"
-            )
-        if config.keys is not None and not isinstance(config.keys, KeyProvider):
-            raise InvalidInput(
-                "keys is a function, which cannot be sent to other machines; pass a KeyProvider, and set up the key on each node"
-            )
+        folder, config = sent_with(self._engine)
         return JoinRecipe(
-            folder.absolute(), config, _state_of(self._engine.info()["gallery_id"], self.joining), self._threshold_db
+            folder, config, _state_of(self._engine.info()["gallery_id"], self.joining), self._threshold_db
         )
 
 
@@ -63,18 +55,34 @@ class JoinRecipe:
     @contextmanager
     def opened(self) -> Iterator[Callable[[JoinStep], JoinedTile | None]]:
         """Yields the function that compares a tile. It returns None if this process has another version of the gallery."""
-        try:
-            engine = Engine.open(
-                self.folder, replace(self.config, log=Config().log), read_only=True, override_policy=True
-            )
-        except NotAGallery as error:
-            raise InvalidInput(
-                f"a Ray node does not have the gallery {self.folder}; use a folder that all nodes share"
-            ) from error
-        with engine:
+        with opened_elsewhere(self.folder, self.config) as engine:
             joining = engine.joining(threshold_db=self.threshold_db)
             same = _state_of(engine.info()["gallery_id"], joining) == self.state
             yield joining.tile if same else lambda step: None
+
+
+def sent_with(engine: Engine) -> tuple[Path, Config]:
+    """What another process needs to open an engine's gallery. Raises InvalidInput where it cannot."""
+    config, folder = engine.config, engine.folder
+    if folder is None:
+        raise InvalidInput(
+            "the join of a register cannot use an executor; omit the executor, or export the register to a folder"
+        )
+    if config.keys is not None and not isinstance(config.keys, KeyProvider):
+        raise InvalidInput(
+            "keys is a function, which cannot be sent to other machines; pass a KeyProvider, and set up the key on each node"
+        )
+    return folder.absolute(), config
+
+
+def opened_elsewhere(folder: Path, config: Config) -> Engine:
+    """An engine that reads, in a process that does pieces. config: with the policy in force. Raises as `Engine.open`."""
+    try:
+        return Engine.open(folder, replace(config, log=Config().log), read_only=True, override_policy=True)
+    except NotAGallery as error:
+        raise InvalidInput(
+            f"a Ray node does not have the gallery {folder}; use a folder that all nodes share"
+        ) from error
 
 
 def _state_of(gallery_id: str, joining: Joining) -> _State:

@@ -36,11 +36,11 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.deduplication.gallery import is_gallery, join_checkpoint, join_links
 from biodedup.jobs.merging.apply import Applied, apply_merge, begun, current_id, refuse_unfinished
-from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Findings, Group, Member, Settings
+from biodedup.jobs.merging.ids import check_shared
+from biodedup.jobs.merging.model import AbsorbedRecord, Findings, Group, Member, Settings
 from biodedup.jobs.merging.registers import (
     Origins,
     Register,
-    SharedId,
     check_registers,
     colliding_hashes,
     named,
@@ -52,15 +52,11 @@ from biodedup.jobs.merging.registers import (
 from biodedup.jobs.merging.report import beside, write_results
 from biodedup.jobs.merging.survivors import absorbed, check_rule, survivor
 from biodedup.jobs.shared.acting import Actor
-from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.search.clusters import clusters_of
-from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
-
-_CHECKPOINT_IDS = 200
-"""Number of shared ids that are compared between two checkpoints."""
+from biodedup.values import COLUMNS, Cluster, Evidence, Link
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ def merge(
     the policy's duplicate threshold for the merged size, also lists links above its review threshold, and applies only links that are not
     extrapolated. The policy is that of the central gallery; otherwise that of config; otherwise the common policy of all districts. by: the
     person who applies the merge, who needs the role supervise if identities are configured; sign: the file of the person's private key.
-    executor: where tiles are compared (`jobs.ray_executor`).
+    executor: where tiles and shared ids are compared (`jobs.ray_executor`).
 
     Raises NotAllowed, ApprovalNeeded (`Policy.two_people`): then the result is written, but not applied. Raises InvalidInput, PolicyMismatch,
     ModelMismatch, NotAGallery, GalleryBusy (another job writes this result), GalleryDamaged, StorageUnavailable.
@@ -227,7 +223,7 @@ def _results(
             warn(run.progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
             with join_checkpoint(engine, run.work / "join.notes", settings.joined_db) as notes:
                 joined = join_links(engine, notes, settings.joined_db, run.progress, run.executor)
-            checked = _check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress)
+            checked = check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress, run.executor)
         links = _each_once(joined.kept())
         groups = _groups(registers, staged, links, settings)
         district_of = _districts(registers, staged, links)
@@ -404,47 +400,6 @@ def _mean(qualities: Iterable[float | None]) -> float | None:
 def _decided_at(snapshot: Snapshot, encounter_id: str) -> float | None:
     answer = snapshot.answer(encounter_id) if encounter_id else None
     return None if answer is None else json.loads(answer.text).get("decided_at")
-
-
-def _check_shared(
-    engine: Engine,
-    staged: Snapshot,
-    shared: Sequence[SharedId],
-    notes_path: Path,
-    settings: Settings,
-    progress: Progress,
-) -> list[Checked]:
-    """Compares subjects of different districts that have the same id, 1:1: each with the subject of the first district that has the id."""
-    first: dict[str, SharedId] = {}
-    later = [entry for entry in shared if first.setdefault(entry.subject_id, entry) is not entry]
-    info = engine.info()
-    key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
-    scores: list[float | None] = []
-    with CheckpointFile(notes_path, key, engine.config.keys) as notes:
-        for saved in notes.entries:
-            scores += saved
-        for low in range(len(scores), len(later), _CHECKPOINT_IDS):
-            batch = later[low : low + _CHECKPOINT_IDS]
-            rows = staged.rows_of(pack_text([first[entry.subject_id].merged_id for entry in batch])).tolist()
-            compared = [
-                engine.unrestricted().verify(Encounter(None, templates=staged.templates(row)), entry.merged_id)
-                for entry, row in zip(batch, rows, strict=True)
-            ]
-            batch_scores = [verification.score_db if verification.evidence else None for verification in compared]
-            notes.append(batch_scores)
-            scores += batch_scores
-            progress("checking ids", len(scores), len(later))
-    score_of = dict(zip((id(entry) for entry in later), scores, strict=True))
-    checked = []
-    for entry in shared:
-        if id(entry) not in score_of:
-            checked.append(Checked(entry, None, None, None))
-            continue
-        score_db = score_of[id(entry)]
-        verdict = "same_person" if score_db is not None and score_db >= settings.verify_db else "another_person"
-        against = first[entry.subject_id].owner
-        checked.append(Checked(entry, against, score_db, "not_comparable" if score_db is None else verdict))
-    return checked
 
 
 def _districts(registers: Sequence[Register], staged: Snapshot, links: Sequence[Link]) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""The scan kernel: table look-ups rule most rows out, and high nibbles estimate the rest.
+"""The scan kernel: table look-ups exclude most rows, and high nibbles estimate the similarity of the other rows.
 
-Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`tables.py`). Its oracle in
-numpy is in tests/search/test_scan.py.
+Owns the scan of rows for probes. Never makes tables or limits (`tables.py`). tests/search/test_scan.py has a reference in numpy.
 
-A few blocks of 64 rows are looked up in the probes' tables (`table_tile.py`). The high nibbles of rows whose sum
-reaches the probe's limit are compared; for few probes they are prefetched, and compared when the next blocks have been
-looked up. Without tables each row is compared with each probe.
+A few blocks of 64 rows are looked up in the probes' tables (`table_tile.py`). Rows whose sum reaches the probe's limit are compared by their high
+nibbles. For few probes the high nibbles are prefetched, and compared after the look-ups of the next blocks. Without tables each row is
+compared with each probe.
 """
 
 from __future__ import annotations
