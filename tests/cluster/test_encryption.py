@@ -107,7 +107,7 @@ def test_renewable_templates_are_refused(register, config, tmp_path):
     with pytest.raises(bd.InvalidInput, match="use a gallery in a folder"):
         register(renewable)
     engine = register(config)
-    with pytest.raises(bd.InvalidInput, match="use a gallery in a folder"):
+    with pytest.raises(bd.InvalidInput, match="for a gallery in a folder"):
         engine.rekey()
     bd.Engine.open(tmp_path / "g", renewable).close()
     cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store")
