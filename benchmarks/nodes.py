@@ -36,7 +36,7 @@ from typing import Any
 
 import national
 import numpy as np
-from report import record
+from report import model_ids, record
 
 import biodedup as bd
 from biodedup.testing import internals
@@ -306,6 +306,7 @@ def front_end(url: str, segments: str, address: str, number: int, rows: int) -> 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     probes, _ = national.probes_of(rows)
     failed, incomplete, took = 0, 0, []
+    models = model_ids("face", national.DIMENSION)
     ended = threading.Event()
     config = Register(url, segments, Path(), rows).config(address, threads=1)
     with bd.Engine.open(url, config) as engine:
@@ -316,7 +317,11 @@ def front_end(url: str, segments: str, address: str, number: int, rows: int) -> 
             began = time.monotonic()
             try:
                 found = engine.search({"face": probes[i % 64 : i % 64 + 1]}, k=K)
-                decision = engine.enroll(bd.Encounter(f"s{number}-{os.getpid()}-{i}", templates={"face": vectors[i]}))
+                decision = engine.enroll(
+                    bd.Encounter(
+                        f"s{number}-{os.getpid()}-{i}", templates={"face": vectors[i]}, model_id=models["face"]
+                    )
+                )
                 incomplete += found.incomplete + decision.incomplete
             except bd.BiodedupError as error:
                 print(type(error).__name__, error, file=sys.stderr, flush=True)

@@ -367,7 +367,7 @@ def _column(
     by_tables = None
     if miss_risk > 0:
         largest = max((held.column for held in coded), key=lambda column: column.count)
-        by_tables = classes_of(largest, tables_for(codec.scanned, _TABLE_SHARE)).laws[0].bound(miss_risk)
+        by_tables = classes_of(largest, tables_for(codec.scanned, _TABLE_SHARE)).error_distributions[0].bound(miss_risk)
     return ColumnPlan(
         column=name,
         rows=rows,

@@ -335,7 +335,7 @@ def test_the_demo_blocks_every_recapture_and_agrees_with_numpy(tmp_path):
     assert {d.outcome for name, d in result.decisions if name.startswith("portrait,")} == {"duplicate", "refused"}
     blocked = [d.best.subject_id for d in outcomes.values() if d.outcome == "duplicate"]
     assert blocked == ["astronaut"] * 7 + ["person-1"]
-    assert outcomes["a face and a finger"].outcome == outcomes["others"].outcome == "unique"
+    assert outcomes["a face and a finger"].outcome == outcomes["another face and finger"].outcome == "unique"
     assert result.agrees_with_numpy == 1.0
     assert result.mates_first > 0.95
     assert len(lines) > 10

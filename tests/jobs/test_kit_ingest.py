@@ -68,7 +68,7 @@ def test_one_id_with_two_contents_is_a_conflict_within_a_kit_and_two_encounters_
     ) == 2
     assert enrolled(centre) == ["s0", "s1"]
     page = (centre / "o.html").read_text()
-    assert "Conflicts" in page and "What came first stays" in page
+    assert "Conflicts" in page and "The earlier encounter remains" in page
 
 
 def test_one_person_under_two_encounters_is_found_by_id_or_by_biometrics(centre):

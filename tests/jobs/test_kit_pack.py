@@ -168,8 +168,8 @@ def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     result = pack("b.kit")
     broken = {one.subject_id: one.problem for one in result.broken}
     assert broken.keys() == {"008", "009", "010", "011, 012", "013", "", "015", "016"}
-    assert "row 19: its file is no right_index capture that can be opened (truncated)" in broken["015"]
-    assert "row 21: its file is no right_index capture that can be opened (not_an_image)" in broken["016"]
+    assert "row 19: its file cannot be opened as a right_index capture (truncated)" in broken["015"]
+    assert "row 21: its file cannot be opened as a right_index capture (not_an_image)" in broken["016"]
     assert "absent.png does not exist" in broken["008"] and "righ_index" in broken["009"]
     assert "'many'" in broken["010"] and "give each its own" in broken["011, 012"] and "not a file" in broken["013"]
     refused = {record.subject_id: [r.reason for r in record.refusals] for record in result.recaptures}

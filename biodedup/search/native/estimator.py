@@ -63,14 +63,14 @@ class TableEstimator(ABC):
         """The probes for the kernel, with tables. probes: rotated. cuts: the cut-offs of the estimates by tables, float32 (q,)."""
 
     @cached_property
-    def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
+    def error_distributions(self) -> tuple[ErrorLaw, ErrorLaw]:
         """(error distribution of the estimates by tables, of those by high nibbles), for pairs that neither step may lose."""
         rng = np.random.default_rng(_SEED)
         tables, nibbles = measured_laws((self.estimates, by_nibbles(self.scanned)), self.sample, "sample", rng)
         return tables, nibbles
 
     @cached_property
-    def quick_law(self) -> ErrorLaw:
+    def quick_error_distribution(self) -> ErrorLaw:
         """An approximate error distribution from few pairs, to predict costs."""
         rng = np.random.default_rng(_SEED)
         return measured_laws((self.estimates,), self.sample, "sample", rng, _QUICK_PAIRS)[0]

@@ -109,9 +109,10 @@ class SelfJoin:
             )
             if reached.failures:
                 raise GalleryDamaged(f"a self-join needs every row, and a shard failed: {reached.failures[0]}")
-            for row, face, (found, _) in zip(rows[part], faces[part], reached.found, strict=True):
-                later = (found > row) & (found < tail) if row < tail else (found < tail) | (found > row)
-                others = found[found != row if with_all else later]
+            for row, face, (reached_rows, _) in zip(rows[part], faces[part], reached.found, strict=True):
+                up_to_tail, after_row = reached_rows < tail, reached_rows > row
+                later = after_row & up_to_tail if row < tail else up_to_tail | after_row
+                others = reached_rows[reached_rows != row if with_all else later]
                 if len(others):
                     collector.add(row, self._compared(snapshot, row, others, face))
             low += len(reached.found)

@@ -73,8 +73,13 @@ class HitCollector:
         kth[which[last]] = similarity[last]
         return kth
 
-    def hits(self) -> ShardHits:
-        return ShardHits(*self._joined(), self.complete_above, self._version, self.scanned, self._compared)
+    def hits(self, floor: Float32 | None = None) -> ShardHits:
+        """floor: float32 (q,), hits below it are dropped; None: all are kept."""
+        which, rows, similarity = self._joined()
+        if floor is not None:
+            kept = similarity >= floor[which]
+            which, rows, similarity = which[kept], rows[kept], similarity[kept]
+        return ShardHits(which, rows, similarity, self.complete_above, self._version, self.scanned, self._compared)
 
     def _joined(self) -> tuple[Int64, Int64, Float32]:
         which, rows, similarity = zip(*self._pieces, strict=True)

@@ -161,8 +161,8 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
     if not bounded:
         estimator = _cheapest_estimator(largest, probes, min_similarity, query.miss_risk)
         if estimator is not None:
-            margin, _ = estimator.laws[0].margin(query.miss_risk)
-            limits, law = estimator.laws[0].cut(min_similarity, margin), estimator.laws[1]
+            margin, _ = estimator.error_distributions[0].margin(query.miss_risk)
+            limits, law = estimator.error_distributions[0].cut(min_similarity, margin), estimator.error_distributions[1]
             scanned = estimator.tabled(scanned, probes.rotated, limits)
     scan = _CodeScan(
         k=k,
@@ -214,7 +214,7 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
     level, margin = np.full(len(sample), similarity, np.float32), -float(ndtri(miss_risk / 2))
 
     def row_cost(estimator: TableEstimator) -> float:
-        share = estimator.share_passing(estimator.quick_law.cut(level, margin), sample)
+        share = estimator.share_passing(estimator.quick_error_distribution.cut(level, margin), sample)
         return cost.of(estimator.tables, estimator.octets, share, probes)
 
     options = [
@@ -222,7 +222,7 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
         *(classes_of(column, tables_for(scanned, table_share)) for table_share in TABLE_SHARES),
     ]
     best = min(options, key=row_cost)
-    measured = row_cost(best) < without and best.laws[0].margin(miss_risk)[1]
+    measured = row_cost(best) < without and best.error_distributions[0].margin(miss_risk)[1]
     known[key] = best if measured else None
     return known[key]
 
