@@ -977,13 +977,13 @@ class Engine:
 
     @audited(changes=True)
     def rekey(self, *, renewable: bool = True, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-        """Turns the stored embeddings, segment by segment, by a new secret transform (renewable templates, `GalleryConfig.renewable`).
+        """Stores all embeddings with a new secret transform, segment by segment (renewable templates, `GalleryConfig.renewable`).
 
-        Searches and enrolments go on meanwhile, with segments of both kinds. An interrupted call goes on when it is repeated. At the end the
-        secret of the old transform is destroyed: copies of old files can be neither turned back nor linked by this gallery's key file. A
-        vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not turned.
-        renewable: False stores embeddings as they are. progress: called with the segments done and their total. Returns the id of the
-        transform, "" without one. Raises InvalidInput where the gallery is not encrypted, NotAllowed, ApprovalNeeded
+        Searches and enrolments continue meanwhile, with segments of both transforms. A repeated call continues an interrupted one. At the end,
+        the secret of the old transform is destroyed. After that, this gallery's key file can neither invert nor link copies of old files. A
+        vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not transformed.
+        renewable: False stores embeddings without a transform. progress: called with the number of finished segments and of all segments.
+        Returns the id of the transform, "" for none. Raises InvalidInput if the gallery is not encrypted, NotAllowed, ApprovalNeeded
         (`Policy.two_people`), KeyMismatch, StorageUnavailable.
         """
         self._check("administer")
@@ -1309,7 +1309,8 @@ class Engine:
 
 
 def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:
-    """The rows of each subject, which a request is bound to. Raises UnknownSubject."""
+    """The rows of each subject, to which a request is bound. It looks up the ids one by one, because a request names few subjects. Raises
+    UnknownSubject."""
     rows = [list(map(int, snapshot.rows_under(name))) for name in subject_ids]
     for name, of_subject in zip(subject_ids, rows, strict=True):
         if not of_subject:

@@ -218,7 +218,7 @@ def test_another_index_engine_needs_two_people_and_going_on_with_it_one(opened):
 
 @pytest.mark.parametrize("wrong", ["supervise ed25519:12", "supervise ed25519:" + "g" * 64])
 def test_a_public_key_of_an_identity_is_checked(wrong):
-    with pytest.raises(bd.InvalidInput, match="no Ed25519 public key"):
+    with pytest.raises(bd.InvalidInput, match="not an Ed25519 public key"):
         bd.Config(identities={"anna": wrong})
 
 
