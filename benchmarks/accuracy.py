@@ -4,11 +4,11 @@
     python benchmarks/accuracy.py chimeras    LFW faces + FVC2002 and UareU fingers, first and second encounters
     python benchmarks/accuracy.py fused       the same as an evaluation: FNIR at FPIR, each capture alone and all together
 
-A chimera is a face identity joined with fingers of other people; its figures say nothing of how the two go together in
-nature. `all seeds`: the same fingers meet other faces in each gallery, and the interval takes these searches for independent, which
-they are not quite. Needs the real data (BIODEDUP_DATA). `--limit` takes fewer identities, `--gate quality_min=0.8` another
-limit of the face gate; neither keeps a result. `fused` keeps templates in
-`--templates`, since fingers take long; each person has `--fingers` fingers of one set, so that no sensor is told by two.
+A chimera is a face identity joined with fingers of other people, so that its figures do not show how face and fingers correlate in nature.
+`all seeds`: the same fingers are joined with other faces in each gallery. The interval assumes that these searches are independent, which is
+not quite true. Needs the real data (BIODEDUP_DATA). `--limit` uses fewer identities, `--gate quality_min=0.8` another limit of the face gate;
+neither keeps a result. `fused` keeps templates in `--templates`, because fingers take long. Each person has `--fingers` fingers of the same
+set, so that fingers do not tell the sensor.
 """
 
 from __future__ import annotations
@@ -198,16 +198,16 @@ def fused(limit: int | None, seeds: int, per_person: int, folder: Path) -> dict[
 
 
 def pooled(of_all: list[Searches]) -> list[tuple[str, str]]:
-    """FNIR where so many of the searches of strangers in all galleries find somebody."""
+    """FNIR at an FPIR over all galleries: the share of impostors' searches that find somebody."""
     mates = np.concatenate([one.mate_db[one.later & one.enrolled] for one in of_all])
-    strangers = np.sort(np.concatenate([one.impostor_db[one.searched] for one in of_all]))[::-1]
+    impostors = np.sort(np.concatenate([one.impostor_db[one.searched] for one in of_all]))[::-1]
     return [
         (
             f"FNIR at FPIR {fpir:g}",
-            f"{interval(missed, len(mates))}, {threshold:.1f} dB, {len(strangers)} searches of strangers",
+            f"{interval(missed, len(mates))}, {threshold:.1f} dB, {len(impostors)} searches of strangers",
         )
         for fpir in (0.1, 0.01)
-        for threshold in [strangers[int(fpir * len(strangers))]]
+        for threshold in [impostors[int(fpir * len(impostors))]]
         for missed in [int(np.count_nonzero(mates <= threshold))]
     ]
 

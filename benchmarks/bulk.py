@@ -5,8 +5,8 @@
     python benchmarks/bulk.py --smoke                         small, with re-captures of a portrait; keeps no result
     python benchmarks/bulk.py --gallery FOLDER                a gallery that is kept for further runs (made if absent)
 
-A tenth of the templates are of people in the gallery, at cosines of the mated distribution that any threshold tells (0.75 and
-above); they have to come out as duplicates or for a person to judge. Processor use: time of this process and its workers over wall time and cores.
+A tenth of the templates are of people in the gallery, at mated cosines of 0.75 and more, which are above every threshold. Their outcome must
+be `duplicate` or `review`. Processor use: processor time of this process and its workers, divided by wall time and number of cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def processor_s() -> float:
 
 
 def make_gallery(folder: Path, rows: int) -> int:
-    """Returns how many it holds: more than rows, where it was kept from an earlier run."""
+    """Makes the gallery; returns its number of rows, which is larger than `rows` if an earlier run kept it."""
     with bd.Engine.open(folder) as engine:
         for number, first in enumerate(range(len(engine), rows, BATCH_ROWS)):
             count = min(BATCH_ROWS, rows - first)
@@ -54,7 +54,7 @@ def make_gallery(folder: Path, rows: int) -> int:
 
 
 def template_manifest(path: Path, count: int, rows: int, run: int) -> int:
-    """Writes embeddings of strangers and of enrolled people; returns how many are of the latter. run: new ids for each."""
+    """Writes embeddings of impostors and of enrolled people; returns how many are of the latter. run: new ids for each."""
     vectors = population(count, seed=987_654 + run)
     mates = min(count // 10, BATCH_ROWS, rows)
     chosen = np.linspace(0, count - 1, mates).astype(np.int64)

@@ -1,17 +1,17 @@
-"""What calibrated scores promise beside what is measured, on data that was not fitted.
+"""Compares the nominal FMR of calibrated scores with the measured FMR, on data that was not used for the fit.
 
     python benchmarks/calibration.py --folder cache    faces, fingers, and both, chimeric; half an hour, later runs a minute
     python benchmarks/calibration.py --smoke           a few generated fingers, no data needed; keeps no result
 
 A figure is the measured FMR at 20, 30 and 40 dB, as a multiple of the nominal one, with the exact 95 % interval of independent pairs
-(Clopper and Pearson, 1934); pairs of one subject are not independent, so true intervals are wider. A rate that a set has too
-few pairs for is left out: below ten expected matches.
+(Clopper and Pearson, 1934). Pairs of one subject are not independent, so that true intervals are wider. A rate with fewer than ten expected
+matches in a set is left out.
 
 Faces: fitted on one half of LFW's identities, measured on the other; then the shipped table on sets that it never saw. Fingers: each set by
 tables fitted on the others (embedding, minutiae, both), and generated fingers by the shipped tables. Fused: faces of the second
-half joined with fingers of a set that was left out, by chance; so chimeric. Moved: the table moved to where the strangers of half of the
-people of a set lie, as in a gallery in which they are enrolled; own strangers: fitted anew on them without labels, as `calibrate GALLERY`
-does. Both are measured on the other half: the mean and the range of twenty such halvings. `folder` keeps all scores; needs the real
+half joined at random with fingers of a set that was left out (chimeras). Moved: the table is moved to the impostor scores of half of the
+people of a set, as in a gallery of these people. Own strangers: the table is fitted again on these impostor scores without labels, as
+`calibrate GALLERY` does. Both are measured on the other half: the mean and the range of twenty such halvings. `folder` keeps all scores; needs the real
 data (BIODEDUP_DATA).
 """
 
@@ -70,7 +70,7 @@ class Scores:
         return self.a == self.b
 
     @property
-    def strangers(self) -> Float64:
+    def impostors(self) -> Float64:
         """Their similarities."""
         return self.similarity[~self.mated]
 
@@ -173,11 +173,11 @@ def faces(folder: Path | None, config: bd.Config) -> tuple[dict[str, str], Calib
 
         def by_own(fitted: Scores, others: Scores) -> Float64:
             own = refitted(shipped, fitted, fitted.similarity, COSINE_POWER)
-            return own.score_db(others.strangers)
+            return own.score_db(others.impostors)
 
         def by_moving(half: Scores, others: Scores) -> Float64:
-            there = moved(Calibration.from_card(shipped), half.strangers, "")
-            return there.score_db(others.strangers)
+            there = moved(Calibration.from_card(shipped), half.impostors, "")
+            return there.score_db(others.impostors)
 
         figures |= in_halves(f"face, {name}, moved", found, by_moving)
         figures |= in_halves(f"face, {name}, own strangers", found, by_own)
@@ -254,10 +254,10 @@ def fingers_moved(name: str, one: Scores, tables: Tables) -> dict[str, str]:
     """tables: of other sets."""
 
     def there(half: Scores) -> Tables:
-        return replace(tables, embedding=moved(tables.embedding, half.strangers, ""))
+        return replace(tables, embedding=moved(tables.embedding, half.impostors, ""))
 
     def by_embedding(half: Scores, others: Scores) -> Float64:
-        return there(half).embedding.score_db(others.strangers)
+        return there(half).embedding.score_db(others.impostors)
 
     def by_both(half: Scores, others: Scores) -> Float64:
         return tables.both.score_db(there(half).summed(others)[~others.mated])
@@ -267,7 +267,7 @@ def fingers_moved(name: str, one: Scores, tables: Tables) -> dict[str, str]:
     )
 
 
-def fingers_of_own_strangers(name: str, one: Scores) -> dict[str, str]:
+def fingers_on_own_impostors(name: str, one: Scores) -> dict[str, str]:
     embedding, minutiae = load_card("finger256"), load_card("skeleton_cylinders")
     added, both = Calibration.from_card(minutiae.calibration), embedding.both[minutiae.model_id]
 
@@ -289,7 +289,7 @@ def fingers_of_own_strangers(name: str, one: Scores) -> dict[str, str]:
 
 
 def fused(name: str, face: Calibration, faces: Float64, tables: Tables, finger: Scores) -> dict[str, str]:
-    """A face and one or two fingers, of pairs of strangers joined by chance."""
+    """A face and one or two fingers, of pairs of impostors joined by chance."""
     rng = np.random.default_rng(JOIN_SEED)
     fingers_db = tables.both.llr_db(tables.summed(finger)[~finger.mated])
     total = face.llr_db(rng.choice(faces, JOINED))
@@ -313,19 +313,19 @@ def main() -> None:
         record("calibration", shipped_tables().rates("generated fingers", generated(36, None, config)), keep=False)
         return
     figures: dict[str, Any] = {}
-    told, face, strangers = faces(options.folder, config)
+    told, face, impostors = faces(options.folder, config)
     figures |= told
     sets = {name: finger_set(name, dpi, options.folder, config) for name, dpi in FINGERS.items()}
     for name, one in sets.items():
         tables = fitted_tables({other: sets[other] for other in sets if other != name})
         figures |= tables.rates(f"finger, {name} left out", one)
-        figures |= fused(name, face, strangers, tables, one)
+        figures |= fused(name, face, impostors, tables, one)
         if len(np.unique(one.a)) >= PEOPLE_MIN:
             figures |= fingers_moved(name, one, tables)
             half = np.random.default_rng(0).permutation(1 + int(one.b.max())) % 2 > 0
-            there = replace(tables, embedding=moved(tables.embedding, one.of(half).strangers, ""))
-            figures |= fused(f"{name}, moved", face, strangers, there, one.of(~half))
-            figures |= fingers_of_own_strangers(name, one)
+            there = replace(tables, embedding=moved(tables.embedding, one.of(half).impostors, ""))
+            figures |= fused(f"{name}, moved", face, impostors, there, one.of(~half))
+            figures |= fingers_on_own_impostors(name, one)
     figures |= shipped_tables().rates("generated fingers", generated(options.fingers, options.folder, config))
     record("calibration", figures, keep=True)
 

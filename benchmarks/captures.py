@@ -1,9 +1,9 @@
-"""Captures a second: image to template on one core, batched, everything included.
+"""Captures per second: from image to template on one core, in batches, with all steps.
 
     python benchmarks/captures.py             LFW faces and FVC2002 fingers
     python benchmarks/captures.py --smoke     a few captures that need no data
 
-Peer in the same run: the bare networks' time (ONNX Runtime on ready input), as a share of the whole.
+Comparison in the same run: the share of the time that the networks alone take (ONNX Runtime on ready input).
 """
 
 from __future__ import annotations

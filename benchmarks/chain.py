@@ -1,4 +1,4 @@
-"""What the hash chain over the commits and the audit log cost: the same work with and without, in turns, in processor time.
+"""The cost of the hash chain over the commits and of the audit log: the same work with and without them, in turns, in processor time.
 
     python benchmarks/chain.py            a minute of one core
     python benchmarks/chain.py --smoke    little work, once; keeps no result

@@ -1,4 +1,4 @@
-"""Several columns searched together: what a search costs, against what it misses; face and three fingers.
+"""A search of several columns at once, a face and three fingers: its cost and its miss rate.
 
     python benchmarks/columns.py --folder /somewhere            20 million subjects; 11 GB of disk, an hour or two
     python benchmarks/columns.py --rows 150000 --mates 1024     the smoke size; keeps no result
@@ -6,11 +6,11 @@
 Strangers are isotropic. Mates: the face's cosines have the quantiles of SFace on LFW (1 % below 0.346, 5 % below 0.466, half below
 0.667); a finger's are normal with mean 0.475 and deviation 0.152, which puts a mate first among 6,252 fingers in 85 % and
 among the first hundred in 97 %, as a first fixed-length fingerprint embedding did. `independent`: a subject's four cosines are
-drawn apart; `correlated`: their ranks have a normal copula of correlation 0.3, as where one person's captures are all poor.
+drawn independently. `correlated`: their ranks have a normal copula with correlation 0.3, as if all captures of a person were poor.
 
-A plan is made for several miss risks, from calibrations that know these laws and take columns for independent. Batches of it take
-turns with batches of a search of the face column alone for its 100 nearest, whose time is the unit of `cost`; of the same without
-signs, a plain scan of all high nibbles; and of raw FAISS `IVF2048,PQ64x4fs` of the face column, all lists probed. `missed`: mates that
+Plans are made for several miss risks, from calibrations with these distributions that assume independent columns. Batches of a plan take
+turns with batches of three other searches: of the face column alone for its 100 nearest rows, whose time is the unit of `cost`; of the same
+without signs, a plain scan of all high nibbles; and of FAISS `IVF2048,PQ64x4fs` on the face column, all lists probed. `missed`: mates that
 are not among the candidates, the 40 rows with the most evidence. `reaching`: of the mates whose own evidence reaches the review
 threshold, FPIR 0.005.
 """
@@ -88,7 +88,7 @@ def cosines(count: int, correlation: float, seed: int) -> np.ndarray:
 
 
 def calibration(law: Any) -> Calibration:
-    """Of a law of mated cosines, given as its quantile function; strangers are normal."""
+    """Of a law of mated cosines, given as its quantile function; impostors are normal."""
     u = np.linspace(0, 1, 20_001)[1:-1]
     edges = np.linspace(-1.005, 1.005, 202)
     mass = np.diff(np.interp(edges, law(u), u, left=0, right=1))

@@ -1,4 +1,4 @@
-"""The constants of a scan that `biodedup/search/costs.py` states, timed on this machine.
+"""Times the constants of a scan in `biodedup/search/costs.py` on this machine.
 
     python benchmarks/costs.py                  a million rows, some minutes
     python benchmarks/costs.py --instructions avx2   of another set of instructions that this processor has

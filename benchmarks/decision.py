@@ -1,10 +1,10 @@
-"""What a decision costs once similarities are known: calibration, fusion, ranking, kinds, thresholds.
+"""The time of a decision after the comparison: calibration, fusion, ranking, kinds, thresholds.
 
     python benchmarks/decision.py
 
-A thousand candidates with a face and two fingers, embeddings and minutiae, some with captures missing, scores drawn from
-strangers' ranges. Beside it the same sums by a loop over candidates, which is the oracle: scores must agree. Time of one thread's processor, the
-median of many readings.
+A thousand candidates have a face and two fingers, embeddings and minutiae, some with missing captures; their scores are drawn from impostors'
+ranges. A loop over candidates computes the same sums as a reference: the scores must agree. Processor time of a single thread, median of many
+measurements.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The whole person, the canonical benchmark: a register of subjects with a face and ten fingers, from loading to decisions and the join.
+"""The main benchmark: a register of subjects with a face and ten fingers, from loading to decisions and the join.
 
     python benchmarks/ektp.py --folder F                     a million subjects (10 GB of disk); resumes where it was stopped
     python benchmarks/ektp.py --folder F --subjects 2e8      more of the same
     python benchmarks/ektp.py --subjects 600 --smoke         the smoke size; keeps no result
 
-`register.py` draws the register: vectors of the cards' measured laws, minutiae of generated prints. The first figures say how far its
-scores follow the cards' tables. Some subjects come again: with all captures, with some missing, with poor ones, and with the labels of the
-hands exchanged. Each stage saves its figures in the folder. A later run repeats none that is there.
+`register.py` makes the register: vectors with the distributions in the cards, and minutiae of generated prints. The first figures compare its
+scores with the cards' tables. Some subjects have a second encounter: with all captures, with some missing, with poor captures, and with
+exchanged labels of the hands. Each stage saves its figures in the folder. A later run does not repeat a saved stage.
 
-Figures of 200 million subjects are extrapolated, and named so: a decision takes a fixed time and a time a subject, both measured here at
-a quarter of the register and at all of it; n nodes share the rows evenly, and what they cost to ask is not counted.
+Figures of 200 million subjects are extrapolated, and named so. A decision takes a fixed time plus a time per subject, both measured at a
+quarter of the register and at the whole register. n nodes share the rows evenly; the time to ask them is not counted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Run:
         self.gallery = folder / f"{subjects}-{seed}.gallery"
         self._path = folder / f"{subjects}-{seed}.json"
         self.figures: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.probes = 2 if smoke else probes  # of each kind, and as many strangers as of all kinds
+        self.probes = 2 if smoke else probes  # of each kind, and as many impostors as of all kinds
         self.register = Register(seed, cached_pool(folder, 6 if smoke else prints, seed))
         self.doubles = max(4, subjects // DOUBLED)
 
@@ -82,7 +82,7 @@ class Run:
             templates[label] = bd.Template(label, MODELS[label], vector, minutiae)
         return bd.Encounter(templates=templates)
 
-    def stranger(self, number: int) -> bd.Encounter:
+    def impostor(self, number: int) -> bd.Encounter:
         """A subject of the same law who is not in the register."""
         outside = self.subjects + number
         templates = {}
@@ -111,7 +111,7 @@ def laws(run: Run) -> dict[str, Any]:
     matcher, count = CylinderMatcher(1), 60 if run.smoke else 600
     offsets, data = run.register.records("right_index", 0, count)
     records = [data[low:high].tobytes() for low, high in pairwise(offsets.tolist())]
-    strangers = np.concatenate([matcher.compare(records[i], records[i + 1 :]) for i in range(0, count - 1, 4)])
+    impostors = np.concatenate([matcher.compare(records[i], records[i + 1 :]) for i in range(0, count - 1, 4)])
     mated = [matcher.compare(records[i], [run.register.record("right_index", i, 1)])[0] for i in range(count)]
     table = Calibration.from_card(MINUTIAE_CARD.calibration)
     survival, grid = [0.5, 0.01, 0.001], np.linspace(0, 80, 8001)
@@ -123,7 +123,7 @@ def laws(run: Run) -> dict[str, Any]:
         return " / ".join(f"{value:.1f}" for value in values)
 
     return {
-        "minutiae of strangers, score at 50 / 99 / 99.9 %: here": told(np.quantile(strangers, 1 - np.array(survival))),
+        "minutiae of strangers, score at 50 / 99 / 99.9 %: here": told(np.quantile(impostors, 1 - np.array(survival))),
         "minutiae of strangers: card": told(wanted),
         "minutiae of mates, score at 5 / 50 / 95 %: here": told(np.quantile(mated, [0.05, 0.5, 0.95])),
         "minutiae of mates: card": told(expected),
@@ -189,7 +189,7 @@ def read(run: Run) -> dict[str, Any]:
         opened = time.perf_counter() - started
         opened_size = _resident()
         for number in range(3):
-            engine.identify(run.stranger(number))
+            engine.identify(run.impostor(number))
         after, count = _resident(), len(engine)
     disk = sum(file.stat().st_size for file in run.gallery.rglob("*") if file.is_file())
     return {
@@ -218,7 +218,7 @@ def decide(run: Run) -> dict[str, Any]:
     compared: dict[str, list[int]] = {"mate": [], "stranger": []}
     figures: dict[str, Any] = {}
     with run.open() as engine:
-        _timed(engine, run.stranger(0), [], [])  # compiles
+        _timed(engine, run.impostor(0), [], [])  # compiles
         for kind, across in [*((kind, False) for kind in KINDS), ("hands exchanged", True)]:
             found = {"duplicate": 0, "review": 0}
             numbers = run.mates(kind)
@@ -234,7 +234,7 @@ def decide(run: Run) -> dict[str, Any]:
             figures[f"{told}: neither duplicate nor review"] = round(missed - found["review"] / len(numbers), 4)
         outcomes = []
         for number in range(run.probes * len(KINDS)):
-            decision = _timed(engine, run.stranger(number), taken["stranger"], compared["stranger"])
+            decision = _timed(engine, run.impostor(number), taken["stranger"], compared["stranger"])
             outcomes.append(decision.outcome)
         figures["FPIR, duplicate"] = round(outcomes.count("duplicate") / len(outcomes), 4)
         figures["FPIR, duplicate or review"] = round(1 - outcomes.count("unique") / len(outcomes), 4)
@@ -260,21 +260,21 @@ def _timed(
 
 
 def batches(run: Run) -> dict[str, Any]:
-    """Batches of 64 strangers are searched, decided and committed; then removed again."""
+    """Batches of 64 impostors are searched, decided and committed; then removed again."""
     count, size = (16, 8) if run.smoke else (min(640, 64 * (1 + run.probes // 10)), 64)
     config = bd.Config(batch_size=size)
     with bd.Engine.open(run.gallery, config) as engine:
         known = [f"new-{number}" for number in range(count) if f"new-{number}" in engine]
         if known:
             engine.remove(*known)
-        encounters = [run.stranger(number) for number in range(count)]
+        encounters = [run.impostor(number) for number in range(count)]
         stamp = int(time.time())
         sent = [
             bd.Encounter(e.subject_id, templates=e.templates, encounter_id=f"{e.encounter_id}-{stamp}")
             for e in encounters
         ]
         started = time.perf_counter()
-        engine.identify(run.stranger(count))  # plans the search, which takes seconds and is kept
+        engine.identify(run.impostor(count))  # plans the search, which takes seconds and is kept
         first = time.perf_counter() - started
         started = time.perf_counter()
         outcomes = [decision.outcome for decision in engine.enroll_many(sent)]
@@ -311,11 +311,12 @@ def extraction(run: Run) -> dict[str, Any]:
 
 
 def join(run: Run, minutes: float) -> dict[str, Any]:
-    """N:N, as far as it comes in some minutes."""
+    """N:N, as far as it comes in some minutes, after a compaction, whose time counts."""
     found: set[tuple[str, str]] = set()
     done, total = 0, 1
     with run.open() as engine:
         started = time.perf_counter()
+        engine.compact()  # one segment is searched several times as fast as many, and a journal
         for tile in engine.join():
             found |= {tuple(sorted(link.subject_ids)) for link in tile.links}
             done, total = tile.done, tile.total
@@ -360,7 +361,7 @@ def main() -> None:
         "--folder", type=Path, help="keep the register's gallery and the figures here, and go on with what is there"
     )
     parser.add_argument(
-        "--probes", type=int, default=200, help="of each kind of second encounter; strangers are as many as all of them"
+        "--probes", type=int, default=200, help="of each kind of second encounter; impostors are as many as all of them"
     )
     parser.add_argument("--join-minutes", type=float, default=20.0)
     parser.add_argument("--smoke", action="store_true", help="few probes")
@@ -411,13 +412,13 @@ def main() -> None:
 
 
 def decide_at_a_quarter(run: Run) -> dict[str, Any]:
-    """The time of a decision on a stranger, in the gallery as it is."""
+    """The time of a decision on a impostor, in the gallery as it is."""
     taken: list[float] = []
     with run.open() as engine:
-        _timed(engine, run.stranger(0), [], [])
+        _timed(engine, run.impostor(0), [], [])
         for number in range(1, 1 + 4 * run.probes):
             started = time.perf_counter()
-            engine.identify(run.stranger(number))
+            engine.identify(run.impostor(number))
             taken.append(1000 * (time.perf_counter() - started))
         count = len(engine)
     return {"subjects": count, "p50 ms": float(np.median(taken))}

@@ -1,4 +1,4 @@
-"""What encryption costs: the same gallery in the clear and encrypted, measured in turns.
+"""The cost of encryption: the same gallery unencrypted and encrypted, measured in turns.
 
     python benchmarks/encryption.py                   200,000 subjects, 128 numbers each
     python benchmarks/encryption.py --subjects 20000  the smoke size; keeps no result

@@ -1,4 +1,4 @@
-"""Minutiae extractors beside one another: error rates with the present matcher, refusals, and milliseconds a print.
+"""Compares minutiae extractors: error rates with the present matcher, refusals, and milliseconds per print.
 
     python benchmarks/extractors.py                           # every extractor but LEADER, FVC2002 DB1-4_B and UareU
     python benchmarks/extractors.py leader --half report      # one extractor, the fingers on which no constant was chosen

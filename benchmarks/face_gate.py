@@ -1,12 +1,12 @@
-"""The face gate: what quality and signs of artefacts refuse, of clean pictures and of spoilt ones.
+"""The face quality gate: the share of clean and of damaged pictures that it refuses, by quality and by signs of artefacts.
 
     python benchmarks/face_gate.py                    odd-numbered identities of LFW, MEDS, ORL, Yale: an hour of one core
     python benchmarks/face_gate.py --people 40        fewer identities of each set
     python benchmarks/face_gate.py --plot curve.svg   also draws the curve of errors against discarded captures
     python benchmarks/face_gate.py --smoke            one portrait that needs no data
 
-Clean: share refused; FNMR at FMR 1e-4, the threshold taken from the set's own impostors, after the captures of least quality are discarded.
-Spoilt: one picture a person in each of `WAYS`; FMR at 40 dB among pairs of accepted pictures of one way. The gate's limits were chosen on
+Clean: the share refused; FNMR at FMR 1e-4, with the threshold from the set's own impostors, after the captures of lowest quality are discarded.
+Damaged (`spoilt` in the figures): a picture of each person in each of `WAYS`; FMR at 40 dB among pairs of accepted pictures of the same way. The gate's limits were chosen on
 the even-numbered identities of LFW and on MEDS, ORL and Yale.
 """
 

@@ -95,7 +95,7 @@ def keep(templates: Set, path: Path) -> None:
 
 
 def by_another_camera(faces: Set, shift: float) -> Set:
-    """All faces with something in common; cosines of strangers grow by about `shift`."""
+    """All faces with something in common; cosines of impostors grow by about `shift`."""
     common = np.random.default_rng(SEED).standard_normal(128)
     common *= np.sqrt(shift / (1 - shift)) / np.linalg.norm(common)
 

@@ -1,4 +1,4 @@
-"""Front-ends of one register on PostgreSQL: enrolments a second, of several processes that enrol at once.
+"""Front-ends of a register on PostgreSQL: enrolments per second of several processes at the same time.
 
     python benchmarks/front_ends.py                      four processes with eight threads each, a minute
     python benchmarks/front_ends.py --processes 1        one process

@@ -1,4 +1,4 @@
-"""Random histories of a register against a small model: no person under two ids, nothing acknowledged lost.
+"""Random histories of a register, checked against a small model: no person has two ids, and no acknowledged decision is lost.
 
     python benchmarks/histories.py                      20,000 operations, three processes of six threads, kills and forks
     python benchmarks/histories.py --operations 300     the smoke size; keeps no result

@@ -1,4 +1,4 @@
-"""Searches all files of an encrypted gallery for what must not be readable in them.
+"""Searches all files of an encrypted gallery for text and biometric data that must not be readable.
 
     python benchmarks/leaks.py            10,000 byte strings
     python benchmarks/leaks.py --smoke    a tenth of the work, without worker processes; keeps no result

@@ -1,4 +1,5 @@
-"""Registers of districts merged: found doubles against exact search, false ones against expectation, and kills that change nothing.
+"""Merges the registers of districts: compares found duplicates with an exact search, false links with their expected number, and killed runs with an
+undisturbed run.
 
     python benchmarks/merge.py                                     20 galleries of 50,000; ten runs killed at random
     python benchmarks/merge.py --folder /somewhere                 keeps the galleries, and uses what is there
@@ -8,7 +9,7 @@ Planted: one in a hundred subjects of each district is enrolled again in another
 faces (normal, mean 0.66 and deviation 0.115, at most 0.98: median and 5 % point of SFace on LFW). Exact search in float32 says which
 pairs reach the policy's threshold for the merged size, which the gallery's own calibration turns into a similarity: of all planted pairs
 and all links that the merge made, and of `--sample` subjects against everybody (all against all would take hours at the full size).
-Pairs of strangers above it are expected, too: pairs compared times the false match rate of the threshold. A killed run is a process of its own,
+Pairs of impostors above it are expected, too: pairs compared times the false match rate of the threshold. A killed run is a process of its own,
 killed by SIGKILL at random moments and started again until it ends; its files must be those of a run that nobody killed.
 """
 

@@ -1,4 +1,4 @@
-"""The minutiae matcher beside BOZORTH3: error rates on real fingerprints, and the time of a comparison.
+"""Compares the minutiae matcher with BOZORTH3: error rates on real fingerprints, and the time of a comparison.
 
     python benchmarks/minutiae.py            # every set of fingers, and BOZORTH3 on the same pairs
     python benchmarks/minutiae.py --smoke    # made-up minutiae, no data
@@ -73,7 +73,7 @@ def measure(name: str, fingers: list[list[bytes]], peer_pairs: int) -> dict[str,
     pairs, same = np.stack([a, b], axis=1), finger[a] == finger[b]
     mated, nonmated, firsts = pairs[same], pairs[~same], pairs[~same & first[a] & first[b]]
     ours, peer = CylinderMatcher(), Bozorth3()
-    scores, strangers, strangers_first = (scores_of(ours, records, some) for some in (mated, nonmated, firsts))
+    scores, impostors, strangers_first = (scores_of(ours, records, some) for some in (mated, nonmated, firsts))
     samples = [drawn(some, peer_pairs) for some in (mated, nonmated, firsts)]
     again, peers = ([scores_of(matcher, records, some) for some in samples] for matcher in (ours, peer))
     figures: dict[str, object] = {
@@ -81,7 +81,7 @@ def measure(name: str, fingers: list[list[bytes]], peer_pairs: int) -> dict[str,
         f"{name}: EER, %": per_cent(equal_error_rate(scores, strangers_first)),
         f"{name}: EER, %, sample": per_cent(equal_error_rate(again[0], again[2])),
         f"{name}: EER, %, sample, BOZORTH3": per_cent(equal_error_rate(peers[0], peers[2])),
-        f"{name}: FNMR at FMR 0.01, 0.001, %": [per_cent(fnmr_at(scores, strangers, fmr)) for fmr in (1e-2, 1e-3)],
+        f"{name}: FNMR at FMR 0.01, 0.001, %": [per_cent(fnmr_at(scores, impostors, fmr)) for fmr in (1e-2, 1e-3)],
         f"{name}: FNMR at FMR 0.01, %, sample": per_cent(fnmr_at(again[0], again[1], 0.01)),
         f"{name}: FNMR at FMR 0.01, %, sample, BOZORTH3": per_cent(fnmr_at(peers[0], peers[1], 0.01)),
     }

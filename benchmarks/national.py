@@ -1,4 +1,4 @@
-"""A national register on one machine: 200 million subjects really built, opened, and searched in full.
+"""A national register on one machine: builds, opens and searches a gallery of 200 million subjects.
 
     python benchmarks/national.py --rows 200e6 --folder /somewhere    36 GB of disk; goes on where it was interrupted
     python benchmarks/national.py --index faiss:IVF2048,PQ64x4fs      the same with the FAISS engine

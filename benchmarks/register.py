@@ -1,14 +1,14 @@
-"""A made-up register: subjects with a face and ten fingers, and second encounters of them. Everything is drawn from a seed.
+"""Generates a synthetic register: subjects with a face and ten fingers, and second encounters of them. The same seed gives the same register.
 
-Vectors: directions of one law a modality (a common mean, and numbers that fall off), whose strangers have the mean and the deviation of
+Vectors: directions of one law a modality (a common mean, and numbers that fall off), whose impostors have the mean and the deviation of
 the shipped card; a second encounter's cosine is drawn from the card's mated law, in a direction of the same law.
 
 Minutiae: a pool of generated prints (`biodedup.synthetic`, the default extractor) gives their density and flow. A finger is a print of the pool,
-perhaps mirrored, warped by long waves, and with each minutia moved, turned or dropped, so that two fingers of one print are strangers.
+perhaps mirrored, warped by long waves, and with each minutia moved, turned or dropped, so that two fingers of one print are impostors.
 A capture of a finger is that finger turned, shifted, slightly distorted, cropped to an ellipse, with minutiae lost and added. How far each
-goes was chosen (2026-11) so that scores of strangers and of mates spread as the card's tables say; `laws` measures it again.
+goes was chosen (2026-11) so that scores of impostors and of mates spread as the card's tables say; `laws` measures it again.
 
-Fingers of one subject are independent, which real ones are not quite.
+Fingers of one subject are independent; those of real people are slightly correlated.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _directions(column: str, count: int, rng: np.random.Generator) -> NDArray[np
 
 
 def _law(column: str) -> tuple[float, NDArray[np.float32]]:
-    """(mean cosine of strangers, deviations of the numbers, that make the card's spread)."""
+    """(mean cosine of impostors, deviations of the numbers, that make the card's spread)."""
     if column not in _LAWS:
         card = FACE_CARD if column == "face" else FINGER_CARD
         mean, sd = Calibration.from_card(card.calibration).nonmated_moments

@@ -1,4 +1,4 @@
-"""What a secret transform of the stored embeddings costs, and how far two galleries of the same people can be linked without the secrets.
+"""The cost of a secret transform of the stored embeddings, and the share of people that can be linked between two galleries without the secrets.
 
 Two encrypted galleries of the same vectors, with and without `GalleryConfig.renewable`: processor time of a batch of 256 and of `rekey`, recall@10
 against exact search. A third one holds other captures of the same people (cosine `mated`): cosines between what is stored, and the attack that
@@ -21,7 +21,7 @@ DIMENSION, KEY, K = 128, bytes(range(32)), 10
 
 
 def people(rows: int, anisotropy: float, rng: np.random.Generator) -> np.ndarray:
-    """Unit vectors about a mean, so that strangers have the cosine 0.08 of SFace."""
+    """Unit vectors about a mean, so that impostors have the cosine 0.08 of SFace."""
     scales = np.sqrt(np.geomspace(1, 1 / anisotropy, DIMENSION))
     vectors = rng.standard_normal((rows, DIMENSION)) * scales
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Copies of a picture: how many the limits of `[replay]` in the cards find, and how many pairs of different captures they take for copies.
+"""Copies of a picture: the share that the limits of `[replay]` in the cards find, and the share of pairs of different captures that they report as copies.
 
     python benchmarks/replay.py              odd-numbered people and fingers, the report half: five minutes of one core
     python benchmarks/replay.py --tuning     even-numbered ones, on which the limits were chosen

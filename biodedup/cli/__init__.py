@@ -1,7 +1,8 @@
 """The command line of biodedup. Each command calls one method of the engine or one job.
 
-Owns the entry point. Never decides anything itself. `commands.py` lists the commands, `base.py` holds what they share, and each other module
-holds a group of them. They are imported when `main` runs or `app` is first used, so that Ctrl-C is handled from the start.
+Owns the entry point. Never decides anything. `commands.py` imports all command modules; `base.py` defines the application, `options.py` common
+options, `opening.py` how galleries are opened, and `printing.py` how results are printed. These modules are imported when `main` runs or `app`
+is first used, so that Ctrl-C is handled from the start.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any
 
 __all__ = ["app", "main"]
 
-_INTERRUPTED = 130  # `base.Exit.INTERRUPTED`, which may not be imported yet
+_INTERRUPTED = 130  # `exits.Exit.INTERRUPTED`, which may not be imported yet
 
 
 def main() -> None:
-    """The entry point: runs the command of `sys.argv` and exits with its code, 130 after Ctrl-C at any moment."""
+    """The entry point: runs the command of `sys.argv` and exits with its code. Ctrl-C at any time exits with 130."""
     try:
         from biodedup.cli.commands import run
 

@@ -1,4 +1,4 @@
-"""Commands on bulk enrolment: enroll-batch and the status of its queue. Each runs one job."""
+"""Defines the commands on bulk enrolment: enroll-batch, and status, which shows its queue. Each runs one job."""
 
 from __future__ import annotations
 
@@ -11,28 +11,21 @@ import typer
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli.base import (
+from biodedup.cli.base import Panel, app
+from biodedup.cli.opening import configured
+from biodedup.cli.options import (
     DEFAULT_GALLERY,
     ConfigOption,
     FolderOption,
     IndexOption,
     JsonOption,
     ModelIdOption,
-    Panel,
     RayOption,
     ThreadsOption,
-    app,
-    configured,
-    finish,
     index_engines,
     model_ids,
-    print_json,
-    print_summary,
-    progress_bar,
-    say,
-    show_table,
-    span,
 )
+from biodedup.cli.printing import finish, print_json, print_summary, progress_bar, say, show_table, span
 from biodedup.cli.table_options import (
     CheckOption,
     ColumnsOption,
@@ -48,26 +41,28 @@ from biodedup.outcomes import MEANINGS
 ManifestArgument = Annotated[
     Path,
     typer.Argument(
-        help="Parquet or CSV: a row a capture (subject_id, encounter_id, path, position, dpi, groups), or a row an encounter "
-        "(subject_id, encounter_id, and face, right_index, ...: paths, bytes or embeddings). Other columns are carried along."
+        help="Parquet or CSV with one row for each capture (subject_id, encounter_id, path, position, dpi, groups), or one row for each "
+        "encounter (subject_id, encounter_id, and face, right_index, ...: paths, bytes or embeddings). Other columns are copied to the result."
     ),
 ]
-PageOption = Annotated[Path | None, typer.Option("--report", help="A page for officials, .html.")]
+PageOption = Annotated[Path | None, typer.Option("--report", help="Also write an HTML page for officials.")]
 AnnounceOption = Annotated[
-    bool, typer.Option("--announce", help="Only list the encounters as captured; their captures arrive later.")
+    bool, typer.Option("--announce", help="Only add the encounters to the queue; their captures arrive later.")
 ]
 RetryOption = Annotated[
-    bool, typer.Option("--retry-failed", help="Try captures again on which the program failed or took too long.")
+    bool, typer.Option("--retry-failed", help="Retry captures on which the program failed or took too long.")
 ]
 BatchOption = Annotated[
     int | None,
     typer.Option(
-        "--batch", min=1, help="Records decided and committed together. Default: the setting batch_size, else 256."
+        "--batch",
+        min=1,
+        help="Records that are decided and committed together. Default: the setting batch_size, or 256.",
     ),
 ]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Worker processes that extract templates.")]
 CaptureSecondsOption = Annotated[
-    float, typer.Option("--capture-seconds", min=1, help="A worker that takes longer for a capture is killed.")
+    float, typer.Option("--capture-seconds", min=1, help="Time limit for a capture; a slower worker is killed.")
 ]
 
 
@@ -133,15 +128,15 @@ def enroll_batch(
 
 
 def _accept(manifest: Path, result: Path, options: jobs.TableOptions) -> None:
-    """Raises InvalidInput for a manifest that no row is taken from: a gallery is made only for one that was accepted."""
-    from biodedup.jobs.shared.output import check_table_name  # here, so that help texts need not load pyarrow
+    """Raises InvalidInput if the manifest or the name of the result cannot be used, so that no gallery is created for it."""
+    from biodedup.jobs.shared.output import check_table_name  # imported here, so that --help does not load pyarrow
 
     check_table_name(result)
     jobs.accept_encounters(manifest, options)
 
 
 def _labelled(summary: Mapping[str, object], labels: LabelConfig) -> dict[str, object]:
-    """The summary with the words for outcomes. A word that is the name of another count has the outcome behind it."""
+    """The summary with the register's words for outcomes. If a word is also the name of another count, the outcome is added in brackets."""
     words = {name: labels.of(name) for name in summary}
     return {
         name if word == name else f"{word} ({name})" if word in summary else word: summary[name]
@@ -155,7 +150,7 @@ def status(
     gallery: FolderOption = DEFAULT_GALLERY,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how many encounters of bulk enrolments are in each state, for how long, and how long the queue will take."""
+    """Show the queue of bulk enrolments: how many encounters have each status, since when, and when the queue will be empty."""
     chosen = configured(gallery, None)
     now = jobs.queue_status(gallery, time.time(), chosen)
     if report is not None:
@@ -170,11 +165,11 @@ def status(
         ),
         ("status", "encounters", "oldest", "median age"),
     )
-    say(f"{now.intake_hour:,.0f} came in during the last hour; over the last day {now.intake_day:,.1f} an hour")
+    say(f"received: {now.intake_hour:,.0f} in the last hour; {now.intake_day:,.1f} per hour in the last day")
     say(
-        f"{now.decided_hour:,.0f} an hour were decided since the work of the last hour began; since that of the last day began "
-        f"{now.decided_day:,.0f} an hour. Work of less than 10 minutes counts as 10"
+        f"decided: {now.decided_hour:,.0f} per hour in the last hour; {now.decided_day:,.0f} per hour in the last day (from the first "
+        "decision in this time, and over at least 10 minutes)"
     )
-    say(f"{now.waiting:,} wait; the queue is empty in {span(now.clear_s) or 'unknown time'} at this rate")
+    say(f"{now.waiting:,} wait; at this rate the queue is empty in {span(now.clear_s) or 'an unknown time'}")
     if now.warning:
         say(f"warning: {now.warning}")

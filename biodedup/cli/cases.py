@@ -1,4 +1,4 @@
-"""Commands on cases: list, show, decide, export. Each calls one method of the engine or one job."""
+"""Defines the commands on cases: list, show, decide, export. Each calls one method of the engine or one job."""
 
 from __future__ import annotations
 
@@ -10,32 +10,21 @@ from typing import Annotated, Any, cast
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import (
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import acting, configured, existing, looked_into, opened
+from biodedup.cli.options import (
     DEFAULT_GALLERY,
     ConfigOption,
-    Exit,
     GalleryOption,
     JsonOption,
-    Panel,
     PersonOption,
     PurposeOption,
     RegisterUrl,
     SignOption,
     WaitOption,
-    acting,
-    app,
-    configured,
-    existing,
-    finish,
-    looked_into,
-    opened,
-    print_evidence,
-    print_json,
-    print_refusals,
-    progress_bar,
-    say,
-    show_table,
 )
+from biodedup.cli.printing import finish, print_evidence, print_json, print_refusals, progress_bar, say, show_table
 from biodedup.values import Case, Ruling
 
 cases = typer.Typer(
@@ -48,9 +37,9 @@ _SHOWN_MAX = 50
 
 @cases.command("list")
 def list_cases(
-    result: Annotated[Path | None, typer.Option("--out", "-o", help="Also as a table, .parquet or .csv.")] = None,
-    page: Annotated[Path | None, typer.Option("--report", help="Also as an HTML page.")] = None,
-    closed: Annotated[bool, typer.Option("--all", help="Also the cases that were decided.")] = False,
+    result: Annotated[Path | None, typer.Option("--out", "-o", help="Also write a table, .parquet or .csv.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Also write an HTML page.")] = None,
+    closed: Annotated[bool, typer.Option("--all", help="Also list decided cases.")] = False,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -74,14 +63,14 @@ def list_cases(
     if found.cases:
         show_table(rows, ("case", "subject", "days", "candidates", "state"))
     if len(found.cases) > _SHOWN_MAX:
-        say(f"... and {len(found.cases) - _SHOWN_MAX:,} more; --out writes them all")
+        say(f"... and {len(found.cases) - _SHOWN_MAX:,} more; --out writes all of them")
     say(f"{found.summary()['open']:,} waiting")
 
 
 @cases.command()
 def show(
     encounter_id: str,
-    page: Annotated[Path | None, typer.Option("--report", help="As an HTML page.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Also write an HTML page.")] = None,
     by: PersonOption = "",
     purpose: PurposeOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
@@ -124,7 +113,7 @@ def decide(
         str | None,
         typer.Option(
             "--candidate",
-            help="The candidate that the verdict is about: a subject_id, or the encounter_id of an open case. Needed if `same` could mean several.",
+            help="The candidate of the verdict: a subject_id, or the encounter_id of an open case. Needed for `same` if there are several.",
         ),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="Kept with the verdict.")] = "",
@@ -148,7 +137,7 @@ def decide(
         case = engine.case(encounter_id)
         others = [engine.case(other) for other in linked]
     known = () if isinstance(gallery, RegisterUrl) else (decision, *(other.decision for other in others))
-    for decided in known:  # the queue of bulk enrolments lies in the gallery's folder
+    for decided in known:  # the queue of bulk enrolments is in the gallery's folder
         jobs.note_verdict(gallery, decided, time.time(), chosen)
     waiting = ", ".join(c.key for c in case.undecided)
     text = {
@@ -175,7 +164,7 @@ def export(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export the verdicts as pairs of captures with their scores: `same` is mated, `different` is not."""
+    """Export the verdicts as pairs of captures with their scores: `same` is mated, `different` is non-mated."""
     with (
         opened(gallery, configured(gallery, config)) as engine,
         progress_bar(lines=not as_json) as progress,

@@ -1,7 +1,7 @@
-"""All commands together, and how the errors of a command become exit codes.
+"""Imports all command modules, runs a command, and turns its errors into exit codes.
 
-Owns the list of command modules. Never decides anything itself. No command module imports numba, faiss, onnxruntime or cv2 before a
-command runs, so that help appears at once.
+Owns the list of command modules. Never decides anything. No command module imports numba, faiss, onnxruntime or cv2 before a command runs, so
+that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import typer
 
 import biodedup
 from biodedup.cli import bulk, cases, duplicates, explain, measure, subjects
-from biodedup.cli.base import app, complain, exit_code, print_json, say
+from biodedup.cli.base import app
+from biodedup.cli.exits import exit_code
 from biodedup.cli.galleries import cluster, gallery, keys, log, looking, policy, receipt, register, retention
 from biodedup.cli.kits import kit
+from biodedup.cli.printing import complain, print_json, say
 from biodedup.common.memory import out_of_memory
 from biodedup.errors import BiodedupError, InvalidInput
 
@@ -54,7 +56,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 
 def _show_log(level: str) -> None:
-    """Log messages from this level on go to standard error. Raises InvalidInput."""
+    """Sends log messages of at least this level to standard error. Raises InvalidInput for an unknown level."""
     if level not in _LOG_LEVELS:
         raise InvalidInput(f"{_LOG_VARIABLE} is {level!r}, wanted one of {', '.join(_LOG_LEVELS)}")
     handler = logging.StreamHandler()
@@ -65,7 +67,7 @@ def _show_log(level: str) -> None:
 
 
 def run() -> None:
-    """Runs the command of `sys.argv` and turns the error tree into exit codes."""
+    """Runs the command of `sys.argv`. An error is printed, and its branch of the error tree sets the exit code."""
     as_json = "--json" in sys.argv
     try:
         _show_log(os.environ.get(_LOG_VARIABLE) or "WARNING")

@@ -1,4 +1,4 @@
-"""Commands that look for duplicates in what is enrolled or listed: dedup, audit, merge, undo. Each runs one job."""
+"""Defines the commands that look for duplicates: dedup, audit, merge, undo. Each runs one job."""
 
 from __future__ import annotations
 
@@ -10,28 +10,22 @@ import typer
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli.base import (
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import configured
+from biodedup.cli.options import (
     DEFAULT_GALLERY,
     AcrossOption,
     ConfigOption,
-    Exit,
     FolderOption,
     GalleryOption,
     JsonOption,
-    Panel,
     PersonOption,
     RayOption,
     SignOption,
     ThreadsOption,
-    app,
-    configured,
-    counted,
-    finish,
-    print_json,
-    print_summary,
-    progress_bar,
-    say,
 )
+from biodedup.cli.printing import counted, finish, print_json, print_summary, progress_bar, say
 from biodedup.cli.table_options import (
     CheckOption,
     ColumnsOption,
@@ -52,7 +46,7 @@ def dedup(
     ],
     result: Annotated[Path, typer.Option("--out", "-o", help="Result, .parquet or .csv.")] = Path("dedup.parquet"),
     threshold_db: Annotated[
-        float | None, typer.Option(help="Link pairs from this score on; default: the policy's.")
+        float | None, typer.Option(help="Link pairs with at least this score; default: the policy's threshold.")
     ] = None,
     check: CheckOption = False,
     encoding: EncodingOption = None,
@@ -66,15 +60,17 @@ def dedup(
 ) -> None:
     """Find the images of a folder, or the subjects of a manifest or a gallery, that are the same person.
 
-    An interrupted run resumes when the same command is started again. Exit code 10: duplicates were found; 12: none were found, and some
-    images or rows were refused.
+    An interrupted run resumes when the same command is started again. Exit code 10: duplicates were found; 12: no duplicates were found, but
+    some images or rows were refused.
     """
     is_gallery = jobs.is_gallery(source)
     if is_gallery and (check or encoding or columns or ignore_columns):
-        raise InvalidInput(f"{source} is a gallery; --check and options of tables are for a folder or a manifest")
+        raise InvalidInput(
+            f"{source} is a gallery; omit --check and the options of tables, which are for a folder or a manifest"
+        )
     if ray is not None and not is_gallery:
         raise InvalidInput(
-            f"{source} is no gallery, and --ray is for galleries; enrol it with `enroll-batch --ray`, or leave --ray out"
+            f"{source} is not a gallery, but --ray works only on galleries; enrol it with `enroll-batch --ray`, or omit --ray"
         )
     options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
     if check:
@@ -83,23 +79,23 @@ def dedup(
     if is_gallery:
         _dedup_gallery(source, result, chosen, threshold_db, ray, as_json)
     with progress_bar(lines=not as_json) as progress:
-        doubles = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
-    summary = doubles.summary() | {"result": str(result)}
+        found = jobs.dedup(source, result, chosen, threshold_db=threshold_db, options=options, progress=progress)
+    summary = found.summary() | {"result": str(result)}
     if as_json:
         print_summary(summary, as_json)
     else:
         print_summary({k: v for k, v in summary.items() if k not in ("files_left_out", "refused_rows")}, as_json)
-        say(*doubles.left_out.sentences(), *doubles.refused_sentences())
-        _print_links_across_labels(doubles)
-    if doubles.clusters:
+        say(*found.left_out.sentences(), *found.refused_sentences())
+        _print_links_across_labels(found)
+    if found.clusters:
         raise typer.Exit(Exit.DUPLICATE)
-    raise typer.Exit(Exit.REFUSED if doubles.refusals or doubles.left_out.rows else Exit.DONE)
+    raise typer.Exit(Exit.REFUSED if found.refusals or found.left_out.rows else Exit.DONE)
 
 
 def _dedup_gallery(
     gallery: Path, result: Path, config: Config, threshold_db: float | None, ray: str | None, as_json: bool
 ) -> NoReturn:
-    # reading only: enrolment goes on beside it, for hours
+    # read-only, so that others can enrol during a join of hours
     with (
         bd.Engine.open(gallery, config, read_only=True) as engine,
         progress_bar(lines=not as_json) as progress,
@@ -113,19 +109,19 @@ def _dedup_gallery(
     raise typer.Exit(Exit.DUPLICATE if joined.clusters else Exit.DONE)
 
 
-def _print_links_across_labels(doubles: jobs.DedupResult) -> None:
-    """The strongest links between units whose labels differ, such as two folders of a folder of images."""
-    label_of = {unit.unit_id: unit.label for unit in doubles.units}
-    links = [link for cluster in doubles.clusters for link in cluster.links]
+def _print_links_across_labels(found: jobs.DedupResult) -> None:
+    """Prints the strongest links between units with different labels, such as images in different subfolders."""
+    label_of = {unit.unit_id: unit.label for unit in found.units}
+    links = [link for cluster in found.clusters for link in cluster.links]
     across = [link for link in links if label_of[link.subject_ids[0]] != label_of[link.subject_ids[1]]]
     for link in sorted(across, key=lambda link: -link.score_db)[:20]:
         say(f"{link.score_db:6.1f} dB  {link.subject_ids[0]}  =  {link.subject_ids[1]}")
 
 
 def _left_out(cluster: Cluster) -> str:
-    """How many links of a large cluster the result does not list."""
+    """A note on a large cluster of which the result does not list all links."""
     count = cluster.links_left_out
-    return f"  ({counted(len(cluster.subject_ids), 'record')}; {count:,} of the links are left out)" if count else ""
+    return f"  ({counted(len(cluster.subject_ids), 'record')}; {count:,} links are not listed)" if count else ""
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -139,7 +135,8 @@ def audit(
     result: Annotated[Path, typer.Option("--out", "-o", help="Findings, .parquet or .csv.")] = Path("audit.parquet"),
     report: Annotated[Path | None, typer.Option("--report", help="The report, an HTML page.")] = None,
     threshold_db: Annotated[
-        float | None, typer.Option(help="Two count as one person from this score on; default: the policy's.")
+        float | None,
+        typer.Option(help="Records with at least this score count as one person; default: the policy's threshold."),
     ] = None,
     check: CheckOption = False,
     encoding: EncodingOption = None,
@@ -151,10 +148,10 @@ def audit(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a roll, such as a voter list: people listed twice, not enrolled, or enrolled under two ids, by district.
+    """Check a roll, such as a voter list, against a gallery: people listed twice, not enrolled, or enrolled under two ids, by district.
 
-    An interrupted run resumes when the same command is started again. Exit code 10: doubles were found; 12: none were found, and some lines
-    were refused.
+    An interrupted run resumes when the same command is started again. Exit code 10: duplicates were found; 12: no duplicates were found, but
+    some lines were refused.
     """
     options = table_options(roll, encoding, columns, ignore_columns=ignore_columns)
     if check:
@@ -171,8 +168,7 @@ def audit(
         print_summary({k: v for k, v in summary.items() if k not in ("findings", "districts")}, as_json)
         for kind, text in jobs.AUDIT_KINDS.items():
             say(f"{summary['findings'][kind]:>8,}  {text}")
-    doubles = sum(summary["findings"][kind] for kind in ("two_ids", "listed_twice", "enrolled_twice"))
-    if doubles:
+    if any(summary["findings"][kind] for kind in ("two_ids", "listed_twice", "enrolled_twice")):
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if summary["findings"]["refused"] else Exit.DONE)
 
@@ -180,16 +176,17 @@ def audit(
 @app.command(rich_help_panel=Panel.JOBS)
 def merge(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Districts' galleries: FOLDER or NAME=FOLDER; only read.")
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Districts' galleries: FOLDER or NAME=FOLDER. They are only read."),
     ],
     result: Annotated[
-        Path, typer.Option("--out", "-o", help="Result, .parquet; four files more are written beside it.")
+        Path, typer.Option("--out", "-o", help="Result, .parquet; four more files are written beside it.")
     ] = Path("merge.parquet"),
     into: Annotated[
         str | None,
-        typer.Option(help="The central gallery, FOLDER or NAME=FOLDER; if it holds subjects, they are compared, too."),
+        typer.Option(help="The central gallery, FOLDER or NAME=FOLDER. Its subjects are compared, too."),
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Bring the result into the central gallery.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Apply the result to the central gallery.")] = False,
     rule: Annotated[
         str,
         typer.Option(
@@ -198,10 +195,13 @@ def merge(
     ] = "most_captures",
     prefer: Annotated[
         list[str] | None,
-        typer.Option(help="A district whose records survive a tie of the rule. Repeatable, best first."),
+        typer.Option(
+            help="A district whose records survive if the rule has a tie. Repeatable, the most preferred first."
+        ),
     ] = None,
     min_db: Annotated[
-        float | None, typer.Option(help="Link from this score on, extrapolated or not; default: the policy's.")
+        float | None,
+        typer.Option(help="Link pairs with at least this score, extrapolated or not; default: the policy's threshold."),
     ] = None,
     across_positions: AcrossOption = False,
     ray: RayOption = None,
@@ -211,11 +211,11 @@ def merge(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the subjects of several galleries that are one person. Changes nothing without --apply.
+    """Find subjects of several galleries that are the same person. Changes nothing without --apply.
 
     An interrupted run resumes when the same command is started again.
     """
-    from biodedup.jobs.merging.registers import named  # here, so that help texts need not load the engine
+    from biodedup.jobs.merging.registers import named  # imported here, so that --help does not load the engine
 
     centre = None if into is None else named(into)[1]
     chosen = configured(centre, config, threads=threads, across_positions=across_positions)
@@ -254,10 +254,10 @@ def _print_merge(merged: jobs.MergeResult, result: Path, as_json: bool) -> None:
         say(
             f"applied: {applied.added:,} added, {applied.left_out:,} left out, {applied.removed:,} removed, "
             f"{applied.completed:,} survivors completed; {counted(applied.subjects, 'subject')}. "
-            f"To take it back: biodedup undo {applied.merge_id} --gallery FOLDER"
+            f"To undo it: biodedup undo {applied.merge_id} --gallery FOLDER"
         )
     elif summary["clusters"]:
-        say("nothing was changed; look at the report, then --into FOLDER --apply")
+        say("nothing was changed; read the report, then run again with --into FOLDER --apply")
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -282,5 +282,5 @@ def undo(
         f"{counted(undone.subjects, 'subject')}"
     )
     if undone.kept_changed:
-        text += f"; enrolled anew since, left as they are: {', '.join(undone.kept_changed[:20])}"
+        text += f"; enrolled again since the merge, not changed: {', '.join(undone.kept_changed[:20])}"
     finish(asdict(undone), text, as_json)

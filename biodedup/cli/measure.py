@@ -1,4 +1,4 @@
-"""Commands on labelled data: evaluate measures error rates, calibrate fits a model's calibration. Each runs one job."""
+"""Defines the commands on labelled data: evaluate measures error rates, calibrate fits a model's calibration. Each runs one job."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import (
-    ConfigOption,
-    DpiOption,
-    Exit,
-    JsonOption,
-    ModelIdOption,
-    Panel,
-    RayOption,
-    ThreadsOption,
-    app,
-    configured,
-    model_ids,
-    print_json,
-    progress_bar,
-    say,
-    show_table,
-)
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import configured
+from biodedup.cli.options import ConfigOption, DpiOption, JsonOption, ModelIdOption, RayOption, ThreadsOption, model_ids
+from biodedup.cli.printing import print_json, progress_bar, say, show_table
 from biodedup.cli.table_options import (
     CheckOption,
     ColumnsOption,
@@ -37,11 +25,11 @@ from biodedup.cli.table_options import (
 LabelledArgument = Annotated[
     Path,
     typer.Argument(
-        help="Folder of images (a folder per subject); CSV or Parquet manifest (subject_id, path, optionally position, dpi, "
+        help="Folder of images, with a subfolder for each subject; CSV or Parquet manifest (subject_id, path, optionally position, dpi, "
         "encounter_id, and columns to group by); or Parquet of templates (subject_id, face, right_index, ...)."
     ),
 ]
-NonmatedOption = Annotated[int, typer.Option(min=1, help="At most this many impostor pairs; of more, a random sample.")]
+NonmatedOption = Annotated[int, typer.Option(min=1, help="Compare at most this many impostor pairs, a random sample.")]
 
 
 @app.command(rich_help_panel=Panel.CARE)
@@ -52,15 +40,15 @@ def evaluate(
         Path | None, typer.Option("--report", help="HTML report; default: beside the result. Holds captures.")
     ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Numbers only; needs no matplotlib.")] = False,
-    pictures: Annotated[int, typer.Option(min=0, help="Pairs shown of each kind of error.")] = 12,
+    pictures: Annotated[int, typer.Option(min=0, help="Number of pairs in the report for each type of error.")] = 12,
     finger: Annotated[bool, typer.Option("--finger", help="The folder's images are fingers.")] = False,
     dpi: DpiOption = None,
     minutiae: Annotated[str | None, typer.Option(help="Minutiae extractor: skeleton, mindtct or leader.")] = None,
     record_model_id: Annotated[
-        str | None, typer.Option(help="What extracted the minutiae records of the source.")
+        str | None, typer.Option(help="The model_id of the source's minutiae records: the program that extracted them.")
     ] = None,
     model_id: ModelIdOption = None,
-    verify_fmr: Annotated[float | None, typer.Option(help="FMR that 1:1 decisions are made at.")] = None,
+    verify_fmr: Annotated[float | None, typer.Option(help="The FMR of 1:1 decisions.")] = None,
     nonmated_max: NonmatedOption = 2_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the sample of impostor pairs and of the bootstrap.")] = 0,
     check: CheckOption = False,
@@ -75,8 +63,8 @@ def evaluate(
 
     An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
 
-    Writes the numbers (.json), what they were counted from (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
-    Templates stay in RESULT.work for the next run; delete it when you are done.
+    Writes the rates (.json), the compared pairs and searches (.pairs.parquet, .searches.parquet, .encounters.parquet) and a report.
+    RESULT.work keeps templates for the next run; delete it when you no longer need it.
     """
     options = table_options(source, encoding, columns, ignore_columns=ignore_columns)
     if check:
@@ -124,7 +112,7 @@ def _print_left_out(left_out: dict[str, Any]) -> None:
 
 
 def _rates(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each rate that was measured."""
+    """A table row for each measured rate."""
     rows: list[tuple[str, ...]] = []
     _row(rows, "FTE", "", document["failure_to_enrol"]["rate"])
     verification, searches = document["verification"], document["identification"]
@@ -155,26 +143,27 @@ def calibrate(
     pairs: Annotated[
         Path,
         typer.Argument(
-            help="Parquet or CSV with similarity, minutiae or both, and mated; if known subject_a, subject_b, position. Or a gallery, whose "
-            "subjects are taken for different people."
+            help="Parquet or CSV with similarity, minutiae or both, and mated; if known subject_a, subject_b, position. Or a gallery, if "
+            "its subjects are different people."
         ),
     ],
     model: Annotated[
         str,
         typer.Option(
             "--model",
-            help="The model: a model_id, finger256-3+mindtct-1 for both, or the path of a card. Any other model_id gets a card without weights.",
+            help="The model: a model_id, finger256-3+mindtct-1 for embedding and minutiae, or the path of a card. An unknown model_id is an "
+            "external model; its card has no weights.",
         ),
     ],
     card: Annotated[Path, typer.Option("--out", help="Where to write the card (.toml).")],
     dimension: Annotated[
-        int | None, typer.Option("--dimension", min=1, help="Numbers of an embedding, for a card without weights.")
+        int | None, typer.Option("--dimension", min=1, help="Dimension of the embeddings of an external model.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the held-out half and of the interval.")] = 0,
     ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a model's calibration on your own labelled pairs, or on a gallery's impostor pairs, and write its card."""
+    """Fit a model's calibration on your labelled pairs, or on a gallery's impostor pairs, and write the model's card."""
     with progress_bar(lines=not as_json) as show, jobs.ray_executor(ray) as executor:
         result = jobs.calibrate(
             pairs,
@@ -198,11 +187,11 @@ def calibrate(
         show_table(
             cells,
             ("nominal FMR", "card before", "fitted", "95 %"),
-            title=f"{name}, measured on the half that was not fitted",
+            title=f"{name}, measured on held-out pairs",
         )
     if not result.held_out:
-        say("too few pairs to hold half of them out: what the fit is worth was not measured")
+        say("there are too few pairs to hold half of them out: the quality of the fit was not measured")
     for row in result.positions:
         if row["differs"]:
-            say(f"{row['position']}: FMR {row['fmr']:.2g} where {row['nominal_fmr']:g} is nominal")
+            say(f"{row['position']}: the measured FMR is {row['fmr']:.2g}, the nominal FMR is {row['nominal_fmr']:g}")
     say(f"{result.card}: fitted on {result.nonmated:,} non-mated and {result.mated:,} mated pairs")

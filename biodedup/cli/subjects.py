@@ -1,4 +1,4 @@
-"""Commands on one subject: enroll, identify, verify, update, remove. Each calls one method of the engine."""
+"""Defines the commands on one subject: enroll, identify, verify, update, remove. Each calls one method of the engine."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Annotated
 import typer
 
 import biodedup as bd
-from biodedup.cli.base import (
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import acting, configured, existing, looked_into
+from biodedup.cli.options import (
     DEFAULT_GALLERY,
     AcrossOption,
     ConfigOption,
     DpiOption,
     EncounterOption,
-    Exit,
     FaceOption,
     FingerOption,
     GalleryOption,
@@ -21,30 +23,20 @@ from biodedup.cli.base import (
     IndexOption,
     JsonOption,
     MissingOption,
-    Panel,
     PersonOption,
     PurposeOption,
     SignOption,
     ThreadsOption,
     WaitOption,
-    acting,
-    app,
     captures_of,
-    configured,
-    existing,
-    finish,
-    finish_decision,
     index_engines,
-    looked_into,
-    print_evidence,
-    print_json,
-    print_refusals,
-    say,
 )
+from biodedup.cli.printing import finish, finish_decision, print_evidence, print_json, print_refusals, say
 from biodedup.errors import UnknownSubject
 from biodedup.values import Encounter
 
-_LATER_SIZE = 1_000_000  # subjects, as an example
+_LATER_SIZE = 1_000_000
+"""Number of subjects for which the first enrolment states the threshold, as an example."""
 
 
 @app.command(rich_help_panel=Panel.SUBJECTS)
@@ -69,12 +61,12 @@ def enroll(
     chosen = configured(gallery, config, threads=threads, more={"gallery.index": index_engines(index)})
     with bd.Engine.open(gallery, chosen) as engine:
         decision = engine.enroll(encounter, across_positions=across_positions or None)
-        note = "" if decision.gallery_size else _on_thresholds(decision, engine.policy)
+        note = "" if decision.gallery_size else _threshold_note(decision, engine.policy)
         finish_decision(decision, as_json, captures, note, labels=engine.config.labels)
 
 
-def _on_thresholds(decision: bd.Decision, policy: bd.Policy) -> str:
-    """What the numbers of the first decision mean."""
+def _threshold_note(decision: bd.Decision, policy: bd.Policy) -> str:
+    """Explains the thresholds of the first decision in an empty gallery."""
     later_db, _ = policy.thresholds_db(_LATER_SIZE)
     return (
         f"the gallery was empty. Of pairs of different people, one in {10 ** (decision.duplicate_db / 10):,.0f} scores "
@@ -90,7 +82,8 @@ def identify(
     group: GroupOption = None,
     across_positions: AcrossOption = False,
     from_db: Annotated[
-        float | None, typer.Option(help="Also look for weaker candidates, from this score on. Changes no outcome.")
+        float | None,
+        typer.Option(help="Also list weaker candidates with at least this score. The outcome stays the same."),
     ] = None,
     by: PersonOption = "",
     purpose: PurposeOption = "",
@@ -99,7 +92,7 @@ def identify(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the gallery for the person on these captures. Writes nothing but, with --by, the record of the call."""
+    """Search the gallery for the person on these captures. It only writes the record of the call, if --by is given."""
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
     chosen = configured(gallery, config, threads=threads)
     with looked_into(gallery, chosen, by, purpose, searched=True) as engine:
@@ -137,7 +130,7 @@ def verify(
         print_refusals(result.refusals, encounter.captures)
         if disclosed and not result.evidence and not result.refusals:
             say(
-                "  nothing was compared: no such capture of the subject is enrolled; `biodedup subject ID` lists what is"
+                "  nothing was compared: the subject has no enrolled capture of this kind; `biodedup subject ID` lists the enrolled ones"
             )
     raise typer.Exit(Exit.DONE if result.accepted else Exit.NOT_ACCEPTED)
 

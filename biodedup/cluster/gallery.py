@@ -292,13 +292,13 @@ class ClusterGallery(Gallery):
         if not subjects:
             return
         append_journal(tail, subjects, self._catalogue.cells_from(tail.end_row), models, self.folder)
-        again = [
+        repeated = [
             position
             for position, (_, subject_id, _, _) in enumerate(subjects, first)
             if tail.positions_of[subject_id][0] < position
             or (segments and any(segment.find(subject_id, hash_of(subject_id)) for segment in segments))
         ]
-        tail.mark_again(np.array(again, np.int64))
+        tail.mark_repeated(np.array(repeated, np.int64))
 
     # writing ----------------------------------------------------------------------------------------------------
 

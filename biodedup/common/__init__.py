@@ -1,1 +1,1 @@
-"""Small parts that all packages use: checks of arguments, forms of results, intervals, renamed names."""
+"""Small helpers for all packages: checks of arguments, forms of results, confidence intervals, deprecated names."""

@@ -1,11 +1,11 @@
-"""Checks the types of arguments and fields by their annotations, so that a mistake is named where it is made.
+"""Checks the types of arguments and dataclass fields by their annotations.
 
-Owns the rule of each kind of annotation and the text of the error. Never checks ranges, and never the items of a sequence or a mapping:
-the function that reads them does.
+Owns the rule for each kind of annotation, and the text of the error. Never checks ranges, and never checks the items of a sequence or a
+mapping; the called function does.
 
-1. The text says the name, what was got (its type alone: a value may be biometric), what is wanted, and what to do next.
-2. A text where a `Path` is wanted becomes a `Path`. Nothing else is converted.
-3. An annotation that is not understood accepts everything.
+1. The error names the argument, the type that it got (not the value, which may be biometric), the wanted type, and the remedy.
+2. A str is converted to a `Path` if a `Path` is wanted. Nothing else is converted.
+3. An annotation of an unknown kind accepts every value.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from biodedup.errors import InvalidInput
 _F = TypeVar("_F", bound=Callable[..., Any])
 _C = TypeVar("_C")
 Rule = Callable[[Any], Any]
-"""Returns the value, converted where it has to be. Raises TypeError for a wrong one."""
+"""Returns the value, converted if necessary. Raises TypeError for a value of a wrong type."""
 
 _NEXT = {
     "Backlog": "open it, as jobs.Backlog.open(gallery)",
@@ -40,7 +40,7 @@ _NEXT = {
     "GalleryConfig": "write bd.GalleryConfig(...)",
     "IsolationConfig": "write bd.IsolationConfig(...)",
     "KeyProvider": "write bd.KeyProvider(file=...), or pass a function that returns the key",
-    "Path": "name it as a text or a pathlib.Path",
+    "Path": "write it as a str or a pathlib.Path",
     "Policy": "write bd.Policy(...)",
     "Principal": "write bd.Principal(name, roles)",
     "SearchConfig": "write bd.SearchConfig(...)",
@@ -66,13 +66,13 @@ _WORDS = {
 
 
 def checked(function: _F) -> _F:
-    """A decorator: the arguments are checked by their annotations. Raises InvalidInput."""
+    """A decorator that checks the arguments by their annotations. The function then raises InvalidInput for wrong types."""
     rules: tuple[list[tuple[str, _Hint]], dict[str, _Hint]] | None = None
 
     @wraps(function)
     def call(*given: Any, **named: Any) -> Any:
         nonlocal rules
-        if rules is None:  # at the first call: annotations may name what is defined later
+        if rules is None:  # at the first call, because annotations may refer to names that are defined later
             rules = _rules_of(function)
         values = list(given)
         by_place, by_name = rules
@@ -87,7 +87,7 @@ def checked(function: _F) -> _F:
 
 
 def checked_methods(cls: type[_C]) -> type[_C]:
-    """A class decorator: the arguments of public methods, and of the making of an instance, are checked."""
+    """A class decorator that checks the arguments of public methods and of the constructor."""
     for name, method in list(vars(cls).items()):
         if (name.startswith("_") and name != "__init__") or isinstance(method, property):
             continue
@@ -118,7 +118,7 @@ def _hints_of(cls: Any) -> dict[str, _Hint]:
 
 
 def _rules_of(function: Callable[..., Any]) -> tuple[list[tuple[str, _Hint]], dict[str, _Hint]]:
-    """(the rules of the parameters that are given by place, those of the parameters that are given by name)."""
+    """(rules of the positional parameters, in order; name -> rule of the parameters that can be passed by name)."""
     hints, by_place, by_name = get_type_hints(function), [], {}
     for parameter in signature(function).parameters.values():
         rule = _Hint(hints.get(parameter.name, Any))
@@ -130,7 +130,7 @@ def _rules_of(function: Callable[..., Any]) -> tuple[list[tuple[str, _Hint]], di
 
 
 class _Hint:
-    """An annotation, as the rules of its alternatives."""
+    """The rules of an annotation, one for each member of a union."""
 
     def __init__(self, hint: Any) -> None:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -145,15 +145,15 @@ class _Hint:
         self._classes = tuple(kind for kind in kinds if type(kind) is type)
 
     def value(self, name: str, value: Any) -> Any:
-        """Raises InvalidInput."""
-        if type(value) in self._classes:  # most often
+        """The value, converted if necessary. name: of the argument. Raises InvalidInput."""
+        if type(value) in self._classes:  # the usual case
             return value
         for rule in self._rules:
             try:
                 return rule(value)
             except TypeError:
                 continue
-        remedy = "it is needed" if value is None else self._next
+        remedy = "it is required" if value is None else self._next
         raise InvalidInput(f"{name} is {self._words}, got {type(value).__name__}; {remedy}")
 
 
@@ -180,11 +180,13 @@ def _rule(kind: Any) -> Rule:
     if issubclass(origin, Mapping):
         return _accept(lambda value: isinstance(value, Mapping))
     if origin is not tuple and issubclass(origin, Iterable) and origin.__module__ == "collections.abc":
-        return _accept(_is_several if issubclass(origin, Collection) else _is_iterable)
+        return _accept(_is_collection if issubclass(origin, Collection) else _is_iterable)
     if getattr(origin, "_is_protocol", False):
         return _accept(callable) if "__call__" in vars(origin) else lambda value: value
     if origin.__module__ == "numpy":
-        return _accept(lambda value: _is_several(value) or hasattr(value, "__array__"))  # the function says which shape
+        return _accept(
+            lambda value: _is_collection(value) or hasattr(value, "__array__")
+        )  # the function checks the shape
     if origin is tuple:
         return lambda value: value
     if origin.__module__ == "collections.abc":
@@ -211,8 +213,8 @@ def _is_iterable(value: Any) -> bool:
     return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
 
 
-def _is_several(value: Any) -> bool:
-    """A list, a tuple, a set, an array of numpy or Arrow, a column of pandas."""
+def _is_collection(value: Any) -> bool:
+    """True for a list, a tuple, a set, an array of numpy or Arrow, a column of pandas. False for str, bytes and mappings."""
     return _is_iterable(value) and hasattr(value, "__len__")
 
 

@@ -1,10 +1,10 @@
-"""Turns result values into JSON, tables and HTML for notebooks, without biometric data.
+"""Converts result values to JSON, tables and HTML for notebooks, without biometric data.
 
-Owns the rules of these forms, as mixins of the values. Never knows what a value means: each says its columns and its rows.
+Owns the rules of these forms, as mixin classes. Never interprets a value: each class states its columns and rows.
 
-1. A field that is marked `biometric`, and bytes and arrays of numbers anywhere, are left out.
-2. Numbers that JSON cannot hold (infinity, NaN) are null.
-3. HTML is escaped, and hidden characters are shown as escapes.
+1. Fields that are marked `biometric` are left out, and so are all bytes and numpy arrays.
+2. Numbers that JSON does not support (infinity, NaN) become null.
+3. HTML is escaped, and invisible characters are shown as escapes.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from biodedup.errors import InvalidInput
 from biodedup.texts import json_line, shown
 
 BIOMETRIC = {"biometric": True}
-"""Metadata of a field that holds a capture, a vector or minutiae."""
+"""The metadata of a dataclass field that holds a capture, a vector or minutiae."""
 JSON_NAMES = {"label_penalty_db": "charge_db"}
-"""Fields that have another name in JSON: the name that stored decisions and results have."""
+"""Field -> its name in JSON, for fields that were renamed after results had been stored."""
 _OMITTED = object()
 
 
 class Described:
-    """A result value that JSON can hold."""
+    """Mixin for a result value that can be written as JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without biometric data."""
+        """The fields as plain values for JSON, without biometric data."""
         return document_of(self)
 
     def to_json(self) -> str:
-        """`to_dict` as one line of JSON, without hidden characters."""
+        """`to_dict` as one line of JSON, without invisible characters."""
         return json_line(self.to_dict())
 
 
 class Tabular(Described):
-    """A result value with rows. Notebooks show it as a table."""
+    """Mixin for a result value with rows. Notebooks show it as a table."""
 
     _columns: ClassVar[Mapping[str, str]] = {}
-    """column -> its type in Arrow."""
+    """column -> its Arrow type."""
 
     def _rows(self) -> Sequence[Mapping[str, Any]]:
-        """A value for each column."""
+        """The rows: column -> value."""
         raise NotImplementedError
 
     def to_arrow(self) -> Any:
-        """Its rows as a `pyarrow.Table`."""
-        import pyarrow as pa  # here, so that help texts need not load it
+        """The rows as a `pyarrow.Table`."""
+        import pyarrow as pa  # here, so that `biodedup --help` does not load it
 
         rows = self._rows()
         return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in self._columns.items()})
 
     def to_pandas(self) -> Any:
-        """Its rows as a `pandas.DataFrame`. Raises InvalidInput without pandas, which is no requirement of this library."""
+        """The rows as a `pandas.DataFrame`. Raises InvalidInput if pandas is not installed; this library does not require it."""
         if find_spec("pandas") is None:
-            raise InvalidInput("pandas is not installed; `pip install pandas`, or use to_arrow()")
+            raise InvalidInput("pandas is not installed; run `pip install pandas`, or use to_arrow()")
         return self.to_arrow().to_pandas()
 
     def _repr_html_(self) -> str:
@@ -80,7 +80,7 @@ def _cell(value: Any) -> str:
 
 
 def document_of(value: Any) -> dict[str, Any]:
-    """A dataclass as `Described.to_dict` gives it."""
+    """The plain values of a dataclass, as `Described.to_dict` returns them."""
     pairs = (
         (JSON_NAMES.get(field.name, field.name), _plain(getattr(value, field.name)))
         for field in fields(value)
@@ -90,7 +90,7 @@ def document_of(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON holds it; _OMITTED for what is biometric."""
+    """A value in the form for JSON; _OMITTED for biometric data."""
     if value is None or isinstance(value, (bool, str)):
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, Integral):

@@ -1,10 +1,10 @@
-"""Divides a job's work into pieces that do not depend on each other, and has them done here or elsewhere.
+"""Runs the independent pieces of a job's work in this process, or in other processes and machines.
 
-Owns the protocol between a job and what does its pieces. Knows no job, and no machine.
+Owns the interface between a job and an executor. Independent of any job and any executor.
 
-1. A piece gives the same result wherever it is done, and results come in the order of the pieces: a job's files do not depend on the executor.
-2. A process that does pieces elsewhere opens the recipe of the work once, and keeps what it has opened for the next pieces.
-3. An executor repeats a piece whose process or machine is lost. An error of the work itself is raised to the job.
+1. A piece has the same result in every place, and results come in the order of the pieces. So a job's files do not depend on the executor.
+2. Another process opens the recipe of the work once, and keeps it open for the next pieces.
+3. An executor repeats a piece whose process or machine is lost. An error of the work itself is raised in the job.
 """
 
 from __future__ import annotations
@@ -22,52 +22,53 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Pending(Protocol[R_co]):
-    """A piece that is being done, or will be."""
+    """The future result of a piece."""
 
     def result(self) -> R_co:
-        """Waits for it."""
+        """Waits for the piece, and returns its result. Raises the error of the work."""
 
 
 class Recipe(Protocol):
-    """All that another process needs to do pieces. It travels to other machines: it holds no key and no open file, and its paths are absolute."""
+    """Everything that another process needs to run pieces. It is sent to other machines, so it holds no key and no open file, and its paths
+    are absolute."""
 
     @property
     def threads(self) -> int:
-        """How many processors a piece keeps busy."""
+        """The number of processors that a piece uses."""
 
     def opened(self) -> AbstractContextManager[Callable[[Any], Any]]:
-        """Opens what the work needs. The function takes a piece and returns its result."""
+        """Opens the resources of the work. The function takes a piece and returns its result."""
 
 
 class Work(ABC, Generic[P, R]):
-    """Work of a job."""
+    """The work of a job, which can be divided into pieces."""
 
     @abstractmethod
     def begin(self, piece: P) -> Pending[R]:
-        """Begins with a piece in this process, or in processes that it owns."""
+        """Starts a piece in this process, or in processes that it owns."""
 
     @abstractmethod
     def recipe(self) -> Recipe:
-        """What another process needs to do the pieces. Raises InvalidInput where the work cannot be done elsewhere."""
+        """The recipe for other processes. Raises InvalidInput if the work must stay in this process."""
 
     def received(self, result: R) -> R:
-        """A result that another process has sent, as one of this process."""
+        """Converts a result that another process has sent."""
         return result
 
 
 class Executor(Protocol):
-    """Has pieces done."""
+    """Runs pieces."""
 
     @property
     def pieces_ahead(self) -> int:
-        """How many pieces to hand over before the first result is waited for."""
+        """The number of pieces to submit before the job waits for the first result."""
 
     def submit(self, work: Work[P, R], piece: P) -> Pending[R]:
-        """Hands over a piece."""
+        """Starts a piece."""
 
 
 class Local:
-    """Has pieces done by the work itself, on this machine."""
+    """An executor that runs pieces on this machine, with `Work.begin`."""
 
     pieces_ahead = 0
 
@@ -80,7 +81,7 @@ LOCAL = Local()
 
 @dataclass(frozen=True)
 class Deferred(Generic[P, R]):
-    """A piece that is done when its result is asked for."""
+    """A piece that runs when its result is requested."""
 
     function: Callable[[P], R]
     piece: P
@@ -90,7 +91,7 @@ class Deferred(Generic[P, R]):
 
 
 def in_order(executor: Executor, work: Work[P, R], pieces: Iterable[P]) -> Iterator[R]:
-    """The results of the pieces, in their order. No more pieces are read ahead than the executor asks for."""
+    """The results of the pieces, in their order. It reads at most `pieces_ahead` pieces ahead."""
     pending: deque[Pending[R]] = deque()
     for piece in pieces:
         pending.append(executor.submit(work, piece))

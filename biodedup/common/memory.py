@@ -1,6 +1,6 @@
-"""Turns MemoryError into `OutOfMemory`, an error of this library that a caller can retry.
+"""Converts MemoryError into `OutOfMemory`, an error of this library that a caller can retry.
 
-Owns this translation (errors of numpy and Arrow included). Never frees memory.
+Owns this conversion, including the memory errors of numpy and Arrow. Never frees memory.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def enough_memory() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory:
+    """The error for a failed allocation."""
     return OutOfMemory(
-        f"memory did not suffice ({type(error).__name__}); nothing was acknowledged; free some, or send less at once, and send it again"
+        f"there is not enough memory ({type(error).__name__}); nothing was acknowledged; free memory, or send smaller batches, and send it again"
     )
 
 
 def within_memory(cls: type[_T]) -> type[_T]:
-    """A class decorator: public methods raise OutOfMemory instead of MemoryError."""
+    """A class decorator that makes public methods raise OutOfMemory instead of MemoryError."""
     for name, method in list(vars(cls).items()):
         public = not name.startswith("_") or name in ("__len__", "__contains__")
         if public and callable(method):
@@ -43,7 +44,7 @@ def within_memory(cls: type[_T]) -> type[_T]:
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    if isgeneratorfunction(unwrap(method)):  # a decorator's function is none itself
+    if isgeneratorfunction(unwrap(method)):  # unwrap: the wrapper of a decorated generator is not a generator function
 
         @wraps(method)
         def generate(*args: Any, **named: Any) -> Any:

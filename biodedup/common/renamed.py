@@ -1,6 +1,6 @@
-"""Keeps the old names of the public interface for one release. Each use gives a DeprecationWarning.
+"""Keeps renamed parts of the public API available for one release. Each use of an old name gives a DeprecationWarning.
 
-Owns the text of the warning, and the old names of a dataclass's fields. Never knows which names changed.
+Owns the text of the warning, and the old names of dataclass fields. Independent of any particular name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OLD_NAMES = "_old_names"
 
 
 def renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warns the caller of the function that calls this one."""
+    """Warns that `old` is deprecated. stacklevel: 3 names the caller of the function that calls this one."""
     text = f"{old} is now {new}; the old name goes with the next release"
     warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
 
@@ -23,7 +23,7 @@ def renamed(old: str, new: str, stacklevel: int = 3) -> None:
 def renamed_fields(**new_names: str) -> Callable[[_C], _C]:
     """A class decorator for a dataclass. new_names: old name of a field -> its new name.
 
-    The old name still works as an argument and as an attribute. `old_names` tells the readers of tables.
+    The old name still works as an argument and as an attribute. Readers of tables get it from `old_names`.
     """
 
     def decorate(cls: _C) -> _C:
@@ -49,7 +49,7 @@ def renamed_fields(**new_names: str) -> Callable[[_C], _C]:
 
 
 def old_names(cls: type) -> dict[str, str]:
-    """Old name -> new name of the dataclass's fields."""
+    """Old name -> new name, of the fields of a dataclass."""
     return dict(getattr(cls, _OLD_NAMES, {}))
 
 

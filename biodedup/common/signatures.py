@@ -1,6 +1,6 @@
-"""Ed25519 signatures (RFC 8032): reads keys, signs and checks.
+"""Ed25519 signatures (RFC 8032): reads keys and verifies signatures.
 
-Owns the form of public keys as text, 64 hexadecimal digits. Never reads a file, and never says what a signature means.
+Owns the text form of public keys: 64 hexadecimal digits. Never reads a file, and never interprets the signed content.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ SMALL_ORDER = frozenset(
         "ee" + "ff" * 30 + "7f",
     )
 )
-"""Points of small order on edwards25519, without the sign bit: under these anybody can make signatures (RFC 8032, RFC 7748 section 6.1)."""
+"""Points of small order on edwards25519, without the sign bit. Anybody can make valid signatures for these public keys (RFC 8032, RFC 7748
+section 6.1)."""
 
 
 def check_public_text(public: object, whose: str) -> None:
-    """Raises InvalidInput for what is no public key that proves anything. whose: for the message, as `the key of device 'x'`."""
+    """Raises InvalidInput for a text that is not a secure public key. whose: for the message, for example `the key of device 'x'`."""
     if not isinstance(public, str) or not _PUBLIC.fullmatch(public):
-        raise InvalidInput(f"{whose} is no Ed25519 public key; write its 32 bytes as 64 hexadecimal digits")
+        raise InvalidInput(f"{whose} is not an Ed25519 public key; write its 32 bytes as 64 hexadecimal digits")
     *low, high = bytes.fromhex(public)
     if bytes([*low, high & 0x7F]) in SMALL_ORDER:
         raise InvalidInput(
-            f"{whose} is an Ed25519 key under which anybody can sign; write the key that was made for it"
+            f"{whose} is an insecure Ed25519 key, for which anybody can make signatures; write the key that was made for it"
         )
 
 
 def require_cryptography() -> None:
-    """Raises InvalidInput where the package is absent."""
+    """Raises InvalidInput if the package `cryptography` is not installed."""
     try:
         import cryptography  # noqa: F401
     except ImportError:
@@ -51,7 +52,7 @@ def require_cryptography() -> None:
 
 
 def private_key(content: bytes, name: str) -> Ed25519PrivateKey:
-    """From PEM. name: of the file, for errors. Raises InvalidInput."""
+    """The private key in a PEM file. content: of the file; name: of the file, for errors. Raises InvalidInput."""
     require_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -63,20 +64,20 @@ def private_key(content: bytes, name: str) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise InvalidInput(
-            f"{name} holds no Ed25519 private key without a passphrase (PEM); make one: `biodedup log key FILE`"
+            f"{name} holds no Ed25519 private key in PEM form without a passphrase; make one with `biodedup log key FILE`"
         )
     return key
 
 
 def public_text(public: Ed25519PublicKey) -> str:
-    """In hexadecimal."""
+    """A public key as 64 hexadecimal digits."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return public.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
 def is_signed(public: str, signature: bytes, content: bytes) -> bool:
-    """Whether a signature of some content is of a public key, hexadecimal. Raises InvalidInput for what is no key."""
+    """Whether a signature of some content is valid. public: the public key, hexadecimal. Raises InvalidInput for an invalid key."""
     require_cryptography()
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

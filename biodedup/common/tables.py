@@ -1,10 +1,9 @@
 """Converts between frozen dataclasses and tables of TOML or JSON, and checks types by the dataclass's annotations.
 
-Owns which names and types a table may hold, and the texts of errors about them. Never knows which settings exist, and never looks for
-files.
+Owns the check of names and types in a table, and the error messages. Independent of any setting, and never searches for files.
 
-1. An error names the place (a file, for example), the setting, the value it got and the value it wanted.
-2. Types are checked here, ranges by the dataclass itself.
+1. An error names the source (for example a file), the setting, the value that it got and the wanted value.
+2. Types are checked here; the dataclass checks ranges.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file. Raises InvalidInput for a file that cannot be read or is not TOML."""
+    """The content of a TOML file. Raises InvalidInput for a file that cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -38,13 +37,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def typed(cls: type, table: object, where: str, folder: Path | None = None) -> dict[str, Any]:
-    """dotted name -> value of a table, each of the type that the dataclass states. where: the table's place, for errors; folder: where
-    relative paths start. Raises InvalidInput for an unknown name or a wrong type."""
+    """dotted name -> value, with the types of the dataclass. where: the source of the table, for errors; folder: the base of relative
+    paths. Raises InvalidInput for an unknown name or a wrong type."""
     return dict(_typed(cls, table, where, folder, ""))
 
 
 def made(cls: type[T], values: Mapping[str, Any], where: str = "", prefix: str = "") -> T:
-    """The dataclass with these values, by dotted names, and defaults for the others. Raises InvalidInput for a value out of range."""
+    """An instance with these values (dotted name -> value), and defaults for the other fields. Raises InvalidInput for a value out of
+    range."""
     given: dict[str, Any] = {}
     for name, hint in hints(cls).items():
         inner, full = table_of(hint), prefix + name
@@ -60,7 +60,7 @@ def made(cls: type[T], values: Mapping[str, Any], where: str = "", prefix: str =
 
 
 def flat(instance: Any, prefix: str = "") -> dict[str, Any]:
-    """dotted name -> value of a dataclass; a nested dataclass that is None has no entry."""
+    """dotted name -> value, for all fields of a dataclass and of nested ones. A nested dataclass that is None has no entry."""
     values: dict[str, Any] = {}
     for field in fields(instance):
         value = getattr(instance, field.name)
@@ -72,14 +72,14 @@ def flat(instance: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as TOML and JSON can hold it."""
+    """A value in the form for TOML and JSON."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """dotted name -> (before, after), for the fields in which two dataclasses of one class differ."""
+    """dotted name -> (before, after), for the fields in which two instances of a dataclass differ."""
     a, b = flat(before), flat(after)
     return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
 
@@ -91,7 +91,7 @@ def hints(cls: Any) -> dict[str, Any]:
 
 
 def table_of(hint: Any) -> Any | None:
-    """The dataclass that a field holds, or None."""
+    """The dataclass in the type of a field, or None."""
     return next((kind for kind in _kinds(hint) if is_dataclass(kind)), None)
 
 
@@ -140,7 +140,7 @@ def _value(hint: Any, value: object, what: str, folder: Path | None) -> Any:
             if isinstance(value, str) and value:
                 return _placed(Path(value), folder)
         elif kind is not NoneType and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            is_card = isinstance(value, str) and value.endswith(".toml")
+            is_card = isinstance(value, str) and value.endswith(".toml")  # a model card: a path
             return str(_placed(Path(value), folder)) if is_card else value
     wanted = [_WANTED.get(kind, "a list of texts") for kind in kinds if kind is not NoneType]
     none = ', or "" for none' if NoneType in kinds else ""

@@ -1,6 +1,6 @@
-"""Cosines of unit vectors, the same to the last bit whatever else is compared.
+"""Cosines of unit vectors, which do not depend on the other vectors of the call, to the last bit.
 
-Owns nothing. Never uses BLAS, whose last bits depend on the number of vectors in a call.
+Never uses BLAS, whose rounding depends on the number of vectors in a call.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ Float32 = NDArray[np.float32]
 
 
 def dot_products(vectors: Float32, probes: Float32, which: NDArray[np.int64]) -> Float32:
-    """float32 (n, q), of each vector with the q vectors of its probe. vectors: float32 (n, d); probes: float32 (p, q, d); which: int64 (n,),
-    the number of each vector's probe."""
+    """The dot products float32 (n, q) of each vector and the q vectors of its probe. vectors: float32 (n, d); probes: float32 (p, q, d);
+    which: int64 (n,), the number of each vector's probe."""
     products = np.zeros((len(vectors), probes.shape[1]), np.float32)
     for number, out in enumerate(products.T):
         of_probes = probes[:, number]

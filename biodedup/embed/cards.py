@@ -98,14 +98,14 @@ class ModelCard:
             return
         try:
             with open_file(self.weights) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise ModelCardError(
                 f"{self.path.name}: weights {self.weights.name} cannot be read ({error.strerror}); put them beside the card"
             ) from None
-        if found != self.sha256:
+        if digest != self.sha256:
             raise ModelCardError(
-                f"{self.path.name}: weights have sha256 {found}, the card states {self.sha256}; fetch the right file"
+                f"{self.path.name}: weights have sha256 {digest}, the card states {self.sha256}; fetch the right file"
             )
 
 

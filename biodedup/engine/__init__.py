@@ -1,4 +1,4 @@
-"""The engine: the public class, and one module a step of the path from captures to a decision."""
+"""The engine: the public class `Engine`, and one module for each step from captures to a decision."""
 
 from biodedup.engine.engine import Engine, compare
 

@@ -1,7 +1,7 @@
-"""Decide: turns the candidates of a search into a decision, and a 1:1 comparison into a verification.
+"""Decide: makes a decision from the candidates of a search, and a verification from a 1:1 comparison.
 
-Owns which rows count as candidates, how an update is verified against its own subject, and the review threshold, which follows from
-the scores that a mate would reach with these captures. Never searches and never writes. The rules are in `match/judgement.py`.
+Owns the choice of rows that count as candidates, the verification of an update against its own subject, and the review threshold, which is
+computed from the scores that a mate would reach with these captures. Never searches and never writes. `match/judgement.py` holds the rules.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Verif
 
 @dataclass(frozen=True, eq=False)
 class Decider:
-    """Decides by the policy in force. samples: the subjects that calibrations are measured on; clock: the time in seconds, for
-    `decided_at`. Thread-safe."""
+    """Decides with the policy in force. samples: the subjects on which calibrations are measured; clock: returns the time in seconds since
+    1970, for `decided_at`. Thread-safe."""
 
     config: Config
     policy: Callable[[], Policy]
@@ -40,11 +40,11 @@ class Decider:
     clock: Callable[[], float]
 
     def calibrated_on(self, searched: Snapshot) -> Decider:
-        """A decider that scores with the calibrations of the snapshot that was searched."""
+        """A decider that scores with the calibrations of the searched snapshot."""
         return self.with_comparer(self.comparer.calibrated_on(self.samples.of(searched)))
 
     def with_comparer(self, comparer: Comparer) -> Decider:
-        """A decider that scores as this comparer does."""
+        """A decider that scores with this comparer."""
         return replace(self, comparer=comparer)
 
     def decide(
@@ -57,10 +57,10 @@ class Decider:
         own: Sequence[int] = (),
         different: Collection[int] = (),
     ) -> Decision:
-        """The decision on a probe. found: the search's result; now: the snapshot that the decision is about.
+        """The decision on a probe. found: the search's result; now: the snapshot on which the decision is made.
 
-        version: the gallery's, once the decision is committed. own: rows that cannot be candidates: of the case that is decided again, and
-        of the subject to be updated. different: rows that a person judged to be of another subject.
+        version: of the gallery after the commit of the decision; own: rows that cannot be candidates, namely those of the case that is
+        decided again and of the subject that is updated; different: rows that a person has judged to be of another subject.
         """
         policy = self.policy()
         duplicate_db, band_db = policy.thresholds_db(now.searched_count)
@@ -112,7 +112,7 @@ class Decider:
         different: Collection[int],
         resembling_db: tuple[float, float],
     ) -> tuple[list[Comparison], list[Comparison]]:
-        """As `first_of`, of all that was compared. resembling_db: as `Ranked.resembling` takes them."""
+        """The result of `first_of` for all compared rows. resembling_db: the thresholds for `Ranked.resembling`."""
         if not len(ranked):
             return [], []
         count = self.config.search.returned
@@ -152,13 +152,14 @@ class Decider:
         return replace(decision, outcome="review", candidates=(subject, *others), reasons=reasons)
 
     def _drifted(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> bool:
-        """Whether the subject's first row contradicts captures that later rows confirm. Such captures may be of another person, let in
-        by a row in between, such as a morph of two faces. own: ascending."""
+        """Whether the subject's first row contradicts captures that later rows confirm. Such captures may be of another person, who got in
+        through an intermediate row, for example a morph of two faces. own: ascending."""
         first = self._with_subject(probe, now, own[:1]) if len(own) > 1 else ()
         return bool(first) and first[0].llr_db <= SPEAKS_AGAINST_DB
 
     def disputed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
-        """The decision `review` with the subject itself as the first candidate: a person judges whether the captures are the subject's."""
+        """The decision `review` with the subject itself as the first candidate: a person must judge whether the captures are the
+        subject's."""
         compared = self._with_subject(probe, now, own)
         kinds = kinds_of(compared, decision.duplicate_db, decision.review_db)
         kind: Kind = kinds[0] if kinds and kinds[0] not in ("", *TRUSTED_KINDS) else "another_person"
@@ -175,7 +176,7 @@ class Decider:
         )
 
     def _with_subject(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> Sequence[Comparison]:
-        """The probe compared with all rows of one subject: one comparison, or none if no capture is comparable."""
+        """Compares the probe with all rows of one subject. Returns one comparison, or none if no capture is comparable."""
         rows = np.array(own, np.int64)
         one_subject = np.zeros(len(rows), np.int64)
         return list(self.comparer.compare(probe.templates, SnapshotRows(now), rows, subjects=one_subject))
@@ -184,7 +185,7 @@ class Decider:
         return -10 * float(np.log10(self.policy().verify_fmr))
 
     def refused(self, encounter: Encounter, error: BiodedupError, now: Snapshot) -> Decision:
-        """The decision `refused` for an encounter of a batch that would raise this error by itself. It is not recorded."""
+        """The decision `refused` for an encounter of a batch that cannot be decided because of an error. It is not recorded."""
         reason = error.reason if isinstance(error, CaptureUnavailable) else _snake_case(type(error).__name__)
         refusal = Refusal("encounter", reason, str(error))
         duplicate_db, review_db = self.policy().thresholds_db(now.searched_count)
@@ -203,7 +204,7 @@ class Decider:
         )
 
     def verify(self, probe: Probe, subject_id: str, now: Snapshot, own: Sequence[int]) -> Verification:
-        """The probe compared 1:1 with all rows of a subject. own: these rows."""
+        """Compares the probe 1:1 with all rows of a subject. own: these rows."""
         threshold_db = self._verify_db()
         compared = self._with_subject(probe, now, own)
         if not compared:
@@ -230,11 +231,11 @@ def first_of(
     resembles: NDArray[np.bool_],
     is_different: Callable[[int], bool],
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(the candidates, strongest first, the rows before the last of them that were judged to be of another subject).
+    """(the candidates, strongest first; the rows before the last candidate that were judged to be of another subject).
 
-    Rows that resemble the probe come first, then the others, in the order that their embeddings give them: the order that the search goes by.
-    most: how many candidates; and how many with others, which are added up to this number. counts: bool (n,), which rows can be candidates;
-    resembles: bool (n,). is_different: whether a row was judged different.
+    Rows that resemble the probe come first. Other rows follow in the order of their embeddings, which is the order of the search. most:
+    (the largest number of resembling candidates, the number up to which other rows are added); counts: bool (n,), the rows that can be
+    candidates; resembles: bool (n,); is_different: whether a row was judged different.
     """
     others = np.lexsort((ranked.rows, *-ranked.by_embeddings[::-1]))
     resembling = np.flatnonzero(resembles & counts)

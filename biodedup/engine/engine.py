@@ -168,9 +168,8 @@ class Engine:
         new_id: Callable[[], str],
         override_policy: bool = False,
     ) -> None:
-        self._config = config
+        self._config, self._gallery = config, gallery
         self._clock = clock = finite(clock)
-        self._gallery = gallery
         self._policy = PolicyInForce(gallery, config.policy, override=override_policy)
         clock = NotedClock(clock, gallery.snapshot)
         self._extractor = Extractor(config)
@@ -202,13 +201,12 @@ class Engine:
             clock=clock,
             log=self._log,
         )
-        seal_rows = config.gallery.seal_rows
         self._loader = Loader(
             gallery=gallery,
             preparer=self._preparer,
             decider=self._decider,
             new_id=new_id,
-            seal_rows=seal_rows,
+            seal_rows=config.gallery.seal_rows,
             log=self._log,
             threads=config.threads,
         )

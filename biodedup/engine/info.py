@@ -1,6 +1,6 @@
-"""States facts about an open gallery: its counts, models and thresholds, and notes on oddities that are not damage.
+"""Reports on an open gallery: counts, models, thresholds, and notes on suspicious content that is not damage.
 
-Owns what `Engine.info` and `Engine.notes` return. Never changes anything.
+Owns the results of `Engine.info` and `Engine.notes`. Never changes anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from biodedup.gallery.snapshot import Snapshot
 
 
 def info_of(gallery: Gallery, policy: Policy) -> dict[str, Any]:
-    """Counts, models and thresholds of the newest snapshot, JSON-ready."""
+    """Counts, models and thresholds of the newest snapshot, as values for JSON."""
     snapshot = gallery.snapshot()
     duplicate_db, review_db = policy.thresholds_db(snapshot.searched_count)
     counts = snapshot.column_counts()
@@ -48,9 +48,9 @@ def info_of(gallery: Gallery, policy: Policy) -> dict[str, Any]:
 
 
 def notes_of(snapshot: Snapshot, now: float) -> list[str]:
-    """Subject ids that look alike, and decisions dated by a clock that was set back. now: the time in seconds."""
+    """Notes on subject ids that look alike, and on decisions that were dated by a wrong clock. now: in seconds since 1970."""
     count, groups = look_alikes(snapshot)
     notes = [f"subject ids that look alike: {', '.join(map(repr, names))}" for names in groups]
     if count > len(groups):
-        notes.append(f"... and {count - len(groups):,} groups more of subject ids that look alike")
+        notes.append(f"... and {count - len(groups):,} more groups of subject ids that look alike")
     return notes + date_notes(snapshot, now)

@@ -1,6 +1,6 @@
-"""An N:N join of one snapshot, divided into steps that do not depend on each other.
+"""An N:N join (every subject with every other) of one snapshot, divided into independent steps.
 
-Owns the order of the steps, and how pairs of rows become links of subjects. Never compares (`search/selfjoin`).
+Owns the order of the steps, and the conversion of row pairs into links between subjects. Never compares templates (`search/selfjoin` does).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from biodedup.values import Link
 
 @dataclass(frozen=True)
 class JoinedTile(Described):
-    """A step of an N:N join. done: how many of `total` subjects are compared with all behind them, or that share of the work; links: pairs
-    that reached the threshold; reached: (row after the last one compared, rows of the gallery), where another join can continue; left_out: a
-    subject of each cluster with more than 1,000 links -> how many of these are not in `links`, as `Cluster.links_left_out` says."""
+    """The result of one step of an N:N join. done: the number of subjects (of `total`) that were compared with all later ones, or the same
+    share of the work; links: pairs that reach the threshold; reached: (row after the last compared row, rows of the gallery), from which
+    another join can continue; left_out: a subject of each cluster with more than 1,000 links -> the number of its links that are not in
+    `links` (see `Cluster.links_left_out`)."""
 
     done: int
     total: int
@@ -37,7 +38,8 @@ class JoinedTile(Described):
 
 
 class JoinStep(NamedTuple):
-    """Some rows of a join, by their places among those that are compared with all; or some of its buckets. done: rows that are done after it."""
+    """The input of one step: buckets if in_buckets, else rows that are compared with all others. first, last: a range of their numbers;
+    done: the number of rows that are done after the step."""
 
     in_buckets: bool
     first: int
@@ -46,7 +48,7 @@ class JoinStep(NamedTuple):
 
 
 class Joining:
-    """A join of these live rows with the rows behind them; with_all: with all others. A step gives the same tile in every process that has this
+    """A join of live rows with later rows, or with all other rows (with_all). A step has the same result in every process with this
     snapshot."""
 
     def __init__(
@@ -60,7 +62,7 @@ class Joining:
         self._with_all = with_all or self._buckets is not None
 
     def steps(self, skip: int = 0) -> Iterator[JoinStep]:
-        """skip: how many rows are done already."""
+        """The steps. skip: the number of rows that are done already."""
         count = len(self._rest)
         for first in range(min(skip, count), count, JOIN_ROWS):
             last = min(first + JOIN_ROWS, count)
@@ -72,12 +74,12 @@ class Joining:
                 yield JoinStep(True, members.start, members.stop, done)
 
     def tile(self, step: JoinStep) -> JoinedTile:
-        """Pairs of a step that reach the threshold and were not judged different."""
+        """Runs a step: the pairs that reach the threshold and were not judged different."""
         some, is_last = slice(step.first, step.last), step.done == len(self._rows)
         if step.in_buckets:
-            assert self._buckets is not None, "only a join by buckets has such steps"
+            assert self._buckets is not None, "only a join with buckets has such steps"
             found = self._join.pairs_in_buckets(self.snapshot, self._buckets, some, self._threshold_db)
-            # until the last step each row may still share a bucket with another
+            # before the last step, no row is complete: it may share a later bucket with another row
             reached = int(self._rows[-1]) + 1 if is_last else 0
         else:
             rows = self._rest[some].tolist()
@@ -87,14 +89,14 @@ class Joining:
         return JoinedTile(step.done, len(self._rows), tuple(links), (reached, self.snapshot.row_count), left_out)
 
     def _links(self, found: FoundPairs) -> tuple[list[Link], dict[str, int]]:
-        """(the links, a subject of each crowd -> how many of its links are left out)."""
+        """(the links, a subject of each very large cluster -> the number of its links that are left out)."""
         snapshot, pairs, left_out = self.snapshot, found.pairs, Counter[str]()
         for name, count in zip(snapshot.subject_ids(list(found.left_out)), found.left_out.values(), strict=True):
             left_out[name] += count
         names = snapshot.subject_ids([row for pair in pairs for row in (pair[0], pair[1].row)])
         links = []
         for i, (row, pair) in enumerate(pairs):
-            trial_penalty_db = 10 * log10(len(snapshot.siblings(row)))  # each of its rows is tried
+            trial_penalty_db = 10 * log10(len(snapshot.siblings(row)))  # Bonferroni: each row of the subject is a trial
             if pair.score_db - trial_penalty_db >= self._threshold_db:
                 pair = replace(pair, score_db=pair.score_db - trial_penalty_db) if trial_penalty_db else pair
                 (kind,) = kinds_of([pair], self._threshold_db, self._threshold_db)

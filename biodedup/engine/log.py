@@ -1,7 +1,7 @@
 """Log messages of the engine: decisions, verdicts, loads, removals, policies and slow searches.
 
-Owns what these messages say. They never hold biometric data, scores, paths of captures, or the names of people who judged. They hold ids only
-where `LogConfig.ids` asks for them. docs/reference/logging.md lists them.
+Owns the text of these messages. They never contain biometric data, scores, paths of captures, or the names of people who judged. They
+contain ids only if `LogConfig.ids` is set. docs/reference/logging.md lists them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EngineLog:
     config: LogConfig
 
     def decided(self, operation: str, decision: Decision, *, level: int = logging.INFO) -> None:
-        """operation: `enroll`, `update`, ..."""
+        """A decision was made. operation: `enroll`, `update`, ..."""
         if not _engine.isEnabledFor(level):
             return
         why = "".join(f", {reason}" for reason in decision.reasons)
@@ -46,7 +46,7 @@ class EngineLog:
         )
 
     def judged(self, ruling: str, decision: Decision, closed: int) -> None:
-        """A verdict was recorded. decision: on its case, as it stands; closed: how many linked cases it closed, too."""
+        """A verdict was recorded. decision: the present decision of the case; closed: the number of linked cases that it closed as well."""
         if _engine.isEnabledFor(logging.INFO):
             named = self._named(subject=decision.subject_id, encounter=decision.encounter_id)
             _engine.info(
@@ -69,7 +69,7 @@ class EngineLog:
         _engine.info("policy: version %d is in force", version)
 
     def locked_out(self, caller: str, subject_id: str) -> None:
-        """A caller approached a subject. `Engine.alarms` names both."""
+        """A caller was locked out. `Engine.alarms` names the caller and the subject."""
         named = self._named(caller=caller, subject=subject_id)
         _engine.error(
             "alarm: a caller is locked out from a subject, because its failed verifications approach it%s", named
@@ -81,7 +81,8 @@ class EngineLog:
         _engine.info("request %d: %s %s", number, action, state)
 
     def handed_out(self, what: str, *, stated: bool, caller: str = "", subject_id: str = "") -> None:
-        """Templates left the gallery. what: which, without ids; stated: whether `Config.allow_template_export` or nothing to protect says so."""
+        """Templates left the gallery. what: a description without ids; stated: whether the export is allowed explicitly, or nothing needs
+        protection."""
         named = self._named(caller=caller, subject=subject_id)
         if stated:
             _engine.info("templates are handed out: %s%s", what, named)
@@ -89,12 +90,12 @@ class EngineLog:
             _engine.warning("templates are handed out: %s; state Config(allow_template_export=...)%s", what, named)
 
     def searched_again(self) -> None:
-        """At a commit: candidates of the search were removed or do not count, so that all rows are searched once more."""
+        """At a commit, candidates of the search were removed or do not count, so that all rows are searched again."""
         _search.debug("second round: all rows are searched again at the commit, because candidates do not count")
 
     @contextmanager
     def timed(self, probes: int, rows: int) -> Iterator[None]:
-        """Warns where the block, a search for some probes in a gallery of so many rows, takes longer than `LogConfig.slow_search_ms`."""
+        """Warns if the search in the block takes longer than `LogConfig.slow_search_ms`. probes, rows: their numbers, for the message."""
         began = time.perf_counter()
         yield
         took_ms = 1000 * (time.perf_counter() - began)
@@ -105,7 +106,7 @@ class EngineLog:
             )
 
     def _named(self, **ids: str | None) -> str:
-        """The ids, for the end of a message; empty unless they are asked for."""
+        """The ids as the end of a message; empty unless `LogConfig.ids` is set."""
         if not self.config.ids:
             return ""
         return "".join(f"; {name} {shown(value)}" for name, value in ids.items() if value)

@@ -1,8 +1,8 @@
-"""The policy in force: the gallery's stored policy, or one that overrides it in this process.
+"""The policy in force: the gallery's stored policy, or a policy that overrides it in this process.
 
-Owns which of the two applies, and how a new version is stored. Never decides.
+Owns the choice between the two, and the storing of a new version. Never decides on encounters.
 
-1. Opening a gallery with another policy than the stored one raises PolicyMismatch, unless it is to override.
+1. Opening a gallery with another policy than the stored one raises PolicyMismatch, unless override is set.
 2. A new version applies from its commit on: in this process at once, in readers when they refresh.
 """
 
@@ -19,8 +19,8 @@ from biodedup.values import NOTE_LENGTH_MAX, check_id, check_text
 
 
 class PolicyInForce:
-    """The policy in force of one open gallery; call it to read it. given: the policy that the gallery was opened with; override: decide
-    by `given` in this process and store nothing. Thread-safe."""
+    """The policy in force of one open gallery. Calling the object returns it. given: the policy with which the gallery was opened;
+    override: use `given` in this process without storing it. Thread-safe."""
 
     def __init__(self, gallery: Gallery, given: Policy | None, *, override: bool) -> None:
         stored = gallery.policies[-1]
@@ -42,12 +42,12 @@ class PolicyInForce:
     ) -> PolicyVersion:
         """Stores the policy as the next version, or returns the present version if it is the same policy. Ends an override.
 
-        approve: is called in the transaction that stores it."""
+        approve: called in the transaction that stores it."""
         if not isinstance(policy, Policy):
             raise InvalidInput(f"the policy is a Policy, got {type(policy).__name__}; write Policy(fpir=1e-6)")
         check_id(by, "by")
         if not isinstance(reason, str) or not reason.strip():
-            raise InvalidInput("the reason is empty or no text; say why the policy changes")
+            raise InvalidInput("the reason is empty, or not a str; state why the policy changes")
         check_text(reason, "the reason", NOTE_LENGTH_MAX)
         with self._gallery.transaction() as transaction:
             present = self._gallery.policies[-1]

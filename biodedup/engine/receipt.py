@@ -1,6 +1,6 @@
-"""The receipt of a decision: what was decided, by which policy and models, among how many rows, and where it stands in the gallery's log.
+"""The receipt of a decision: the outcome, the policy, the models, the number of rows, and the position in the gallery's hash chain.
 
-Owns the fields of a receipt. Never signs, and holds no biometric data: `jobs.write_receipt` signs it.
+Owns the fields of a receipt. It contains no biometric data. Never signs (`jobs.write_receipt` does).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from biodedup.gallery.policies import policy_digest
 
 @dataclass(frozen=True)
 class Receipt(Described):
-    """rows_examined: rows with a capture in common with the encounter; sent: SHA-256 of what was sent, which the sender can compute again;
-    decision: SHA-256 of the decision as the gallery stores it; policy: the digest of the policy that decided; policy_version: of the
-    gallery's policy with this digest, None where none has it (the process overrode it, or it is of an older release); model_digests:
-    model_id -> SHA-256 of the weights on the card that is at hand now, None for none; commit, link, chain: where the decision stands in the
-    hash chain, and its value there (hexadecimal); None for one that is older than the chain, and in a register on PostgreSQL."""
+    """The receipt of one decision. rows_examined: the number of rows with a capture in common with the encounter; sent: SHA-256 of the
+    request, which the sender can compute again; decision: SHA-256 of the stored decision; policy: the digest of the policy in force;
+    policy_version: the version of the gallery's policy with this digest, None if there is none (the process has overridden the policy, or
+    it is from an older release); model_digests: model_id -> SHA-256 of the weights on the present card, None without a card; commit, link,
+    chain: the position of the decision in the hash chain, and the value of the link (hexadecimal). They are None for a decision before the
+    chain began, and in a register on PostgreSQL."""
 
     gallery_id: str
     encounter_id: str
@@ -50,10 +51,10 @@ class Receipt(Described):
 
 
 def receipt_of(gallery: Gallery, encounter_id: str, cards: Sequence[ModelCard]) -> Receipt:
-    """Of a decision, of a case as it stands now. Raises InvalidInput where the gallery holds no decision on the encounter."""
+    """The receipt of the present decision on an encounter. Raises InvalidInput if the gallery has no decision on it."""
     stored = gallery.answer(encounter_id)
     if stored is None or stored.kind != "decision":
-        raise InvalidInput(f"the gallery holds no decision on encounter {encounter_id!r}; check its id")
+        raise InvalidInput(f"the gallery has no decision on encounter {encounter_id!r}; check its id")
     decision = from_json(stored.text)
     versions = {policy_digest(version.policy): version.version for version in gallery.policies}
     digests = {card.model_id: card.sha256 for card in cards}

@@ -1,6 +1,6 @@
-"""Review: opens cases for disputed encounters, and applies the verdicts of people to cases.
+"""Review: opens cases for disputed encounters, and applies people's verdicts to cases.
 
-Owns the order of the steps. `gallery/cases.py` says what a verdict means; `enrol.py` decides again and enrols.
+Owns the order of the steps. `gallery/cases.py` defines the effect of a verdict; `enrol.py` decides again and enrols.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from biodedup.values import Case, Decision, Encounter, Ruling, Verdict
 
 @dataclass(frozen=True, eq=False)
 class Review:
-    """The cases of one gallery. clock: the time in seconds, for verdicts. Thread-safe."""
+    """The cases of one gallery. clock: returns the time in seconds since 1970, for verdicts. Thread-safe."""
 
     gallery: Gallery
     preparer: Preparer
@@ -48,27 +48,29 @@ class Review:
     log: EngineLog
 
     def open_cases(self) -> Iterator[Case]:
-        """In the order of their encounter_ids."""
+        """The open cases, ordered by encounter_id."""
         for encounter_id in self.gallery.open_cases():
             case = self.gallery.case(encounter_id)
             if case is not None and not case.closed:
                 yield case
 
     def case(self, encounter_id: str) -> Case:
-        """Open or closed. Raises InvalidInput for an encounter that never went to review."""
+        """A case, open or closed. Raises InvalidInput for an encounter that never went to review."""
         case = self.gallery.case(encounter_id)
         if case is None:
-            raise InvalidInput(f"encounter {encounter_id!r} is no case: it is unknown, or was decided without review")
+            raise InvalidInput(
+                f"encounter {encounter_id!r} is not a case: it is unknown, or was decided without review; check the id"
+            )
         return case
 
     def dispute(self, encounter: Encounter) -> Decision:
-        """Opens a case for captures that may be of another person than their subject."""
+        """Opens a case for captures that may not belong to their subject."""
         require_subject(encounter)
         encounter = in_memory(encounter, self.preparer.config.capture)
         digest = digest_of(encounter)
         probe = self.preparer.probe(encounter)
         if not probe.templates:
-            raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
+            raise InvalidInput("no capture of the encounter can be used; a case needs at least one usable capture")
         with self.gallery.transaction() as transaction:
             answer = earlier_answer(transaction.answer, encounter, digest, transaction.snapshot)
             if answer is not None:
@@ -102,8 +104,8 @@ class Review:
     ) -> Decision:
         """Records a verdict, and decides again on the case and on the open cases that are linked with it.
 
-        Before a subject is enrolled, it is compared with everything that is enrolled or in an open case by now. judged: an encounter_id,
-        or the case as a person saw it; approve: is called in the transaction of the verdict.
+        Before a subject is enrolled, it is compared with all present rows, enrolled or in open cases. judged: an encounter_id, or the case
+        as the person saw it; approve: called in the transaction of the verdict.
         """
         shown, encounter_id = (judged, judged.encounter_id) if isinstance(judged, Case) else (None, judged)
         case = self.case(encounter_id)
@@ -121,7 +123,7 @@ class Review:
                 check_as_shown(now, shown, candidate)
             approve(transaction)
             transaction.judge(verdicts, different_rows(now, verdicts))
-            closing = next(filter(closes, verdicts), None)  # of all candidates, the subject itself may be any
+            closing = next(filter(closes, verdicts), None)  # verdicts on several candidates may include the own subject
             if closing is not None:
                 decision = closing_decision(now, closing)
             else:
@@ -133,13 +135,14 @@ class Review:
         return decision
 
     def _recheck(self, transaction: Transaction, case: Case, searched: dict[str, tuple[Probe, SearchSnapshot]]) -> bool:
-        """Decides again on an open case that is linked with the judged one. Without a candidate left it is closed; whether it was."""
+        """Decides again on an open case that is linked with the judged case. Closes it if no candidate is left. Returns whether it was
+        closed."""
         try:
             decision = self._decide_again(transaction, case, (), searched)
         except CallerError:
-            return False  # it cannot be enrolled; the error is raised when a person decides on it
+            return False  # it cannot be enrolled; the error is raised again when a person judges it
         own = any(verdict.own for verdict in case.verdicts)
-        # a person has to judge whether the captures are the subject's, and captures that could not be compared with anything
+        # A person must judge whether captures belong to the subject, and captures that had nothing to compare with.
         unseen = not case.verdicts and "nothing_in_common" in decision.reasons
         if unseen or (case.replaces and not own and not case.replacement):
             decision = replace(decision, outcome="review")
@@ -153,7 +156,7 @@ class Review:
         verdicts: tuple[Verdict, ...],
         searched: dict[str, tuple[Probe, SearchSnapshot]],
     ) -> Decision:
-        if case.encounter_id not in searched:  # linked since; rare
+        if case.encounter_id not in searched:  # rare: the case was linked after the search
             searched |= self._search_cases([case])
         probe, seen = searched[case.encounter_id]
         same = same_rows(case, verdicts)
@@ -162,7 +165,7 @@ class Review:
         return reconsidered(case, verdicts, fresh)
 
     def _search_cases(self, cases: Iterable[Case]) -> dict[str, tuple[Probe, SearchSnapshot]]:
-        """encounter_id -> the probe of a case, and a search of the newest snapshot for it."""
+        """encounter_id -> (the probe of a case, the result of its search in the newest snapshot)."""
         searched = {}
         for case in cases:
             encounter = Encounter(
@@ -173,7 +176,7 @@ class Review:
             )
             probe = Probe(encounter, case.templates, case.decision.refusals)
             extra_k = sum(len(candidate.rows) for candidate in case.decision.candidates) + len(case.judged)
-            extra_k += self.gallery.snapshot().count_under(case.subject_id)  # the case itself is one of them
+            extra_k += self.gallery.snapshot().count_under(case.subject_id)  # includes the row of the case
             seen = self.searches.search([probe], across=case.across_positions, extra_k=extra_k)
             searched[case.encounter_id] = probe, seen
         return searched
@@ -184,7 +187,7 @@ class Review:
         return [case for case in cases if case is not None and not case.closed]
 
     def _settle(self, transaction: Transaction, case: Case, decision: Decision, *, own: bool) -> None:
-        """Stages the effect of the decision on a case. own: a person judged that the captures are the enrolled subject's."""
+        """Stages the effect of the decision on a case. own: whether a person has judged the case's own subject."""
         if decision.outcome == "unique":
             if case.replacement:
                 transaction.remove(case.subject_id)

@@ -1,8 +1,8 @@
-"""The sample of a gallery's subjects that its calibrations are measured on.
+"""The sample of a gallery's subjects on which its calibrations are measured.
 
-Owns which subjects are drawn, snapshot by snapshot. Never computes a calibration (`match/scores/calibrations.py` does).
+Owns the draw of the sample for each snapshot. Never computes a calibration (`match/scores/calibrations.py` does).
 
-A search, its scores and its decision use the sample of one snapshot: the one that was searched.
+A search, its scores and its decision use the sample of the searched snapshot.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.candidates import JoinedCandidates, TemplateCandidates
 from biodedup.match.ranked import Ranked
 from biodedup.match.staged import Stage
-from biodedup.search.batching import Gathering
+from biodedup.search.batching import Batcher
 from biodedup.search.scope import Scope
 from biodedup.search.searcher import PROBES, CandidateSet, Searcher, SnapshotRows
 from biodedup.search.selfjoin.join import SelfJoin
@@ -58,8 +58,8 @@ class BatchedSearch:
         self._searcher = searcher
         self._join = join
         self._samples = samples
-        self._probes = Gathering(self._search, PROBES)
-        self._vectors = Gathering(self._nearest_each, PROBES)
+        self._probes = Batcher(self._search, PROBES)
+        self._vectors = Batcher(self._nearest_each, PROBES)
 
     def search(
         self,

@@ -1,6 +1,6 @@
-"""Looks subjects up: their rows, groups, decisions and open cases.
+"""Looks up subjects: their rows, groups, decisions and open cases.
 
-Owns what `Engine.subject`, `subjects`, `decisions` and `groups` return. Never changes anything and never compares.
+Owns the results of `Engine.subject`, `subjects`, `decisions` and `groups`. Never changes anything and never compares templates.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ _BATCH = 1_024
 
 
 def subject_of(gallery: Gallery, subject_id: str) -> Subject:
-    """Raises UnknownSubject for an id that is not enrolled and that no decision is about."""
+    """The rows, decisions and open cases of a subject. Raises UnknownSubject for an id that is not enrolled and has no decision."""
     snapshot = gallery.snapshot()
     decisions = tuple(decisions_of(gallery, subject_id))
     encounters = tuple(snapshot.encounters_of(subject_id))
     if not encounters and not decisions:
-        raise UnknownSubject(f"subject {subject_id!r} is not enrolled, and no decision is about it; check the id")
+        raise UnknownSubject(f"subject {subject_id!r} is not enrolled, and has no decision; check the id")
     waiting = tuple(snapshot.pending[row] for row in snapshot.pending_under(subject_id))
     return Subject(subject_id, encounters, decisions, waiting)
 
 
 def decisions_of(gallery: Gallery, subject_id: str | None) -> Iterator[Decision]:
-    """Of one subject, or all, in the order of the first answers. Reads every answer: no index leads from a subject to its decisions."""
+    """The decisions on one subject, or on all, in the order of the first answers. It reads every answer, because answers are not indexed by
+    subject."""
     snapshot = gallery.snapshot()
     needle = None if subject_id is None else json.dumps(subject_id).encode()
     for part in snapshot.parts:
@@ -48,13 +49,16 @@ def decisions_of(gallery: Gallery, subject_id: str | None) -> Iterator[Decision]
                 if needle is not None and needle not in text:
                     continue
                 stored = StoredDecision.read(digests[i].as_py(), text.decode())
-                decision = _as_it_stands(gallery, snapshot, packed.text(ids[i : i + 1])[0], stored)
+                decision = _present_decision(gallery, snapshot, packed.text(ids[i : i + 1])[0], stored)
                 if decision is not None and subject_id in (None, decision.subject_id):
                     yield decision
 
 
-def _as_it_stands(gallery: Gallery, snapshot: Snapshot, encounter_id: str, stored: StoredDecision) -> Decision | None:
-    """None for an answer that is no decision, and for a refusal after which the encounter was sent again and decided."""
+def _present_decision(
+    gallery: Gallery, snapshot: Snapshot, encounter_id: str, stored: StoredDecision
+) -> Decision | None:
+    """The present decision of a stored answer. None for an answer that is not a decision, and for a refusal that a later decision on the
+    same encounter has replaced."""
     if stored.kind != "decision":
         return None
     if stored.outcome == "refused":
@@ -66,7 +70,7 @@ def _as_it_stands(gallery: Gallery, snapshot: Snapshot, encounter_id: str, store
 
 
 def listed(snapshot: Snapshot, groups: Collection[str] | None) -> Iterator[ListedSubject]:
-    """The enrolled subjects, in order of enrolment; with groups, those that are in one of them."""
+    """The enrolled subjects, in the order of enrolment. groups: only subjects in one of these groups; None for all."""
     ids = snapshot.all_subject_ids()
     while batch := list(islice(ids, _BATCH)):
         which, rows = snapshot.all_rows_of(packed.pack_text(batch))
@@ -95,10 +99,10 @@ def listed(snapshot: Snapshot, groups: Collection[str] | None) -> Iterator[Liste
 
 
 def group_counts(snapshot: Snapshot) -> dict[str, int]:
-    """group -> how many enrolled subjects are in it, by name. A subject with several rows counts once."""
+    """group -> the number of enrolled subjects in it, ordered by name. A subject with several rows counts once."""
     enrolled, counts = snapshot.enrolled, Counter[str]()
     several = (
-        {int(hashed) for part in snapshot.parts for hashed in part.again.tolist()} if snapshot.extra_rows else set()
+        {int(hashed) for part in snapshot.parts for hashed in part.repeated.tolist()} if snapshot.extra_rows else set()
     )
     known = np.array(sorted(several), np.uint64)
     numbers = Counter[int]()

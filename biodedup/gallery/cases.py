@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from biodedup.errors import EncounterConflict, GalleryDamaged, InvalidInput
 from biodedup.gallery.answers import AnswerOf, StoredDecision, answered_before, from_json, parsed
@@ -173,17 +174,7 @@ def new_verdicts(
     after another verdict, InvalidInput for an unknown candidate, and if it is not clear which candidate is meant.
     """
 
-    def verdict(candidate: str | None) -> Verdict:
-        return Verdict(
-            encounter_id=case.encounter_id,
-            subject_id=case.subject_id,
-            candidate=candidate,
-            ruling=ruling,
-            by=by,
-            at=at,
-            note=note,
-        )
-
+    verdict = partial(Verdict, case.encounter_id, case.subject_id, ruling=ruling, by=by, at=at, note=note)
     verdict(candidate)  # validates
     if ruling == "recapture":
         candidate = None

@@ -61,7 +61,7 @@ def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[
     segments = [_open(storage, folder, entry, known.get(entry.number)) for entry in catalogue.segments()]
     tail = Tail(segments[-1].end_row if segments else 0)
     _fill(tail, models, catalogue, folder)
-    tail.mark_again(_again(tail, segments))
+    tail.mark_repeated(_repeated_positions(tail, segments))
     for segment, following in pairwise(segments):
         if segment.end_row != following.first_row:
             raise GalleryDamaged(f"{folder}: rows {segment.end_row} to {following.first_row} are in no segment")
@@ -154,7 +154,7 @@ def malformed_error(folder: Path, error: Exception) -> Exception:
     )
 
 
-def _again(tail: Tail, segments: Sequence[Segment]) -> Int64:
+def _repeated_positions(tail: Tail, segments: Sequence[Segment]) -> Int64:
     """The positions in a tail of rows that are not the first row under their subject_id."""
     if not tail.count:
         return np.zeros(0, np.int64)

@@ -203,7 +203,7 @@ class Snapshot:
         hashes = packed.hashes(ids)
         several = np.zeros(len(rows), bool)
         for part in self.parts:
-            several |= np.isin(hashes, part.again) if len(part.again) else False
+            several |= np.isin(hashes, part.repeated) if len(part.repeated) else False
         several &= ~np.isin(rows, self.pending_rows)
         at = np.flatnonzero(several)
         if not len(at):
@@ -264,7 +264,9 @@ class Snapshot:
 
     def all_subject_ids(self) -> Iterator[str]:
         """The ids of the enrolled subjects, each once, in the order of enrolment."""
-        several = {int(hashed) for part in self.parts for hashed in part.again.tolist()} if self.extra_rows else set()
+        several = (
+            {int(hashed) for part in self.parts for hashed in part.repeated.tolist()} if self.extra_rows else set()
+        )
         seen: set[str] = set()
         for part in self.parts:
             mask = self.enrolled.mask(part)
@@ -421,17 +423,29 @@ class Snapshot:
 
     def templates(self, row: int) -> dict[str, Template]:
         """All templates of one row."""
-        ((part, position),) = self._by_part(np.array([row]))
-        templates = {}
-        for name, column in part.columns.items():
-            cell = column.cells_at(position)
-            if cell[0] < 0:
-                continue
-            embedding = None if column.dimension is None else column.vectors_at(cell)[0]
-            stored = float(column.quality(int(cell[0]), int(cell[0]) + 1)[0])
-            minutiae = column.minutiae_at(cell)[0] or None
-            quality = quality_scale.from_stored(name, stored)
-            templates[name] = Template(name, self.models[name].model_id, embedding, minutiae, quality)
+        (templates,) = self.templates_of([row])
+        return templates
+
+    def templates_of(self, rows: Sequence[int] | Int64) -> list[dict[str, Template]]:
+        """All templates of each row, in the order of the columns in its part. Each column is read once for all rows."""
+        wanted = np.asarray(rows, np.int64)
+        templates: list[dict[str, Template]] = [{} for _ in range(len(wanted))]
+        order, start = np.argsort(wanted, kind="stable"), 0
+        for part, positions in self._by_part(wanted[order]):
+            places = order[start : start + len(positions)]
+            start += len(positions)
+            for name, column in part.columns.items():
+                cells = column.cells_at(positions)
+                has = cells >= 0
+                cells = cells[has]
+                embeddings = [None] * len(cells) if column.dimension is None else list(column.vectors_at(cells))
+                records, model_id = column.minutiae_at(cells), self.models[name].model_id
+                stored = column.quality(0, column.count)[cells].tolist()
+                for place, *found in zip(places[has].tolist(), embeddings, records, stored, strict=True):
+                    embedding, record, quality = found
+                    templates[place][name] = Template(
+                        name, model_id, embedding, record or None, quality_scale.from_stored(name, quality)
+                    )
         return templates
 
     def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:

@@ -205,14 +205,14 @@ class Transaction:
     def _append(
         self, subject_id: str, templates: Mapping[str, Template], encounter_id: str, groups: Iterable[str]
     ) -> int:
-        again = self.snapshot().is_known(subject_id)
+        repeated = self.snapshot().is_known(subject_id)
         for template in templates.values():
             dimension = None if template.embedding is None else len(template.embedding)
             self.settle_model(template.column, ColumnModel(template.model_id, dimension))
         row, group_set = self.tail.end_row, self._group_set(frozenset(groups))
         self._catalogue.add_subjects([(row, subject_id, encounter_id, group_set)])
         self._catalogue.add_cells((row, template) for template in templates.values())
-        self.tail.append(subject_id, encounter_id, group_set, templates, again=again)
+        self.tail.append(subject_id, encounter_id, group_set, templates, repeated=repeated)
         self.content_changed = True
         return row
 

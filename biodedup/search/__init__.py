@@ -1,1 +1,1 @@
-"""Search: scans every row, then re-ranks a few by all captures that both sides have."""
+"""Search: scans every row by its embeddings, then compares the best candidates by all captures."""

@@ -1,11 +1,11 @@
 """Groups subjects into clusters of one person each, given links between pairs of subjects.
 
-Owns the connected components of the links, how strongly each holds together, and which links of a large one are kept. Never scores.
+Owns the connected components of the links, the weakest link of each, and the choice of the links that are kept. Never scores.
 
-1. n records of one person make n(n - 1)/2 links. Of a cluster with more than `LINKS_MAX` links a maximum spanning forest is kept, and its
-   strongest and weakest links: memory grows with n. The number of the others is stated.
-2. The forest is taken for each class of links (extrapolated or not, believed or not). So the clusters of the links that reach a higher
-   threshold, or of some classes alone, are the same with all links and with the kept ones.
+1. n records of one person give n(n - 1)/2 links. Of a cluster with more than `LINKS_MAX` links only a maximum spanning forest and the
+   strongest and weakest links are kept, so that memory grows with n. The number of the other links is reported.
+2. There is a forest for each class of links (extrapolated or not, of a trusted kind or not). So the kept links give the same clusters as all
+   links, also at a higher threshold and for a part of the classes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.values import Cluster, Link
 
 LINKS_MAX = 1_000
-"""Links of a cluster of which all are kept: those of 45 subjects that are all alike."""
+"""A cluster with at most this many links keeps all of them. 45 subjects that are all linked have 990."""
 EXTREMES = 100
-"""Of a larger cluster: so many of the strongest links and of the weakest ones are kept beside the forest."""
+"""Number of strongest links, and of weakest links, that a larger cluster keeps beside the forest."""
 _THINNED_AT = 1 << 14
 
 
 def kept_links(
     ends: NDArray[np.int64], score_db: NDArray[np.float64], classes: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(bool (n,), which links are kept; int64 (n,), the component of each). ends: int64 (n, 2), each pair once in a class; equally strong links
-    count in the given order."""
+    """(whether each link is kept, bool (n,); its component, int64 (n,)). ends: int64 (n, 2), each pair once in a class. Links of equal
+    strength count in the given order."""
     _, index = np.unique(ends, return_inverse=True)
     index = index.reshape(-1, 2)
     nodes = int(index.max(initial=-1)) + 1
@@ -45,8 +45,8 @@ def kept_links(
     length = np.diff(np.append(start, len(order)))
     rank = np.arange(len(order)) - np.repeat(start, length)
     keep[order[(rank < EXTREMES) | (rank >= np.repeat(length, length) - EXTREMES)]] = True
-    for one in np.unique(classes[large]).tolist():
-        links = np.flatnonzero(large & (classes == one))
+    for link_class in np.unique(classes[large]).tolist():
+        links = np.flatnonzero(large & (classes == link_class))
         links = links[np.argsort(-score_db[links], kind="stable")]
         keep[links[_forest(index[links], nodes)[1]]] = True
     return keep, component.astype(np.int64)
@@ -57,14 +57,14 @@ def _graph(ends: NDArray[np.int64], weights: NDArray[np.float64], nodes: int) ->
 
 
 def _forest(ends: NDArray[np.int64], nodes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(a node of each link, the links) of a maximum spanning forest. ends: of the links, strongest first, each pair once."""
-    # the weights are ranks by descending score, so a minimum spanning forest over them is a maximum one over scores
+    """(a node of each link, the links) of a maximum spanning forest. ends: nodes of the links, strongest first, each pair once."""
+    # weights are ranks by descending score: their minimum spanning forest is the maximum spanning forest by score
     tree = minimum_spanning_tree(_graph(ends, np.arange(1.0, len(ends) + 1), nodes))
     return tree.nonzero()[0], tree.data.astype(np.int64) - 1
 
 
 class Links:
-    """The links of a join as they come: each pair once, those of large clusters thinned on the way."""
+    """Collects the links of a join, each pair once. Links of large clusters are thinned from time to time."""
 
     def __init__(self) -> None:
         self._links: dict[tuple[str, str], Link] = {}
@@ -72,8 +72,8 @@ class Links:
         self._thinned_at = _THINNED_AT
 
     def add(self, links: Iterable[Link], left_out: Mapping[str, int] | None = None) -> None:
-        """links: a pair may have been found from both sides, the later one counts. left_out: subject_id -> links of its cluster that were not
-        kept."""
+        """Adds links. If a pair was found from both sides, the later link counts. left_out: subject_id -> the number of links of its cluster
+        that are left out."""
         self._links.update((_names(link), link) for link in links)
         self._left_out.update(left_out or {})
         if len(self._links) >= self._thinned_at:
@@ -81,7 +81,7 @@ class Links:
             self._thinned_at = max(2 * len(self._links), _THINNED_AT)
 
     def kept(self) -> list[Link]:
-        """The links that are kept, strongest first."""
+        """The kept links, strongest first."""
         ordered = sorted(self._links.values(), key=lambda link: (-link.score_db, link.subject_ids))
         if len(ordered) <= LINKS_MAX:
             return ordered
@@ -101,7 +101,7 @@ class Links:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """A subject of a cluster -> how many of its links are not kept."""
+        """A subject of a cluster -> the number of the cluster's links that are left out."""
         return dict(self._left_out)
 
     def clusters(self) -> list[Cluster]:
@@ -110,12 +110,12 @@ class Links:
 
 
 def clusters_of(links: Iterable[Link], left_out: Mapping[str, int] | None = None) -> list[Cluster]:
-    """Connected components of the links, largest first, then by subject_id; links strongest first.
+    """Connected components of the links, the largest first, then by subject_id; links strongest first.
 
-    weakest_db is the weakest link of the maximum spanning tree of the cluster: without it the cluster falls apart. left_out: subject_id ->
-    links of its cluster that were not kept.
+    weakest_db is the weakest link of the cluster's maximum spanning tree: without it the cluster would fall apart. left_out: subject_id ->
+    the number of links of its cluster that are left out.
     """
-    unique = {_names(link): link for link in links}  # a pair may have been found from both sides
+    unique = {_names(link): link for link in links}  # a pair may be found from both sides
     ordered = sorted(unique.values(), key=lambda link: (-link.score_db, link.subject_ids))
     if not ordered:
         return []
@@ -147,6 +147,6 @@ def _names(link: Link) -> tuple[str, str]:
 
 
 def _index(links: Sequence[Link]) -> dict[str, int]:
-    """subject_id -> its place among all, in order."""
+    """subject_id -> its number, in the order of all subject_ids."""
     names = sorted({name for link in links for name in link.subject_ids})
     return {name: i for i, name in enumerate(names)}

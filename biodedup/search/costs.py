@@ -1,9 +1,8 @@
-"""Machine-timed cost constants, by which a search chooses the cheapest way.
+"""Cost constants, timed on a machine, by which a search chooses its fastest method.
 
-Owns every constant that was timed on a machine. Never measures and never chooses; a wrong value makes a search slower,
-never incomplete.
+Owns all constants of this kind. Never measures and never chooses. A wrong value makes a search slower, never incomplete.
 
-These commands time the constants, or what they add up to; repeat them after a change of the kernels:
+These commands time the constants, or searches that depend on them. Repeat them after a change of the kernels:
 
     python benchmarks/costs.py       each constant of a scan        ROW_COSTS, MultiColumnCosts.one_column
     python benchmarks/speed.py       searches of one column         ROW_COSTS
@@ -18,9 +17,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Nanoseconds a row. table: one table look-up; compared: the comparison of a row that the tables let through;
-    octet: reading a byte of a row's signs or classes, once for all probes; fetched: bringing a row's high nibbles into the cache, once
-    for all probes; number: one number of a scan without tables."""
+    """Nanoseconds per row. table: a table look-up. compared: the comparison of a row that passes the tables. octet: reading a byte of a row's
+    signs or classes, once for all probes. fetched: bringing a row's high nibbles into the cache, once for all probes. number: a number of a
+    vector in a scan without tables."""
 
     table: float
     compared: float
@@ -29,19 +28,19 @@ class RowCosts:
     number: float
 
     def of(self, tables: int, octets: int, share: float, probes: int) -> float:
-        """A row and probe of a scan with tables. share: of the rows that passes."""
+        """Nanoseconds per row and probe of a scan with tables. share: the share of rows that pass the tables."""
         once = octets * self.octet + min(1.0, share * probes) * self.fetched
         return tables * self.table + share * self.compared + once / probes
 
     def of_all(self, numbers: int, probes: int) -> float:
-        """A row and probe of a scan without tables."""
+        """Nanoseconds per row and probe of a scan without tables."""
         return numbers * self.number + numbers / 2 * self.octet / probes
 
 
 @dataclass(frozen=True)
 class MultiColumnCosts:
-    """In table look-ups a row. taken: unpacking the signs of one column, once for all probes; compared: the comparison
-    of a row in one column by its high nibbles; one_column: a whole search of one column by itself."""
+    """Costs in table look-ups per row. taken: unpacking the signs of a column, once for all probes. compared: the comparison of a row in a
+    column by its high nibbles. one_column: a whole search of a single column."""
 
     taken: float
     compared: float
@@ -52,19 +51,20 @@ ROW_COSTS = {
     "avx2": RowCosts(0.0077, 11.0, 0.09, 27.0, 0.0145),
     "vnni": RowCosts(0.0078, 4.5, 0.09, 18.0, 0.0145),
 }
-"""By instruction set. Without one of these there are no byte shuffles, and no table look-ups. Timed on a core with AVX-512, both."""
+"""By instruction set. Other processors have no byte shuffles, so that there are no table look-ups. Both were timed on a core with AVX-512."""
 
 CLASSES_MEASURED_NS = 1e9
-"""What it takes to measure the laws of a column's class tables (`native/classes.py`)."""
+"""Time to measure the error distributions of a column's class tables (`native/classes.py`)."""
 
 AVX2_MULTI_COLUMN_COSTS = MultiColumnCosts(0.0, 900.0, 64.0)
 MULTI_COLUMN_COSTS = MultiColumnCosts(8.0, 5_900.0, 98.0)
-"""With AVX-512. Wider registers make look-ups cheaper, but not comparisons: their rows come from all over the cache."""
+"""With AVX-512. Wider registers make look-ups cheaper, but not comparisons, whose rows are scattered in the cache."""
 
 BUCKET_DIRECTION_NS, BUCKET_MEMBER_NS, BUCKET_PAIR_NS = 2.1, 1_500.0, 0.5
-"""Self-join, nanoseconds of a thread, with AVX2: a row compared with a bucket's direction; a row unpacked as a member
-of a bucket; a pair of members compared. A self-join without buckets takes BUCKET_PAIR_NS a pair, too."""
+"""Self-join, in nanoseconds of a thread, with AVX2: the comparison of a row with a bucket's direction; the unpacking of a row as a member of
+a bucket; the comparison of two members. A self-join without buckets also takes BUCKET_PAIR_NS per pair."""
 
-JOIN_PAIR_NS, JOIN_COMPARED_ROW_MS, JOIN_SEARCHED_COLUMN_MS = 15.0, 1.6, 30.0
-"""For the estimate that a join states before it begins (`selfjoin/estimate.py`), timed on two loaded cores with 10,000 to 40,000 faces: a pair
-of a join without buckets, its start included; a row with a candidate, compared; a row searched like a probe, for each column."""
+JOIN_PAIR_NS, JOIN_COMPARED_ROW_MS, JOIN_SEARCHED_COLUMN_MS = 15.0, 1.6, 0.4
+"""For the estimate before a join (`selfjoin/estimate.py`), timed on two loaded cores with 10,000 to 40,000 faces: a pair of a join without
+buckets, with the start of the join; the comparison of a row with a candidate. The search for a row as a probe, per column, was timed with
+200,000 subjects of a face and ten fingers (`benchmarks/ektp.py`)."""

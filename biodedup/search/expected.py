@@ -1,4 +1,4 @@
-"""Predicts how mates with a probe's captures score, and the scores from which a candidate is a duplicate or goes to review.
+"""Predicts the scores of mates with a probe's captures, and sets the thresholds for a duplicate and for a review.
 
 Owns the thresholds of a probe. Never compares and never decides.
 """
@@ -19,12 +19,12 @@ from biodedup.values import Template
 
 _ATTAINED_SHARE = 0.95
 _QUALITY_DB = 40.0
-"""The score that `Template.quality` is about: FMR 1e-4."""
+"""The score at FMR 1e-4, to which `Template.quality` refers."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The scores of mates with these captures. attainable_db: 95 % of mates score less; fnir: share of mates below review_db."""
+    """Expected scores of mates with these captures. attainable_db: 95 % of mates score less. fnir: the share of mates below review_db."""
 
     attainable_db: float
     review_db: float
@@ -34,28 +34,28 @@ class Expected:
 def expected(
     comparer: Comparer, policy: Policy, templates: Mapping[str, Template], now: Snapshot, *, across: bool
 ) -> Expected | None:
-    """For a gallery of this size. Captures of columns that the gallery does not have do not count; None if there is no other.
+    """The expected scores in a gallery of this size. Only columns that the gallery has count; None without such a column.
 
-    The quality of a poor capture lowers what its mates are expected to score, and not the threshold: this is for captures as they
-    usually are, since a threshold within the scores of strangers would send strangers to review.
+    Low quality lowers the expected scores of mates, but not the threshold. The threshold is for captures of usual quality, because a
+    threshold within the scores of impostors would send impostors to review.
     """
-    calibrations, likely = [], []
+    calibrations, mated_shares = [], []
     for column, model in sorted(comparer.score_models(templates).items()):
         template = templates[column]
         if now.count_with(comparable_bits({column: template}, now.models, across=across)):
             calibrations.append(model.of(template.embedding is not None and template.minutiae is not None))
-            likely.append(_likely(template.quality, calibrations[-1]))
+            mated_shares.append(_mated_share(template.quality, calibrations[-1]))
     if not calibrations:
         return None
     _, band_db = policy.thresholds_db(now.searched_count)
     review_db = min(band_db, mated_quantile_db(policy.fnir_review, calibrations))
-    attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations, likely)
-    return Expected(attainable_db, review_db, mated_share_below(review_db, calibrations, likely))
+    attainable_db = mated_quantile_db(_ATTAINED_SHARE, calibrations, mated_shares)
+    return Expected(attainable_db, review_db, mated_share_below(review_db, calibrations, mated_shares))
 
 
-def _likely(quality: float | None, calibration: Calibration) -> float:
-    """The share of a capture's mated comparisons that score as those of usual captures: 1, unless its quality is low. So that as many
-    pass at 40 dB as its quality says."""
+def _mated_share(quality: float | None, calibration: Calibration) -> float:
+    """The share of a capture's mated comparisons that score as those of usual captures. It is 1 unless the quality is low; then it is chosen
+    so that the share of comparisons above 40 dB is the quality."""
     if quality is None or quality >= QUALITY_GOOD:
         return 1.0
     usual = 1 - mated_share_below(_QUALITY_DB, (calibration,))

@@ -1,7 +1,7 @@
-"""Describes a search before it is made: what it scans, what it may miss, and on what evidence.
+"""Describes a search before it is made: the rows that it scans, its miss risk, and the evidence for this risk.
 
-Owns the description. Never searches; the search itself follows the same codecs (`shards/native.py`), the same
-multi-column plans (`multicolumn/plan.py`) and the same buckets (`selfjoin/buckets.py`).
+Owns the description. Never searches. A search uses the same codecs (`shards/native.py`), multi-column plans (`multicolumn/plan.py`) and
+buckets (`selfjoin/buckets.py`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from biodedup.values import BIT
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """How one column is searched, without the rows that are searched in several columns at once.
+    """How a column is searched, without the rows that are searched in several columns at once.
 
-    rows: that have the column; coded_rows: of these, scanned by code (the others are compared exactly); scanned_bytes:
-    of each; share: of the rows that is looked at; margin: standard deviations of the estimate's error that the cut-off
-    allows for; error_sd: one of these, in similarity at 0.5; miss_bound: the probability of a miss is below it with 95
-    % confidence, or None if the pairs set aside are too few to say so; checked: how many pairs these are; source: of
-    the vectors that they were made from. by_tables: the same bound where table look-ups rule rows
-    out first, or None where they do not. index: how the FAISS engine searches it, or None.
+    rows: the rows with the column. coded_rows: the rows that are scanned by their codes; all others are compared exactly. scanned_bytes: bytes
+    of a scanned code. share: the share of rows that is scanned. margin: distance between the wanted similarity and the cut-off, in standard
+    deviations of the estimate's error. error_sd: this standard deviation at similarity 0.5. miss_bound: the probability of a miss is below it
+    with 95 % confidence; None if the pairs that were set aside are too few. checked: the number of these pairs. source: the vectors that they
+    were made from. by_tables: the same bound if table look-ups exclude rows first, otherwise None. index: how the FAISS engine searches the
+    column, or None.
     """
 
     column: str
@@ -53,11 +53,13 @@ class ColumnPlan:
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """How the FAISS engine searches a column. spec: the engine that the column asks for; rows: of the column, in segments that have an
-    index; lists: inverted lists that a search reads, and how many there are, or None for a flat index. error_sd, margin, miss_bound,
-    checked: as of `ColumnPlan`, for mates in lists that are read; lost_bound: the probability that a mate of MATED_SIMILARITY or more lies
-    in another list is below it; lost: share of the mates in other lists, by their similarity. used: whether the index keeps the miss risk;
-    otherwise the native engine searches."""
+    """How the FAISS engine searches a column.
+
+    spec: the column's engine. rows: the column's rows in segments with an index. lists: (inverted lists that a search reads, number of lists),
+    or None for an index without lists. error_sd, margin, miss_bound, checked: as in `ColumnPlan`, for mates in lists that are read.
+    lost_bound: upper bound of the probability that a mate of MATED_SIMILARITY or more is in another list. lost: (similarity, share of the
+    mates in other lists). used: whether the index keeps the miss risk; if not, the native engine searches.
+    """
 
     spec: str
     rows: int
@@ -73,8 +75,8 @@ class IndexPlan:
 
 @dataclass(frozen=True)
 class ColumnBytes:
-    """Bytes of a column for each subject of the gallery. scanned: that a search goes through, and that have to be in memory for it to be
-    fast; disk: of its file, with qualities and minutiae."""
+    """Bytes of a column per subject of the gallery. scanned: bytes that a search reads, and that must be in memory for a fast search. disk:
+    bytes of the column's file, with qualities and minutiae."""
 
     column: str
     scanned: float
@@ -83,9 +85,12 @@ class ColumnBytes:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search of these columns does. miss_risk: as it was asked for; multicolumn: how many rows are searched in
-    several columns at once, and how; scanned: which columns alone are scanned, None if all are; sizes: of each column; joint: how rows of
-    the journal are compared in several columns at once."""
+    """The plan of a search of these columns.
+
+    miss_risk: the configured risk. columns: of each column. multicolumn: (number of rows, plan) of rows that are searched in several columns
+    at once. apart: the miss risk of columns that are searched one after the other, or None. scanned: the columns that are scanned; None if
+    all are scanned. sizes: of each column. joint: how rows of the journal are compared in several columns at once, or None.
+    """
 
     miss_risk: float
     columns: tuple[ColumnPlan, ...]
@@ -96,8 +101,7 @@ class SearchPlan:
     joint: JointPlan | None = None
 
     def explain(self) -> str:
-        """In words, with the evidence; a line for rows that are searched in several columns at once, and one a
-        column."""
+        """The plan as text with the evidence: lines for rows that are searched in several columns at once, and a line for each column."""
         lines = [] if self.scanned is None else [self._scanned_line(self.scanned)]
         lines += [self._multicolumn_line(rows, plan) for rows, plan in self.multicolumn]
         lines += [self._joint_line(self.joint)] if self.joint is not None else []
@@ -111,21 +115,21 @@ class SearchPlan:
     def _scanned_line(self, plan: ScannedPlan) -> str:
         others = " + ".join(plan.rescored)
         if not plan.scanned:
-            return f"{others}: none of them is a column that the setting scanned names, so that all are scanned"
+            return f"{others}: the setting scanned names none of them, so that all are scanned"
         start = f"{' + '.join(plan.scanned)}: these columns alone are scanned; {others} are compared for {plan.candidates:,} candidates"
         start += ", and scanned only for rows without a scanned column"
         if not plan.drawn:
-            return f"{start}; what this misses is not known, since no mates were measured or drawn"
+            return f"{start}; the miss risk is unknown, because no mates were measured"
         return (
             f"{start}; of {plan.drawn:,} mates that reach the review threshold by all columns, drawn from their calibrations, {plan.missed:,} "
-            f"are no candidates, so that a mate is missed with a probability below {plan.miss_bound:.2g}, 95 % confidence, and by the scan "
-            f"besides, if captures of a subject correlate by {plan.correlation:g}"
+            f"are no candidates, so that this misses a mate with a probability below {plan.miss_bound:.2g}, 95 % confidence, in addition to "
+            f"the scan, if captures of a subject correlate by {plan.correlation:g}"
         )
 
     def _bytes_line(self) -> str:
         scanned = ", ".join(f"{size.column} {size.scanned:,.0f}" for size in self.sizes if size.scanned >= 0.5)
         return (
-            f"bytes a subject: {sum(size.scanned for size in self.sizes):,.0f} that a search goes through in memory"
+            f"bytes a subject: {sum(size.scanned for size in self.sizes):,.0f} that a search reads in memory"
             f"{f' ({scanned})' if scanned else ''}, {sum(size.disk for size in self.sizes):,.0f} of sealed templates on disk"
         )
 
@@ -153,7 +157,7 @@ class SearchPlan:
             shares = ", ".join(
                 f"{share:.2g} at {similarity:g}" for similarity, share in index.lost if similarity >= 0.3
             )
-            text += f", so that mates are lost besides: {shares} of the mates at this cosine"
+            text += f", so that further mates are lost: {shares} of the mates at this cosine"
         return text
 
     def _apart_line(self, apart: ApartPlan) -> str:
@@ -218,14 +222,14 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class JoinPlan:
-    """What a self-join does: every row compared with every other. buckets: None if it compares all pairs."""
+    """The plan of a self-join, which compares every row with every other row. buckets: None if it compares all pairs."""
 
     buckets: Buckets | None
     miss_risk: float
     estimate: JoinEstimate
 
     def explain(self) -> str:
-        """In words, with the evidence."""
+        """The plan as text with the evidence."""
         return f"{self._method()}; {self.estimate.explain()}"
 
     def _method(self) -> str:
@@ -240,8 +244,8 @@ class JoinPlan:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A column of a part, and how many of its cells no multi-column plan covers."""
+class _ColumnCells:
+    """A column of a part, and the number of its cells that no multi-column plan covers."""
 
     column: Column
     cells: int
@@ -281,7 +285,7 @@ def plan_of(
 
 
 def _bytes_of(snapshot: Snapshot, name: str, skip: int) -> ColumnBytes:
-    """skip: as `ShardQuery.skip_columns`."""
+    """The bytes of a column. skip: as `ShardQuery.skip_columns`."""
     held = [(part, part.columns[name]) for part in snapshot.parts if name in part.columns]
     scanned, disk = 0, sum(sum(column.byte_counts) for _, column in held)
     for part, column in held:
@@ -295,7 +299,7 @@ def _bytes_of(snapshot: Snapshot, name: str, skip: int) -> ColumnBytes:
 
 
 def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | None:
-    """None for a column of the native engine without an index."""
+    """How FAISS searches the column; None for a column of the native engine without an index."""
     columns = [part.columns[name] for part in snapshot.parts if name in part.columns]
     indexed = [column for column in columns if column.index is not None]
     spec = snapshot.indexing.spec(name)
@@ -304,7 +308,7 @@ def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | 
     if not indexed:
         return IndexPlan(str(spec), 0)
     largest = max(indexed, key=lambda column: column.count)
-    assert largest.index is not None, "these have one"
+    assert largest.index is not None, "only columns with an index"
     codec = snapshot.indexing.codec(name, largest.index.codec_id)
     rows = sum(column.count for column in indexed)
     if codec is None:
@@ -325,14 +329,14 @@ def _index_plan(snapshot: Snapshot, name: str, miss_risk: float) -> IndexPlan | 
     )
 
 
-_TABLE_SHARE = 0.625  # of the pairs of numbers, that the tables of most searches look at
+_TABLE_SHARE = 0.625  # share of the number pairs that the tables of most searches cover
 
 
 def _column(
     snapshot: Snapshot, name: str, miss_risk: float, multicolumn: MultiColumnQuery | None, skip: int
 ) -> ColumnPlan:
     holding = [
-        [_held(part, name, multicolumn, skip) for part in parts if name in part.columns]
+        [_cells_left(part, name, multicolumn, skip) for part in parts if name in part.columns]
         for parts in shares(snapshot.parts)
     ]
     rows = sum(held.cells for pieces in holding for held in pieces)
@@ -354,7 +358,7 @@ def _column(
             source="sample",
         )
     codec = max(coded, key=lambda held: held.column.count).column.codec
-    assert codec is not None, "these have one"
+    assert codec is not None, "only columns with a codec"
     law = codec.law
     z = law.margin(miss_risk)[0] if miss_risk > 0 else 0.0
     scanned_bytes = codec.scanned // 4
@@ -363,7 +367,7 @@ def _column(
     by_tables = None
     if miss_risk > 0:
         largest = max((held.column for held in coded), key=lambda column: column.count)
-        by_tables = classes_of(largest, tables_for(codec.scanned, _TABLE_SHARE)).laws[0].bound(miss_risk)
+        by_tables = classes_of(largest, tables_for(codec.scanned, _TABLE_SHARE)).error_distributions[0].bound(miss_risk)
     return ColumnPlan(
         column=name,
         rows=rows,
@@ -379,7 +383,7 @@ def _column(
     )
 
 
-def _held(part: Part, name: str, multicolumn: MultiColumnQuery | None, skip: int) -> _Held:
+def _cells_left(part: Part, name: str, multicolumn: MultiColumnQuery | None, skip: int) -> _ColumnCells:
     covered = frozenset[int]() if multicolumn is None else covered_presences(part, multicolumn)
     left = [n for bits, n in part.bits.items() if bits & BIT[name] and not bits & skip and bits not in covered]
-    return _Held(part.columns[name], sum(left))
+    return _ColumnCells(part.columns[name], sum(left))

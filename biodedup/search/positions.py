@@ -1,10 +1,10 @@
-"""Searches for a finger under other finger positions, since labels may be wrong: chooses the columns to search and the rows to compare.
+"""Chooses the columns and rows for a search across finger positions, which also finds fingers with wrong labels.
 
 Owns these choices. Never scans and never compares.
 
-Each of m fingers is looked for in each of n columns of fingers: m x n comparisons of the gallery's rows, in n passes,
-since all fingers share the pass over a column. A list of the most similar rows for each finger and column would send
-most rows to re-ranking for nothing, so their evidence is added up first.
+Each of m fingers of the probe is compared with each of n columns of fingers: m x n comparisons per row, in n passes, because all fingers share
+the pass over a column. The evidence of all lists is added up before rows are chosen for the comparison of all captures. Otherwise the lists
+of single fingers would send most rows to it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from biodedup.values import BIT, Template
 Int64 = NDArray[np.int64]
 
 
-def comparable(own: str, theirs: str, *, across: bool) -> bool:
-    """Whether captures of two columns are compared. Fingers of unknown position compare with every finger; across
-    positions all fingers compare."""
-    return own == theirs or ("face" not in (own, theirs) and (across or "unknown" in (own, theirs)))
+def comparable(probe_column: str, column: str, *, across: bool) -> bool:
+    """Whether captures of two columns are compared. A finger of unknown position is compared with every finger; across positions all fingers
+    are compared."""
+    both = (probe_column, column)
+    return probe_column == column or ("face" not in both and (across or "unknown" in both))
 
 
 def comparable_bits(probe: Mapping[str, Template], models: Mapping[str, ColumnModel], *, across: bool) -> int:
-    """The gallery's columns that compare with this probe, as a presence mask."""
+    """The gallery's columns that are comparable with this probe, as a presence mask."""
     if not across and "unknown" not in probe and "unknown" not in models:
         return sum(BIT[column] for column in probe if column in models)
     return sum(
-        BIT[theirs]
-        for theirs, model in models.items()
+        BIT[column]
+        for column, model in models.items()
         if any(
-            comparable(own, theirs, across=across) and (own == theirs or template.model_id == model.model_id)
-            for own, template in probe.items()
+            comparable(probe_column, column, across=across)
+            and (probe_column == column or template.model_id == model.model_id)
+            for probe_column, template in probe.items()
         )
     )
 
@@ -43,30 +45,30 @@ def comparable_bits(probe: Mapping[str, Template], models: Mapping[str, ColumnMo
 def scanned_bits(
     probe: Mapping[str, Template], models: Mapping[str, ColumnModel], scanned: Collection[str], *, across: bool
 ) -> int:
-    """The columns that alone are scanned for this probe, as a presence mask: those of `scanned` that one of its embeddings compares with. 0
-    where there are none, or `scanned` is empty: all columns are."""
+    """The columns of `scanned` that are comparable with the probe's embeddings, as a presence mask: only these are scanned. 0: all columns are
+    scanned."""
     return sum(
-        BIT[theirs]
-        for theirs in scanned
-        if theirs in models
+        BIT[column]
+        for column in scanned
+        if column in models
         and any(
-            comparable(own, theirs, across=across)
+            comparable(probe_column, column, across=across)
             and template.embedding is not None
-            and template.model_id == models[theirs].model_id
-            for own, template in probe.items()
+            and template.model_id == models[column].model_id
+            for probe_column, template in probe.items()
         )
     )
 
 
-def strongest(lists: Iterable[tuple[Int64, NDArray[np.float64]]], most: int) -> Int64:
-    """The rows with the most evidence, added up over all lists, ascending; and all rows with infinite evidence.
+def strongest(lists: Iterable[tuple[Int64, NDArray[np.float64]]], count: int) -> Int64:
+    """The `count` rows with the most evidence, added up over all lists, and all rows with infinite evidence; ascending.
 
-    lists: rows int64 (n,) and their llr_db float64 (n,). Evidence against a row does not count: another pair of fingers
-    may still speak for it.
+    lists: (rows int64 (n,), their llr_db float64 (n,)). Evidence against a row does not count, because another pair of fingers may be
+    evidence for it.
     """
     rows, llr_db = (np.concatenate(arrays) for arrays in zip(*lists, strict=True))
     unique, which = np.unique(rows, return_inverse=True)
     sums = np.bincount(which, np.maximum(llr_db, 0.0), len(unique))
     kept = np.isposinf(sums)
-    kept[np.argsort(-sums, kind="stable")[:most]] = True
+    kept[np.argsort(-sums, kind="stable")[:count]] = True
     return np.asarray(unique[kept])

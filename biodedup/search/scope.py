@@ -1,6 +1,6 @@
-"""The rows that one search may return: those from a given row number on, and those of chosen groups of subjects.
+"""Describes the rows that a search may return: from a row number on, and in groups of subjects.
 
-Owns the count of these rows, and the query that a shard gets for them. Never searches.
+Owns the count of these rows, and the query to a shard. Never searches.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from biodedup.search.shards.base import ShardQuery
 
 @dataclass(frozen=True)
 class Scope:
-    """from_row: the first row; groups: rows of one of these, None for all; across: fingers are also looked for under
-    other labels; extra_k: how many rows more than usual to find, since so many may turn out not to count."""
+    """The rows of a search. from_row: the first row. groups: only rows in one of these groups; None: all rows. across: whether fingers are also
+    compared with fingers of other labels. extra_k: number of additional rows to find, because so many rows may be removed from the result."""
 
     snapshot: Snapshot
     from_row: int = 0
@@ -29,14 +29,14 @@ class Scope:
 
     @property
     def count(self) -> int:
-        """Rows in scope, of all groups."""
+        """The number of rows in scope, of all groups."""
         return sum(part.count - part.position_range(part.first_row, self.from_row)[1] for part in self._parts())
 
     def query(self, column: str, k: int, miss_risk: float) -> ShardQuery:
         return ShardQuery(column, k, self._total_rows(column), miss_risk, groups=self.groups, from_row=self.from_row)
 
     def _total_rows(self, column: str) -> int:
-        """Rows in scope that have this column; if there are groups, of these groups."""
+        """The number of rows in scope that have this column and are in one of the groups."""
         total = 0
         for part in self._parts():
             cells = part.columns.get(column)
@@ -47,7 +47,7 @@ class Scope:
         return total
 
     def rows_with(self, bits: int, *, without: int) -> NDArray[np.int64]:
-        """Rows that have a template in one of the columns `bits`, and none in `without`."""
+        """The rows that have a template in one of the columns `bits`, and no template in the columns `without`."""
         rows = [np.zeros(0, np.int64)]
         for part in self._parts():
             if not bits or not any(has & bits and not has & without for has in part.bits):

@@ -1,16 +1,15 @@
-"""Finds the gallery rows that are most like a probe, and ranks them by all captures that both sides have.
+"""Finds the gallery rows that are most similar to a probe, and ranks them by all captures that both sides have.
 
-Owns the path from a probe to ranked candidates. Never writes, never decides, and never joins a gallery with itself
-(`selfjoin/`).
+Owns the path from a probe to ranked candidates. Never writes, never decides, and never joins a gallery with itself (`selfjoin/`).
 
-1. Rows that have several of the probe's columns of embeddings are searched in all of these at once (`multicolumn/`),
-   other rows column by column. The best `candidates` are re-ranked: compared with everything that both sides have.
-2. Rows that share with the probe only columns of minutiae are compared one by one, up to `finger_rows_max`; if there
-   are more, the result is `incomplete`.
-3. Embeddings of all these rows are compared first, and minutiae only of those that they may change the decision for
+1. Rows that have several of the probe's columns of embeddings are searched in all of these columns at once (`multicolumn/`), other rows
+   column by column. The best `candidates` rows are re-ranked: all captures that both sides have are compared.
+2. Rows that share only columns of minutiae with the probe are compared by their minutiae, at most `finger_rows_max` rows. If there are more,
+   the result is `incomplete`.
+3. Re-ranking first compares the embeddings of all candidates, and then the minutiae of those whose decision they may change
    (`match/staged.py`).
-4. Across positions, if asked for, a finger is also looked for in the columns of all other fingers (`positions.py`),
-   since a label may be wrong.
+4. Across positions, on request: a finger is also searched in the columns of all other fingers (`positions.py`), because labels may be
+   wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from biodedup.match.staged import Stage
 from biodedup.search.expected import thresholds_db
 from biodedup.search.multicolumn.apart import ApartPlan
 from biodedup.search.multicolumn.joint import JointPlan
-from biodedup.search.multicolumn.plan import MultiColumnQuery, covered_presences
+from biodedup.search.multicolumn.plan import MultiColumnQuery, covered_presences, is_journal
 from biodedup.search.multicolumn.planner import MultiColumnPlanner
 from biodedup.search.multicolumn.scanned import ScannedPlan
 from biodedup.search.native.scanner import Scanner
@@ -47,30 +46,30 @@ from biodedup.search.shards.native import as_set
 from biodedup.values import BIT, Float32, Template
 
 TemplateSet = Mapping[str, Template]
-"""One probe: its template in each column."""
+"""A probe: column -> template."""
 ShardsOf = Callable[[Snapshot, Scanner], Sequence[Shard]]
-"""How a snapshot is divided into shards: all in this process, or some of them elsewhere."""
+"""Divides a snapshot into shards, in this process or in others."""
 _Capture = tuple[int, str]  # (number of the probe, its column)
 _ColumnPair = tuple[str, str]  # (the probe's column, the gallery's column)
 _Int64 = NDArray[np.int64]
-_Near = tuple[_Int64, Float32]  # rows and their similarity, descending
+_Near = tuple[_Int64, Float32]  # rows, and their similarity, descending
 
 PROBES = 256
-"""Probes that are scanned together."""
+"""Number of probes that share a scan."""
 SHOWN = 5
-"""Of candidates whose minutiae matter, so many are compared in full and returned whatever they score."""
+"""Number of candidates with minutiae that are compared in full and returned at any score."""
 _SLACK_DB = 0.5
-"""Until a decision is committed, one subject in ten may be removed before its thresholds fall by more."""
+"""Margin for removals between the search and the commit: the thresholds fall by this much if one subject in ten is removed."""
 _ROUNDING = 1e-4
-"""More than the cosines of single precision may be off."""
+"""Upper bound of the rounding error of cosines in single precision."""
 _ONE_COLUMN_PROBES = 1024
-"""Probes of a search in one column: what is compared exactly is read from the disk once for all of them."""
+"""Number of probes that share a search in a single column. Rows that are compared exactly are read from the disk once for all of them."""
 
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """The candidates of one probe. incomplete: some comparable rows were not compared; across: positions were searched
-    across; complete_db: the evidence of one finger, and the score, from which no candidate was left out because of its embeddings."""
+    """The candidates of a probe. incomplete: some comparable rows were not compared. across: the search was across positions. complete_db:
+    (llr_db of a finger, score_db of a candidate) from which no candidate was left out because of its embeddings."""
 
     comparisons: Ranked = field(default_factory=Ranked)
     incomplete: bool = False
@@ -79,7 +78,7 @@ class CandidateSet:
 
 
 class SnapshotRows:
-    """A snapshot's rows, as the comparer reads candidates."""
+    """A snapshot's rows, as `match.candidates.Candidates`."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -117,7 +116,7 @@ class Searcher:
         self.fan_out = FanOut()
 
     def calibrated_on(self, sample_of: SampleOf) -> Searcher:
-        """The same searcher, with scores that are calibrated on these subjects."""
+        """The same searcher, with calibrations measured on these subjects."""
         searcher = copy(self)
         searcher._comparer = self._comparer.calibrated_on(sample_of)
         return searcher
@@ -145,13 +144,13 @@ class Searcher:
         above: tuple[float, float] | None = None,
         also: Collection[int] = (),
     ) -> list[CandidateSet]:
-        """Searches for each probe in the live rows from from_row on; with groups, in rows of one of them.
+        """Searches the live rows from from_row on for each probe. groups: only rows in one of these groups.
 
-        floor_db: 0 asks for the strongest rows; above 0, for all rows that reach it by one column, without the weaker
-        rows that have only this column. across: fingers are also compared with fingers of other labels. extra_k: how
-        many more rows to look at, since so many may turn out not to count. from_db: the score from which rows matter,
-        where it is lower than the review threshold. excluded: for each probe, rows that it is not compared with. above: as
-        `Stage.above`. also: live rows that every probe is compared with, wherever they are.
+        floor_db: 0 asks for the strongest rows. Above 0 it asks for all rows that reach this score in a single column, and weaker rows that
+        have only this column are left out. across: whether fingers are also compared with fingers of other labels. extra_k: number of
+        additional rows, because so many rows may be removed from the result. from_db: a score below the review threshold from which rows
+        matter, or None. excluded: for each probe, rows that are not compared with it. above: as `Stage.above`. also: live rows that are
+        compared with every probe, also outside the scope.
         """
         if (from_row >= snapshot.row_count and not len(also)) or not probes:
             return [CandidateSet(across=across)] * len(probes)
@@ -179,19 +178,21 @@ class Searcher:
         groups: Collection[str] | None = None,
         skip_covered: MultiColumnQuery | None = None,
         skip_columns: int = 0,
-        least: Float32 | None = None,
+        floor_similarity: Float32 | None = None,
     ) -> Nearest:
-        """The live rows from from_row on that are most similar to each probe in one column. probes: float32 (q, d),
-        unit rows. skip_covered: rows that this query covers are left out; skip_columns: rows with one of these columns, a
-        presence mask, are left out, too, and, with least, float32 (q,), rows below this similarity."""
+        """The live rows from from_row on that are most similar to each probe in a column. probes: float32 (q, d), unit rows.
+
+        Left out are: rows that the query skip_covered covers; rows with one of the columns skip_columns, a presence mask; rows below
+        floor_similarity, float32 (q,).
+        """
         scope = Scope(snapshot, from_row, as_set(groups))
         shards = self.shards(snapshot)
         query = scope.query(column, min(k, max(scope.count, 1)), self._config.miss_risk)
         query, batches = replace(query, skip_covered=skip_covered, skip_columns=skip_columns), []
-        for low in range(0, max(len(probes), 1), _ONE_COLUMN_PROBES):
-            some = slice(low, low + _ONE_COLUMN_PROBES)
-            wanted = replace(query, least=None if least is None else least[some])
-            batches.append(self.fan_out.nearest(shards, probes[some], wanted))
+        for start in range(0, max(len(probes), 1), _ONE_COLUMN_PROBES):
+            part = slice(start, start + _ONE_COLUMN_PROBES)
+            of_part = replace(query, floor_similarity=None if floor_similarity is None else floor_similarity[part])
+            batches.append(self.fan_out.nearest(shards, probes[part], of_part))
         rows = np.concatenate([batch.rows for batch in batches])
         similarity = np.concatenate([batch.similarity for batch in batches])
         if k > query.k:
@@ -212,25 +213,25 @@ class Searcher:
     def multicolumn_query(
         self, snapshot: Snapshot, columns: Collection[str], rescored: Collection[str] = ()
     ) -> MultiColumnQuery | None:
-        """How rows that have several of these columns are searched at once; None if there are no such rows. rescored: other columns, which
-        are compared for the candidates alone."""
+        """The query for rows that have several of these columns, or None if there are no such rows. rescored: other columns, which are
+        compared for the candidates alone."""
         return self._planner.query(snapshot, columns, rescored)
 
     def joint(self, snapshot: Snapshot, query: MultiColumnQuery | None) -> JointPlan | None:
-        """How this query compares the rows of the journal in all its columns at once; None if it does not."""
+        """The plan of this query for the rows of the journal; None if it does not cover them."""
         return self._planner.joint(snapshot, query) if query is not None and query.joint else None
 
     def scanned(self, snapshot: Snapshot, columns: Collection[str]) -> ScannedPlan | None:
-        """Which of a probe's columns are scanned, and what is missed because the others are not; None if all are."""
+        """The scanned columns, and the miss risk of not scanning the others; None if all columns are scanned."""
         return self._planner.scanned(snapshot, columns)
 
     def apart(self, snapshot: Snapshot, columns: Collection[str]) -> ApartPlan | None:
-        """What a search of these columns misses because FAISS searches them one after the other; None if it does not."""
+        """The miss risk of searching these columns one after the other with FAISS; None if the native engine searches them."""
         return self._planner.apart(snapshot, columns)
 
     def weakest_shown(self, ranked: Ranked, counted: NDArray[np.bool_], extra_k: int) -> tuple[float, float] | None:
-        """The least score_db and llr_db by embeddings that a row of a later search needs to be among the first. counted: bool (n,), which
-        rows of the earlier search are candidates. None if these are fewer."""
+        """(score_db, llr_db) by embeddings of the last candidate that is returned at any score. A row of a later search needs more to be among
+        them. counted: bool (n,), the rows of the earlier search that are candidates. None if there are fewer candidates."""
         score_db, llr_db = ranked.by_embeddings[:, counted]
         number = min(self._config.returned, SHOWN) + extra_k - 1
         if len(score_db) <= number:
@@ -246,7 +247,7 @@ class Searcher:
         excluded: Collection[int],
         across: bool = False,
     ) -> Ranked:
-        """Compares the probe with the subjects of these rows: with all rows of each subject, but for the excluded ones."""
+        """Compares the probe with the subjects of these rows: with all rows of each subject, except the excluded rows."""
         rows, subjects = _with_siblings(source.snapshot, rows, excluded)
         return self._comparer.compare(probe, source, rows, across=across, subjects=subjects)
 
@@ -263,7 +264,7 @@ class Searcher:
         from_db: float | None = None,
         above: tuple[float, float] | None = None,
     ) -> Stage:
-        """Which candidates of a search are compared in full. The other arguments are those of `search`."""
+        """The choice of the candidates that a search compares in full. The other arguments are those of `search`."""
         risk, correlation = self._config.miss_risk, self._config.capture_correlation
         if floor_db > 0:
             return Stage(0, floor_db, risk, correlation=correlation)
@@ -275,8 +276,8 @@ class Searcher:
     def may_find(
         self, snapshot: Snapshot, probe: TemplateSet, from_row: int, review_db: float, *, across: bool
     ) -> bool:
-        """Whether `search` may return a row from from_row on. review_db: as of `thresholds_db`. It looks at rows that are not sealed yet,
-        one column, and the rule of `_least`; True for all else. Far cheaper than a search of a few rows."""
+        """Whether `search` may return a row from from_row on; far faster than a search of a few rows. review_db: as in `thresholds_db`. It
+        decides only for a single shared column and rows that are not sealed yet, by the rule of `_floor_similarities`; otherwise True."""
         if from_row >= snapshot.row_count:
             return False
         column, models = _only_column(probe, snapshot, across=across), snapshot.models
@@ -307,7 +308,7 @@ class Searcher:
 
 
 class _Search:
-    """One call of `Searcher.search`: which rows are found for each probe, and whether a shard failed."""
+    """A call of `Searcher.search`: the rows that are found for each probe, and whether a shard failed."""
 
     def __init__(
         self,
@@ -327,8 +328,7 @@ class _Search:
         self._shards = searcher.shards(scope.snapshot)
         self._returned = config.returned + scope.extra_k
         self._near: list[dict[_ColumnPair, _Near]] = [{} for _ in probes]
-        """For each probe, by pair of columns, the most similar rows: `candidates` of them, and all that reach
-        floor_db."""
+        """For each probe, pair of columns -> the most similar rows: the best `candidates` rows, and all rows that reach floor_db."""
         self._chosen: list[list[_Int64]] = [[np.array(sorted(also), np.int64)] for _ in probes]
         """For each probe, the rows to compare."""
         self._stages = [
@@ -336,7 +336,7 @@ class _Search:
         ]
         scanned = () if floor_db > 0 else config.scanned  # a join scans all columns
         self._scanned = [scanned_bits(probe, self._models, scanned, across=scope.across) for probe in probes]
-        """For each probe, the columns that alone are scanned, as a presence mask; 0 for all."""
+        """For each probe, the columns that are scanned, as a presence mask; 0: all columns."""
         self._presences = frozenset(bits for part in self._snapshot.parts for bits in part.bits)
         self._failed = False
 
@@ -365,7 +365,7 @@ class _Search:
     # which rows are compared ---------------------------------------------------------------------------------------
 
     def _rows_to_compare(self, i: int) -> tuple[_Int64, bool]:
-        """The rows to compare with probe i, ascending; and whether some are missing."""
+        """(the rows to compare with probe i, ascending; whether some comparable rows are missing)."""
         probe, near = self._probes[i], self._near[i]
         comparable_columns = comparable_bits(probe, self._models, across=self._scope.across)
         chosen = [*self._chosen[i]]
@@ -373,7 +373,7 @@ class _Search:
             if not _relabelled(columns):
                 chosen.append(self._worth_comparing(probe, columns, rows, similarity, comparable_columns))
         chosen.append(self._strongest_relabelled(probe, near))
-        scanned = sum(BIT[column] for column in {theirs for _, theirs in near})
+        scanned = sum(BIT[column] for column in {column for _, column in near})
         minutiae_only = sum(BIT[c] for c, m in self._models.items() if m.dimension is None) & comparable_columns
         unscanned = self._scope.rows_with(minutiae_only, without=scanned)
         most = self._config.finger_rows_max
@@ -383,8 +383,7 @@ class _Search:
     def _worth_comparing(
         self, probe: TemplateSet, columns: _ColumnPair, rows: _Int64, similarity: Float32, comparable_columns: int
     ) -> _Int64:
-        """Of the rows found in one column: those that have more to compare, and the first of the others, whose order is
-        final."""
+        """Of the rows found in a column: those with other captures to compare, and the first of the other rows, whose order is final."""
         if not len(rows):
             return rows
         capture = probe[columns[0]]
@@ -402,12 +401,12 @@ class _Search:
         relabelled = {columns: rows for columns, rows in near.items() if _relabelled(columns)}
         if not relabelled:
             return lists[0][0]
-        models = {probe[own].model_id for own, _ in relabelled}
+        models = {probe[name].model_id for name, _ in relabelled}
         calibrations = {model_id: self._comparer.calibration(model_id) for model_id in models}
-        for (own, _), (rows, similarity) in relabelled.items():
-            calibration = calibrations[probe[own].model_id]
+        for (probe_column, _), (rows, similarity) in relabelled.items():
+            calibration = calibrations[probe[probe_column].model_id]
             llr_db = calibration.llr_db(similarity)
-            if self._floor_db > 0:  # all that reach it by one finger
+            if self._floor_db > 0:  # all rows that reach it by a single finger
                 llr_db[calibration.score_db(similarity) >= self._floor_db] = np.inf
             lists.append((rows, llr_db))
         return strongest(lists, self._config.candidates + self._scope.extra_k)
@@ -415,7 +414,7 @@ class _Search:
     # several columns at once ---------------------------------------------------------------------------------------
 
     def _multicolumn_queries(self) -> list[MultiColumnQuery | None]:
-        """For each probe; the same object for probes with the same columns."""
+        """The query of each probe; the same object for probes with the same columns."""
         known: dict[tuple[tuple[str, ...], tuple[str, ...]], MultiColumnQuery | None] = {}
         queries, models = [], self._models
         for probe, scanned in zip(self._probes, self._scanned, strict=True):
@@ -432,16 +431,22 @@ class _Search:
     def _scoped(self, query: MultiColumnQuery) -> MultiColumnQuery | None:
         scope, floor_llr_db = self._scope, np.inf
         if self._floor_db > 0:
-            if not query.plans:
+            kinds = [*query.plans, *(self._journal_kinds(query) if query.joint else ())]
+            if not kinds:
                 return None
-            query = replace(query, joint=False, lone_db={})
-            ids = [[self._models[name].model_id for name in sorted(names)] for names in query.plans]
+            ids = [[self._models[name].model_id for name in sorted(names)] for names in kinds]
             floor_llr_db = min(self._comparer.llr_reaching(self._floor_db, model_ids) for model_ids in ids)
         k = query.k + scope.extra_k
         return replace(query, k=k, floor_llr_db=floor_llr_db, groups=scope.groups, from_row=scope.from_row)
 
+    def _journal_kinds(self, query: MultiColumnQuery) -> set[frozenset[str]]:
+        """The sets of this query's columns that rows of the journal have, of several columns each."""
+        journals = [part for part in self._snapshot.parts if is_journal(part, query.columns)]
+        kinds = {frozenset(c for c in query.columns if bits & BIT[c]) for part in journals for bits in part.bits}
+        return {kind for kind in kinds if len(kind) > 1}
+
     def _search_multicolumn(self, queries: Sequence[MultiColumnQuery | None]) -> None:
-        """Adds the rows that are found in several columns at once to those to compare."""
+        """Adds the rows that the multi-column queries find to the rows to compare."""
         for query in {id(query): query for query in queries if query is not None}.values():
             numbers = [i for i, other in enumerate(queries) if other is query]
             for low in range(0, len(numbers), PROBES):
@@ -454,19 +459,19 @@ class _Search:
                 cuts = np.searchsorted(hits.which, np.arange(1, len(batch)))
                 wanted = hits.llr_db >= query.floor_llr_db
                 wanted = wanted if hits.lone is None else wanted | hits.lone
-                for i, rows, sure in zip(batch, np.split(hits.rows, cuts), np.split(wanted, cuts), strict=True):
-                    self._chosen[i].append(self._worth_comparing_of(query, self._probes[i], rows, sure))
+                for i, rows, always in zip(batch, np.split(hits.rows, cuts), np.split(wanted, cuts), strict=True):
+                    self._chosen[i].append(self._worth_comparing_of(query, self._probes[i], rows, always))
 
     def _worth_comparing_of(
         self, query: MultiColumnQuery, probe: TemplateSet, rows: _Int64, wanted: NDArray[np.bool_]
     ) -> _Int64:
-        """Of the rows found by a query: those that have more to compare, the first of the others, and all that are wanted
-        whatever their rank."""
+        """Of the rows found by a query: those with other captures to compare, the first of the other rows, and all that are wanted at any
+        rank. wanted: bool (n,)."""
         searched = sum(BIT[column] for column in query.columns)
         other_columns = comparable_bits(probe, self._models, across=self._scope.across) & ~searched
         has_more = (self._snapshot.presence(rows.tolist()) & other_columns) != 0
         has_more |= any(self._comparer.has_minutiae_to_add(probe[column]) for column in query.columns)
-        # rows come by the sum of their evidence, which is their final order unless they have more in common
+        # rows are sorted by the sum of their evidence; this is the final order unless they have other captures to compare
         first = np.cumsum(~has_more) <= self._config.returned + self._returned
         return np.asarray(rows[has_more | first | wanted])
 
@@ -475,23 +480,23 @@ class _Search:
     def _search_columns(self, queries: Sequence[MultiColumnQuery | None]) -> None:
         """Finds the most similar rows of each pair of columns that is compared by embeddings."""
         across = self._scope.across
-        for theirs, model in self._snapshot.models.items():
-            # captures of all labels share a pass, except where a multi-column query covers rows of the column
+        for column, model in self._snapshot.models.items():
+            # captures of all labels share a pass, unless a multi-column query covers rows of the column
             passes: dict[tuple[int, int], tuple[MultiColumnQuery | None, dict[_Capture, Template]]] = {}
             for i, (probe, query) in enumerate(zip(self._probes, queries, strict=True)):
-                for own, template in probe.items() if model.dimension is not None else ():
-                    if comparable(own, theirs, across=across) and _is_embedded(template, model.model_id):
-                        skip = query if query is not None and own == theirs and own in query.columns else None
-                        scanned = 0 if self._scanned[i] & BIT[theirs] else self._scanned[i]
-                        passes.setdefault((id(skip), scanned), (skip, {}))[1][i, own] = template
+                for name, template in probe.items() if model.dimension is not None else ():
+                    if comparable(name, column, across=across) and _is_embedded(template, model.model_id):
+                        skip = query if query is not None and name == column and name in query.columns else None
+                        scanned = 0 if self._scanned[i] & BIT[column] else self._scanned[i]
+                        passes.setdefault((id(skip), scanned), (skip, {}))[1][i, name] = template
             for (_, scanned), (skip, captures) in passes.items():
-                if not any(bits & BIT[theirs] and not bits & scanned for bits in self._presences):
+                if not any(bits & BIT[column] and not bits & scanned for bits in self._presences):
                     continue
-                if skip is not None and self._covers(skip, theirs):
-                    for i, own in captures:
-                        self._near[i][own, theirs] = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+                if skip is not None and self._covers(skip, column):
+                    for i, name in captures:
+                        self._near[i][name, column] = (np.zeros(0, np.int64), np.zeros(0, np.float32))
                 else:
-                    self._search_column(theirs, captures, skip, scanned)
+                    self._search_column(column, captures, skip, scanned)
 
     def _covers(self, query: MultiColumnQuery, column: str) -> bool:
         """Whether the query covers all rows that have this column."""
@@ -519,28 +524,28 @@ class _Search:
             groups=scope.groups,
             skip_covered=skip_covered,
             skip_columns=skip_columns,
-            least=self._least(column, captures),
+            floor_similarity=self._floor_similarities(column, captures),
         )
         self._failed |= bool(nearest.failures)
-        for (i, own), rows, similarity in zip(captures, nearest.rows, nearest.similarity, strict=True):
-            self._near[i][own, column] = (rows[rows >= 0], similarity[rows >= 0])
+        for (i, name), rows, similarity in zip(captures, nearest.rows, nearest.similarity, strict=True):
+            self._near[i][name, column] = (rows[rows >= 0], similarity[rows >= 0])
         if self._floor_db > 0:
             self._search_to_floor(column, captures, vectors, k, skip_covered)
 
-    def _least(self, column: str, captures: Mapping[_Capture, Template]) -> Float32 | None:
-        """The similarities from which rows of a column matter, float32 (captures,); None if all do. Of a capture that is
-        all that its probe and the gallery share, only rows that reach the review threshold by it can be candidates."""
+    def _floor_similarities(self, column: str, captures: Mapping[_Capture, Template]) -> Float32 | None:
+        """The similarities from which rows of a column matter, float32 (captures,); None if all rows matter. If a probe and the gallery share
+        only this column, a candidate must reach the review threshold in it."""
         if self._floor_db > 0:
             return None
-        least, known = np.full(len(captures), -np.inf, np.float32), dict[tuple[str, float], float]()
-        for at, ((i, own), template) in enumerate(captures.items()):
+        floors, known = np.full(len(captures), -np.inf, np.float32), dict[tuple[str, float], float]()
+        for at, ((i, name), template) in enumerate(captures.items()):
             only = _only_column(self._probes[i], self._snapshot, across=self._scope.across)
-            if own == column and only == column and not self._comparer.has_minutiae_to_add(template):
-                asked = (template.model_id, self._stages[i].reach_db)
-                if asked not in known:
-                    known[asked] = self._searcher.similarity_reaching(*asked)
-                least[at] = known[asked]
-        return least if (least > -np.inf).any() else None
+            if name == column and only == column and not self._comparer.has_minutiae_to_add(template):
+                key = (template.model_id, self._stages[i].reach_db)
+                if key not in known:
+                    known[key] = self._searcher.similarity_reaching(*key)
+                floors[at] = known[key]
+        return floors if (floors > -np.inf).any() else None
 
     def _search_to_floor(
         self,
@@ -550,14 +555,13 @@ class _Search:
         k: int,
         skip_covered: MultiColumnQuery | None,
     ) -> None:
-        """Searches again for captures whose list of k rows is full and ends above floor_db: all rows above it are
-        wanted."""
+        """Searches again for captures whose k rows all reach floor_db, because all such rows are wanted."""
         order = list(captures)
         more = [
             at
-            for at, ((i, own), template) in enumerate(captures.items())
-            if len(self._near[i][own, column][0]) == k
-            and self._comparer.score_db(template, self._near[i][own, column][1][-1:])[0] >= self._floor_db
+            for at, ((i, name), template) in enumerate(captures.items())
+            if len(self._near[i][name, column][0]) == k
+            and self._comparer.score_db(template, self._near[i][name, column][1][-1:])[0] >= self._floor_db
         ]
         for low in range(0, len(more), PROBES):
             batch = more[low : low + PROBES]
@@ -571,13 +575,13 @@ class _Search:
             reached = self._searcher.fan_out.reached(self._shards, vectors[batch], query)
             self._failed |= bool(reached.failures)
             for at, near in zip(batch, reached.found, strict=True):
-                i, own = order[at]
-                self._near[i][own, column] = near
+                i, name = order[at]
+                self._near[i][name, column] = near
 
 
 @lru_cache(maxsize=64)
 def _scores_of_grid(calibration: Calibration) -> tuple[Float32, NDArray[np.float64]]:
-    """Similarities from -1 to 1, ascending, and their score_db."""
+    """(similarities from -1 to 1, ascending; their score_db)."""
     grid = np.linspace(-1, 1, 4001, dtype=np.float32)
     return grid, calibration.score_db(grid)
 
@@ -596,11 +600,11 @@ def _is_embedded(template: Template | None, model_id: str) -> bool:
 
 
 def _only_column(probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> str | None:
-    """The column that is all that a probe and the gallery share; None where there is none, or several."""
+    """The only column that a probe and the gallery share; None if there is none, or several."""
     shared = comparable_bits(probe, snapshot.models, across=across)
     return next((column for column in probe if BIT[column] == shared), None)
 
 
 def _relabelled(columns: _ColumnPair) -> bool:
-    """Whether a capture was looked for under another label than its own; one of unknown position has none."""
+    """Whether a capture was searched in a column other than its own. A capture of unknown position has no column of its own."""
     return columns[0] != columns[1] and "unknown" not in columns

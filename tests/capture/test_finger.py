@@ -262,6 +262,48 @@ def test_a_files_resolution_that_no_finger_has_is_not_believed_and_a_stated_one_
     assert str(dpi) in refusal.detail and refusal.measured != refusal.limit
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dpi", [None, 72, 300, 500])
+def test_a_print_of_1000_dpi_is_known_by_its_ridges_whatever_its_file_says(dpi):
+    mate, again = two_impressions(7)
+    fine = cv2.resize(again, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    with io.BytesIO() as out:
+        Image.fromarray(fine).save(out, "PNG", **({} if dpi is None else {"dpi": (dpi, dpi)}))
+        (template,) = EXTRACTOR.extract([bd.Finger(out.getvalue())])
+    assert minutiae_score(extract(mate), template) > 8
+    assert "taken as 1000" in template.provenance[-1]
+    refusal = extract(fine, dpi=500)
+    assert (refusal.reason, refusal.measured > 0.7) == ("resolution", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("true", [250, 900])
+def test_ridges_that_no_finger_has_are_refused_by_their_distance_where_no_usual_resolution_fits(true):
+    again = two_impressions(7)[1]
+    scaled = cv2.resize(again, None, fx=true / 500, fy=true / 500, interpolation=cv2.INTER_AREA)
+    refusal = extract(scaled)
+    assert refusal.reason == "resolution"
+    assert "state the scanner's dpi" in refusal.detail
+    assert isinstance(extract(scaled, dpi=true), bd.Template)
+
+
+def test_a_low_resolution_that_the_ridges_doubt_is_refused_from_a_file_and_believed_from_the_caller():
+    """At 350 dpi its ridges would be 0.56 mm apart, which is possible; 0.39 mm, at 500 dpi, is more likely."""
+    near = two_impressions(7)[1]
+    with io.BytesIO() as out:
+        Image.fromarray(near).save(out, "PNG", dpi=(350, 350))
+        (refusal,) = EXTRACTOR.extract([bd.Finger(out.getvalue())])
+    assert refusal.reason == "resolution"
+    assert "350 dpi" in refusal.detail and "500 dpi fits" in refusal.detail
+    assert getattr(extract(near, dpi=350), "reason", None) != "resolution"
+
+
+def test_a_photograph_in_place_of_a_finger_is_told_as_such_and_not_by_its_resolution():
+    from skimage.data import astronaut
+
+    assert extract(np.ascontiguousarray(astronaut()[:, :, 1])).reason in ("no_ridges", "too_small_area")
+
+
 def test_a_negative_has_the_minutiae_of_its_positive():
     mate, again = two_impressions(7)
     positive, negative = (minutiae_score(extract(mate), extract(one)) for one in (again, 255 - again))

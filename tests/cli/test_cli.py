@@ -19,7 +19,7 @@ import typer
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli import base, main
+from biodedup.cli import main, printing
 from biodedup.cli.base import Panel
 from biodedup.jobs.deduplication.folder import DedupResult, Unit
 from biodedup.synthetic.vectors import population
@@ -83,11 +83,11 @@ def test_what_a_command_prints_says_what_to_do_next(folder):
 
 
 def test_progress_is_reported_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(base, "LINE_S", 0.0)
-    with base.progress_bar(lines=True) as progress:
+    monkeypatch.setattr(printing, "LINE_S", 0.0)
+    with printing.progress_bar(lines=True) as progress:
         progress("enrolling", 1_000, 2_000)
     assert capsys.readouterr().err == "enrolling: 1,000 of 2,000\n"
-    with base.progress_bar() as progress:
+    with printing.progress_bar() as progress:
         progress("enrolling", 1_000, 2_000)
     assert capsys.readouterr().err == ""
 
@@ -182,7 +182,7 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "empty.npy").touch()
     (tmp_path / "empty.arrow").touch()
     with bd.Engine.open(tmp_path / "g") as engine:
-        with pytest.raises(bd.InvalidInput, match="breaks off"):
+        with pytest.raises(bd.InvalidInput, match="is cut short"):
             jobs.load(engine, tmp_path / "cut.ipc")
         for name in ("empty.npy", "empty.arrow"):
             with pytest.raises(bd.InvalidInput, match="is not a Parquet"):
@@ -335,7 +335,7 @@ def test_the_demo_blocks_every_recapture_and_agrees_with_numpy(tmp_path):
     assert {d.outcome for name, d in result.decisions if name.startswith("portrait,")} == {"duplicate", "refused"}
     blocked = [d.best.subject_id for d in outcomes.values() if d.outcome == "duplicate"]
     assert blocked == ["astronaut"] * 7 + ["person-1"]
-    assert outcomes["a face and a finger"].outcome == outcomes["others"].outcome == "unique"
+    assert outcomes["a face and a finger"].outcome == outcomes["another face and finger"].outcome == "unique"
     assert result.agrees_with_numpy == 1.0
     assert result.mates_first > 0.95
     assert len(lines) > 10
@@ -407,8 +407,8 @@ def test_pairs_with_an_image_of_unknown_label_are_not_across_labels():
 def test_the_reason_of_a_duplicate_is_a_note_not_a_task(capsys):
     decision = bd.Decision("duplicate", "anna", "e1", (), (), (), 50.0, 23.0, 2, 3, reasons=("open_case",))
     with pytest.raises(typer.Exit):
-        base.finish_decision(decision, False, labels=bd.Config().labels)
+        printing.finish_decision(decision, False, labels=bd.Config().labels)
     with pytest.raises(typer.Exit):
-        base.finish_decision(replace(decision, outcome="review"), False, labels=bd.Config().labels)
+        printing.finish_decision(replace(decision, outcome="review"), False, labels=bd.Config().labels)
     note, task = re.findall(r"^  (.+): another case is open", capsys.readouterr().out, re.M)
     assert (note, task) == ("note", "a person has to look")

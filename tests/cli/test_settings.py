@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import biodedup as bd
 from biodedup.cli import app
-from biodedup.cli.base import Exit
+from biodedup.cli.exits import Exit
 from biodedup.common.tables import differences, flat, made, plain, typed
 from biodedup.settings import settings_for
 from biodedup.synthetic import draw_impression, draw_master

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import biodedup as bd
-from biodedup.cli import app, base
+from biodedup.cli import app, opening
 from tests.support.cases import CONFIG, Clock, sent
 from tests.support.vectors import again, people
 
@@ -37,13 +37,13 @@ def gallery(tmp_path):
 def test_a_short_command_waits_until_the_writer_ends(gallery, arguments, monkeypatch):
     waiting = threading.Event()
     held = bd.Engine.open(gallery)
-    told = base.complain
+    told = opening.complain
 
     def complain(*lines: str) -> None:
         told(*lines)
         waiting.set()
 
-    monkeypatch.setattr(base, "complain", complain)
+    monkeypatch.setattr(opening, "complain", complain)
     ending = threading.Thread(target=lambda: waiting.wait(60) and held.close())
     ending.start()
     done = CliRunner().invoke(app, [*arguments, "--gallery", str(gallery), "--wait", "60"])
@@ -71,7 +71,7 @@ def test_a_mistyped_gallery_is_not_waited_for(tmp_path):
 
 def test_what_a_holder_was_called_with_is_not_told(gallery):
     with bd.Engine.open(gallery):
-        told = base.holder(gallery)
+        told = opening.holder(gallery)
     assert "/" not in told and not any(argument in told for argument in sys.argv[1:] if len(argument) > 3)
     (gallery / "writer.lock").write_text("")
-    assert base.holder(gallery) == "the holder is not known"
+    assert opening.holder(gallery) == "the holder is not known"

@@ -104,7 +104,7 @@ def test_a_folder_of_copies_serves_one_register(register, config, tmp_path):
 @pytest.mark.slow
 def test_renewable_templates_are_refused(register, config, tmp_path):
     renewable = replace(config, gallery=replace(config.gallery, renewable=True))
-    with pytest.raises(bd.InvalidInput, match="for a gallery in a folder"):
+    with pytest.raises(bd.InvalidInput, match="use a gallery in a folder"):
         register(renewable)
     engine = register(config)
     with pytest.raises(bd.InvalidInput, match="for a gallery in a folder"):

@@ -129,7 +129,7 @@ def test_a_register_is_read_whatever_the_order_in_which_the_server_returns_its_s
 def test_a_subject_is_known_while_a_staged_row_of_it_is_forgotten():
     tail = Tail(0)
     tail.append("anna", "e0", 0, {})
-    tail.append("anna", "e1", 0, {}, again=True)
+    tail.append("anna", "e1", 0, {}, repeated=True)
     seen = []
 
     class Watched(dict):

@@ -209,7 +209,7 @@ def test_a_kit_leaves_out_a_record_whose_file_cannot_be_read(tmp_path, portrait,
         patch.setattr(os, "open", failing)
         result = jobs.pack_batch(tmp_path / "m.csv", tmp_path / "b.kit", tmp_path / "k.key", bd.Config())
     assert [one.subject_id for one in result.packed] == ["bella"]
-    assert "row 1: its file is no face capture that can be opened" in result.broken[0].problem
+    assert "row 1: its file cannot be opened as a face capture" in result.broken[0].problem
     whole = jobs.pack_batch(tmp_path / "m.csv", tmp_path / "b.kit", tmp_path / "k.key", bd.Config())
     assert len(whole.packed) == 2
     before = (tmp_path / "b.kit").read_bytes()

@@ -199,7 +199,7 @@ def test_a_request_that_another_call_approved_meanwhile_does_not_stand(opened):
     )
     engine.as_principal("dewi").remove("s1")
     with (
-        pytest.raises(bd.ApprovalNeeded, match="does not stand any more"),
+        pytest.raises(bd.ApprovalNeeded, match="is not valid any more"),
         internals(engine).gallery.transaction() as t,
     ):
         approve(t)

@@ -9,7 +9,7 @@ import pytest
 
 import biodedup as bd
 from biodedup.testing import internals
-from tests.engine.test_staged import PEOPLE, TEN, later, rounded
+from tests.support.ten_fingers import PEOPLE, TEN, later, rounded
 from tests.support.vectors import people
 
 pytestmark = pytest.mark.slow

@@ -251,7 +251,7 @@ def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, capl
             assert "3600 s behind the newest decision" in caplog.text
             notes = engine.notes(at[0])
             engine.compact()
-        assert "2 of the newest 3 decisions are dated before one that was made earlier, by up to 3,600 s" in notes[0]
+        assert "2 of the newest 3 decisions have an earlier date than a previous decision, by up to 3,600 s" in notes[0]
         assert "3,600 s after this machine's clock" in notes[1]
         caplog.clear()
         with bd.Engine.open(tmp_path / "g", CONFIG, clock=lambda: at[0]) as engine:

@@ -51,7 +51,7 @@ def test_what_went_to_review_is_listed_with_its_candidate(engine):
     assert "templates" not in repr(case)
     assert engine.info()["open_cases"] == 1
     for unknown in ("e-anna", "never sent"):
-        with pytest.raises(bd.InvalidInput, match="is no case"):
+        with pytest.raises(bd.InvalidInput, match="is not a case"):
             engine.case(unknown)
 
 
@@ -408,7 +408,7 @@ def test_a_dispute_needs_an_enrolled_subject_and_a_capture(engine):
     in_dispute(engine)
     with pytest.raises(bd.UnknownSubject, match="'bella'"):
         engine.dispute(sent("bella", people(1)[0], "e2"))
-    with pytest.raises(bd.InvalidInput, match="needs one to judge"):
+    with pytest.raises(bd.InvalidInput, match="needs at least one"):
         engine.dispute(bd.Encounter("anna", [bd.Missing("face", "veil")], encounter_id="e3"))
 
 

@@ -42,7 +42,7 @@ def test_vectors_without_a_model_are_declined_wherever_they_come_in(engine, tmp_
         lambda: jobs.evaluate(table(VECTORS, tmp_path / "t.parquet"), tmp_path / "e.json"),
     ]
     for call in calls[:5] + calls[6:]:
-        with pytest.raises(bd.InvalidInput, match="have no model_id|model of the face vectors is not stated"):
+        with pytest.raises(bd.InvalidInput, match=r"have no model_id|model of the face vectors is not stated"):
             call()
     assert calls[5]().outcome == "refused"
     with pytest.raises(bd.InvalidInput, match=f"model_id='{SFACE}'"):  # it says which one these may be

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-from biodedup.cli.base import Exit
+from biodedup.cli.exits import Exit
 from biodedup.required import shortfall
 from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, small

@@ -14,11 +14,11 @@ ANYBODYS = sorted(signatures.SMALL_ORDER)
 @pytest.mark.parametrize("key", ANYBODYS, ids=lambda key: key.hex()[:8])
 def test_a_key_under_which_anybody_can_sign_is_no_key_of_a_principal_or_a_device(key, sign_bit):
     public = bytes([*key[:31], key[31] | sign_bit]).hex()
-    with pytest.raises(bd.InvalidInput, match="under which anybody can sign"):
+    with pytest.raises(bd.InvalidInput, match="anybody can make signatures"):
         bd.Principal("budi", ["review"], [public])
-    with pytest.raises(bd.InvalidInput, match="the key of device 'cam-1' is an Ed25519 key under which"):
+    with pytest.raises(bd.InvalidInput, match="the key of device 'cam-1' is an insecure Ed25519 key"):
         bd.CaptureConfig(devices={"cam-1": public})
-    with pytest.raises(bd.InvalidInput, match="under which anybody can sign"):
+    with pytest.raises(bd.InvalidInput, match="anybody can make signatures"):
         signatures.is_signed(public, bytes(64), b"message")
 
 
@@ -39,5 +39,5 @@ def test_without_that_check_a_signature_that_nobody_made_passes(key):
 
 @pytest.mark.parametrize("key", ["", "ab" * 31, "zz" * 32])
 def test_what_is_no_key_is_refused_with_what_to_write(key):
-    with pytest.raises(bd.InvalidInput, match="no Ed25519 public key; write its 32 bytes as 64 hexadecimal digits"):
+    with pytest.raises(bd.InvalidInput, match="not an Ed25519 public key; write its 32 bytes as 64 hexadecimal digits"):
         bd.CaptureConfig(devices={"cam-1": key})

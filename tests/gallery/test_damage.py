@@ -104,10 +104,10 @@ def test_doctor_counts_subjects_that_are_enrolled_twice_and_no_removed_ones(tmp_
             template = bd.Template("face", transaction.models["face"].model_id, PEOPLE[5])
             transaction._catalogue.add_subjects([(transaction.tail.end_row, "s4", "", 0)])
             transaction._catalogue.add_cells([(transaction.tail.end_row, template)])
-            transaction.tail.append("s4", "", 0, {"face": template}, again=True)
+            transaction.tail.append("s4", "", 0, {"face": template}, repeated=True)
             transaction.content_changed = True
         assert engine.problems() == [
-            "database, counters: its counters say that 0 rows are not the first of their subject, its rows 1"
+            "database, counters: its counters have 0 rows beyond the first of their subject, wanted 1 by its rows"
         ]
 
 
@@ -179,7 +179,7 @@ def test_a_lost_database_is_restored_with_the_backups_whole_state(sealed, tmp_pa
         bd.Engine.open(sealed)
     report = jobs.examine(sealed, mend=True, backup=tmp_path / "b")
     assert report.problems == ()
-    assert "what was committed later is lost" in report.mended[0]
+    assert "later commits are lost" in report.mended[0]
     assert contents(sealed) == before
     assert len(list((sealed / "damaged").iterdir())) >= 2
 

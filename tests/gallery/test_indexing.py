@@ -148,7 +148,7 @@ def test_an_index_that_loses_too_many_mates_is_refused_unless_forced(gallery):
     assert gallery.index("face") == ENGINE
     gallery.reindex(ENGINE + ",nprobe=1", force=True)
     assert gallery.index("face") == ENGINE + ",nprobe=1"
-    assert "a search reads 1 of 8 lists, so that mates are lost besides" in gallery.plan().explain()
+    assert "a search reads 1 of 8 lists, so that further mates are lost" in gallery.plan().explain()
 
 
 def test_segments_get_an_index_each_and_are_searched_by_it(gallery, tmp_path, monkeypatch):

@@ -100,8 +100,8 @@ def test_the_digest_of_a_table_is_the_sum_of_its_rows_hashes(folder, config):
 def test_a_deleted_verdict_is_named_with_its_commit(folder, config):
     forge(folder, config, "DELETE FROM verdict")
     assert problems(folder, config) == [
-        "table verdict: its 0 rows are not the 1 that the commits left: they were changed, forged, dropped or put back",
-        "table verdict: a row of commit 5 is lost or changed",
+        "table verdict: its 0 rows differ from the 1 rows of the last commit: rows were changed, forged, deleted or restored from an older copy",
+        "table verdict: a row of commit 5 is missing or changed",
     ]
 
 
@@ -109,7 +109,7 @@ def test_a_deleted_verdict_is_named_with_its_commit(folder, config):
 def test_a_decision_that_was_changed_with_its_checksum_is_named(folder, config):
     changed = change_decision(folder, config)
     found = problems(folder, config)
-    assert "table encounter: the row 'e5' is not as a commit wrote it" in found and len(found) == 3
+    assert "table encounter: no commit wrote the row 'e5' in this form" in found and len(found) == 3
     assert changed[2] == "duplicate"
 
 
@@ -180,7 +180,7 @@ def test_counters_that_were_put_back_are_named(folder, config):
 
 def test_a_dropped_link_is_named(folder, config):
     forge(folder, config, "DELETE FROM chain WHERE number = 4")
-    assert problems(folder, config) == ["links 4 to 4 of the chain are lost: commits were dropped"]
+    assert problems(folder, config) == ["links 4 to 4 of the chain are missing: commits were deleted"]
 
 
 def test_a_changed_link_is_named(folder, config):
@@ -188,7 +188,7 @@ def test_a_changed_link_is_named(folder, config):
     changed = (*row[:5], bytes(32), row[6])
     forge(folder, config, "REPLACE INTO chain VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*changed, row_checksum(changed)))
     assert problems(folder, config) == [
-        "link 4 (commit 3) does not follow from the link before: it was changed, or put back"
+        "link 4 (commit 3) does not follow the link before: it was changed, or restored from an older copy"
     ]
 
 
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_another_gallery_key_or_content_is_told(folder, config, 
         pass
     jobs.log_checkpoint(tmp_path / "other", key, tmp_path / "c", config)
     (problem,) = problems(folder, config, checkpoint=tmp_path / "c", public_key=public)
-    assert "is of gallery" in problem
+    assert "belongs to gallery" in problem
     jobs.log_checkpoint(folder, key, tmp_path / "d", config)
     jobs.make_signing_key(tmp_path / "another.key")
     (problem,) = problems(folder, config, checkpoint=tmp_path / "d", public_key=tmp_path / "another.pub")
@@ -371,7 +371,7 @@ def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path)
 @pytest.mark.slow
 def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path):
     forge(folder, config, "DELETE FROM verdict")
-    with pytest.raises(bd.GalleryDamaged, match="not sound"):
+    with pytest.raises(bd.GalleryDamaged, match="not valid"):
         jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", config)
     assert not (tmp_path / "c").exists()
 
@@ -480,6 +480,6 @@ def test_a_log_that_is_not_sound_is_neither_encrypted_nor_decrypted(folder, conf
     forge(folder, config, "DELETE FROM verdict")
     before = problems(folder, config)
     assert before
-    with pytest.raises(bd.GalleryDamaged, match="is not sound"):
+    with pytest.raises(bd.GalleryDamaged, match="is damaged"):
         crossing(folder, config.keys or (lambda: KEY))
     assert problems(folder, config) == before

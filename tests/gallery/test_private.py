@@ -91,7 +91,7 @@ def test_doctor_reports_what_is_open_to_others_and_repair_closes_it(gallery):
         assert nearest(engine, 3) == "s3"  # opens as it is
     report = jobs.examine(gallery, mend=True)
     assert report.exposed == ()
-    assert "closed to other users" in report.mended[0]
+    assert "removed other users" in report.mended[0]
     assert set(modes(gallery)) == {str(gallery / "notes of the user")}
 
 

@@ -95,7 +95,7 @@ def test_a_poor_finger_is_told_to_be_captured_again_and_expected_to_miss_more_of
 def test_as_many_mates_of_a_poor_capture_pass_40_db_as_its_quality_says():
     calibration = Calibration.from_card(load_card("sface").calibration)
     for quality in (0.2, 0.5, 0.85):
-        likely = (expected._likely(quality, calibration),)
+        likely = (expected._mated_share(quality, calibration),)
         assert 1 - mated_share_below(40.0, (calibration,), likely) == pytest.approx(quality, abs=0.01)
     assert mated_quantile_db(0.5, (calibration,), (0.2,)) < mated_quantile_db(0.5, (calibration,))
-    assert expected._likely(0.95, calibration) == 1.0
+    assert expected._mated_share(0.95, calibration) == 1.0

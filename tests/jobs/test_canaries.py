@@ -190,11 +190,11 @@ def test_one_lost_row_is_within_the_risk_unless_nothing_left_to_chance_loses_it_
         losing(patch, [victim.row], lambda plan: plan.miss_risk > 0)
         watch = jobs.watch(gallery)
         assert (watch.columns[0].lost, watch.columns[0].certain, watch.problems) == (1, 0, ())
-        assert "1 missed within the risk" in watch.checked[0]
+        assert "1 missed, which the search's miss risk allows" in watch.checked[0]
     losing(monkeypatch, [victim.row])
     watch = jobs.watch(gallery)
     assert (watch.columns[0].lost, watch.columns[0].certain) == (1, 1)
-    assert "nothing left to chance" in watch.problems[0]
+    assert "a miss risk of zero does not find" in watch.problems[0]
 
 
 def test_stored_templates_that_have_changed_under_sound_checksums_are_reported(gallery, monkeypatch):
@@ -207,7 +207,7 @@ def test_stored_templates_that_have_changed_under_sound_checksums_are_reported(g
     monkeypatch.setattr(SegmentColumn, "vectors_at", damaged)
     watch = jobs.watch(gallery)
     assert (watch.columns[0].changed, watch.columns[0].changed_in) == (66, ("segment 2",))
-    assert "66 of 202 are not those that were enrolled, in segment 2" in watch.problems[0]
+    assert "the stored templates of 66 of 202 have changed since enrolment, in segment 2" in watch.problems[0]
 
 
 def test_a_similarity_that_is_miscomputed_is_reported(gallery, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_similarity_that_is_miscomputed_is_reported(gallery, monkeypatch):
     )
     watch = jobs.watch(gallery)
     assert watch.columns[0].miscomputed == watch.columns[0].found
-    assert "not that of the stored rows" in watch.problems[0]
+    assert "differs from that of the stored rows" in watch.problems[0]
 
 
 # removals ---------------------------------------------------------------------------------------------------------
@@ -254,7 +254,9 @@ def test_who_is_gone_though_nothing_was_removed_is_a_loss_and_stays_one(gallery)
     # as if a merge had lost the row: it was not removed since the last check of the canaries
     canary_file.save(LocalStorage(), gallery, replace(kept(gallery), version=version), None)
     for _ in range(2):
-        assert "1 subjects are in no segment any more, and nothing was removed" in jobs.watch(gallery).problems[0]
+        assert (
+            "1 subjects are no longer in any segment, although nothing was removed" in jobs.watch(gallery).problems[0]
+        )
 
 
 def test_an_updated_subject_is_no_loss(gallery):
@@ -308,7 +310,7 @@ def test_a_file_of_another_gallery_is_a_problem(gallery, tmp_path):
     grow(tmp_path / "other", 0, 100)
     jobs.watch(tmp_path / "other")
     (gallery / CANARIES_NAME).write_bytes((tmp_path / "other" / CANARIES_NAME).read_bytes())
-    assert "of another gallery" in jobs.watch(gallery).problems[0]
+    assert "belongs to another gallery" in jobs.watch(gallery).problems[0]
 
 
 def test_a_backup_takes_them_along_and_is_searched_without_writing(gallery, tmp_path, monkeypatch):
@@ -437,7 +439,7 @@ def test_the_law_of_impostors_foresees_how_many_are_first(gallery):
 
 
 def test_doctor_says_it_in_words_and_json_and_by_its_exit_code(gallery, shell):
-    assert "name the gallery" in str(CliRunner().invoke(app, ["doctor", "--canaries"]).exception)
+    assert "name it with --gallery" in str(CliRunner().invoke(app, ["doctor", "--canaries"]).exception)
     said = shell("doctor", "--canaries")
     assert said.exit_code == 0
     assert "sound    canaries face: 202 of 202 found" in said.stdout

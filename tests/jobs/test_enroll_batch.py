@@ -96,7 +96,7 @@ def test_each_record_gets_its_status_and_its_metadata_is_carried(tmp_path, popul
         "refused": 5,
     }
     page = (tmp_path / "r.html").read_text()
-    assert "Doubles found" in page and "s20" in page and "<script" not in page and "http" not in page
+    assert "<h2>Duplicates" in page and "s20" in page and "<script" not in page and "http" not in page
 
 
 def test_run_again_nothing_changes_and_the_table_is_the_same_to_the_byte(tmp_path, population):

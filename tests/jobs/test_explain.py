@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli import app
-from biodedup.cli.base import Exit
+from biodedup.cli.exits import Exit
 from biodedup.jobs.explanation.explain import _headline, captures_at, parse_side
 from biodedup.jobs.explanation.page import waterfall
 from biodedup.match.judgement import judge

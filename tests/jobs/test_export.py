@@ -270,7 +270,7 @@ def test_an_export_of_a_later_release_is_named(sound, tmp_path):
     export = copied(sound, tmp_path / "export")
     about = json.loads((export / "export.json").read_text())
     (export / "export.json").write_text(json.dumps(about | {"format_version": 2, "written_by": "9.0"}))
-    with pytest.raises(bd.InvalidInput, match="format 2, this version reads 1"):
+    with pytest.raises(bd.InvalidInput, match="format 2, but this release reads 1"):
         jobs.load_gallery(export, tmp_path / "again")
 
 

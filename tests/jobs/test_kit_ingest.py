@@ -68,7 +68,7 @@ def test_one_id_with_two_contents_is_a_conflict_within_a_kit_and_two_encounters_
     ) == 2
     assert enrolled(centre) == ["s0", "s1"]
     page = (centre / "o.html").read_text()
-    assert "Conflicts" in page and "What came first stays" in page
+    assert "Conflicts" in page and "The earlier encounter remains" in page
 
 
 def test_one_person_under_two_encounters_is_found_by_id_or_by_biometrics(centre):
@@ -216,7 +216,7 @@ def test_with_its_ledger_lost_the_centre_still_doubles_nothing(centre):
     batch = packed(centre, "A", "b.kit", table(people(5)))
     ingested(centre, batch)
     (centre / "g" / "kits.sqlite3").write_bytes(b"no database, 4,096 bytes of something else" * 100)
-    with pytest.raises(bd.GalleryDamaged, match="bookkeeping alone: move it away"):
+    with pytest.raises(bd.GalleryDamaged, match="only bookkeeping: move it away"):
         ingested(centre, batch)
     (centre / "g" / "kits.sqlite3").unlink()
     result = ingested(centre, batch)

@@ -58,7 +58,7 @@ def test_a_batch_is_never_replaced_by_one_that_lacks_its_records(centre):
     content = (centre / "b.kit").read_bytes()
     with pytest.raises(bd.InvalidInput, match="2 records that this manifest does not name"):
         packed(centre, "A", "b.kit", table(people(1)))
-    with pytest.raises(bd.InvalidInput, match="not a sound batch of this kit"):
+    with pytest.raises(bd.InvalidInput, match="does not list it as a batch of this kit"):
         packed(centre, "B", "b.kit", table(people(3)))
     assert (centre / "b.kit").read_bytes() == content
 
@@ -168,8 +168,8 @@ def test_a_team_packs_images_and_hears_what_to_capture_again(centre, fingers):
     result = pack("b.kit")
     broken = {one.subject_id: one.problem for one in result.broken}
     assert broken.keys() == {"008", "009", "010", "011, 012", "013", "", "015", "016"}
-    assert "row 19: its file is no right_index capture that can be opened (truncated)" in broken["015"]
-    assert "row 21: its file is no right_index capture that can be opened (not_an_image)" in broken["016"]
+    assert "row 19: its file cannot be opened as a right_index capture (truncated)" in broken["015"]
+    assert "row 21: its file cannot be opened as a right_index capture (not_an_image)" in broken["016"]
     assert "absent.png does not exist" in broken["008"] and "righ_index" in broken["009"]
     assert "'many'" in broken["010"] and "give each its own" in broken["011, 012"] and "not a file" in broken["013"]
     refused = {record.subject_id: [r.reason for r in record.refusals] for record in result.recaptures}

@@ -319,7 +319,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_copied(districts, tmp_
             merged(districts, out, **more)
     with pytest.raises(bd.InvalidInput, match=r"m\.csv"):
         merged(districts, tmp_path / "m.csv")
-    with pytest.raises(bd.InvalidInput, match="known are: none"):
+    with pytest.raises(bd.InvalidInput, match="known merges: none"):
         jobs.undo("nothing", districts[0], CONFIG)
     assert not (tmp_path / "m.parquet.work" / "gallery").exists()
 

@@ -94,7 +94,7 @@ def test_a_receipt_is_checked_without_the_gallery(engine, folder, tmp_path):
 
 def test_a_checkpoint_is_no_receipt(folder, tmp_path):
     jobs.log_checkpoint(folder / "g", folder / "a.key", tmp_path / "c")
-    with pytest.raises(bd.InvalidInput, match="no receipt"):
+    with pytest.raises(bd.InvalidInput, match="not a receipt"):
         jobs.verify_receipt(tmp_path / "c", folder / "a.pub")
 
 

@@ -128,7 +128,7 @@ def test_without_limits_nothing_is_due(year, tmp_path):
     assert jobs.retention_plan(folder, small(), clock=lambda: NOW) == jobs.RetentionPlan((), (), ())
     with pytest.raises(bd.InvalidInput, match="keep_cases_days"):
         bd.Policy(keep_cases_days=-1)
-    with pytest.raises(bd.InvalidInput, match="go together"):
+    with pytest.raises(bd.InvalidInput, match="must be given together"):
         jobs.run_retention(folder, small(), key=tmp_path / "x")
 
 

@@ -59,6 +59,26 @@ def test_every_job_finds_the_encoding_of_a_table(tmp_path, encoding):
         assert ids == list(NAMES)
 
 
+@pytest.mark.parametrize("declared", ["utf-16", "UTF16", "utf_32"])
+@pytest.mark.parametrize("order", ["", "-le", "-be"])
+def test_a_declared_encoding_of_wide_characters_needs_no_mark(tmp_path, declared, order):
+    wide = "utf-32" if "32" in declared else "utf-16"
+    path = manifest(tmp_path / "m.csv", wide + order)
+    for ids in read_by_every_job(path, TableOptions(encoding=declared)):
+        assert ids == list(NAMES)
+
+
+def test_utf_32_is_known_by_its_mark(tmp_path):
+    path = manifest(tmp_path / "m.csv", "utf-32")
+    assert [row.subject_id for row in read_rows(path)[0]] == list(NAMES)
+
+
+def test_a_table_that_is_not_of_the_declared_encoding_is_refused_in_words(tmp_path):
+    path = manifest(tmp_path / "m.csv", "utf-8")
+    with pytest.raises(bd.InvalidInput, match="header that is not UTF-16"):
+        read_rows(path, TableOptions(encoding="utf-16"))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp1252", "cp1250", "mac_roman"])
 def test_a_declared_encoding_is_taken_at_its_word(tmp_path, encoding):
     names = ("José", "Müller")
@@ -375,6 +395,14 @@ def test_a_check_says_what_a_job_would_refuse_and_touches_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_check_refuses_a_folder_in_place_of_a_picture(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "m.csv").write_text("subject_id,path\n1,photos\n")
+    for check in (jobs.check_captures, jobs.check_encounters):
+        (refused,) = check(tmp_path / "m.csv").refused
+        assert refused.refusal.reason == "not_a_file"
+
+
 def test_a_check_names_times_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "m.csv").write_text("subject_id,path,captured_at\n1,a.jpg,31/12/2026\n2,a.jpg,2026-12-31\n")
@@ -484,4 +512,7 @@ def test_a_guessed_encoding_is_reported(tmp_path):
     code, out, error = run("enroll-batch", "m.csv", "--check", cwd=tmp_path)
     assert code == 12  # the files are not there
     assert "is read as Windows-1252" in error and "Windows-1252 (found by its letters" in out
-    assert "Windows-1252, by" not in run("enroll-batch", "m.csv", "--check", "--encoding", "cp1252", cwd=tmp_path)[2]
+    assert (
+        "Windows-1252, guessed from"
+        not in run("enroll-batch", "m.csv", "--check", "--encoding", "cp1252", cwd=tmp_path)[2]
+    )

@@ -206,3 +206,13 @@ def test_a_broken_table_is_a_card_error(change, text):
 def test_a_shipped_table_speaks_against_impostors_and_for_mates(calibration):
     assert float(calibration.llr_db(calibration.score[0])) < -10
     assert float(calibration.llr_db(calibration.score[-1])) > 60
+
+
+@pytest.mark.parametrize("dimension", [1, 128])
+def test_embeddings_that_are_all_alike_are_no_evidence_for_anybody(dimension):
+    """As of a broken network that gives one vector for every picture."""
+    vectors = np.full((40, dimension), dimension**-0.5, np.float32)
+    calibration = from_embeddings(vectors)
+    score_db, llr_db = calibration.score_db(np.array([0.5, 1.0])), calibration.llr_db(np.array([0.5, 1.0]))
+    assert np.isfinite([*score_db, *llr_db]).all()
+    assert (score_db < 10).all()

@@ -54,7 +54,7 @@ VALUES = {
     "a rate as text": (lambda: bd.SearchConfig(miss_risk="x"), "miss_risk is a number, got str"),
     "captures as a path": (lambda: bd.Encounter("a", Path("face.jpg")), "captures is a sequence, got PosixPath"),
     "captures as a mapping": (lambda: bd.Encounter("a", {"face": "x.jpg"}), "captures is a sequence, got dict"),
-    "no captures": (lambda: bd.Encounter("a", None), "captures is a sequence, got NoneType; it is needed"),
+    "no captures": (lambda: bd.Encounter("a", None), "captures is a sequence, got NoneType; it is required"),
     "a refusal among captures": (lambda: bd.Encounter("a", [REFUSAL]), r"got Refusal; .*declined=\[refusal\]"),
     "a template among captures": (lambda: bd.Encounter("a", [TEMPLATE]), r"got Template; .*templates=\{"),
     "templates as a list": (lambda: bd.Encounter("a", templates=[TEMPLATE]), "templates is a mapping, got list"),

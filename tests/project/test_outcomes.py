@@ -13,8 +13,9 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.advice import advice
-from biodedup.cli.base import Exit, print_summary
 from biodedup.cli.bulk import _labelled
+from biodedup.cli.exits import Exit
+from biodedup.cli.printing import print_summary
 from biodedup.jobs.kits.outcomes import IngestResult, Outcome, write_result
 from biodedup.outcomes import MEANINGS, OLDER_WORDS, outcome_of
 from tests.support import ROOT

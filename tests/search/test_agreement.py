@@ -168,7 +168,7 @@ def test_of_the_nearest_rows_only_those_that_reach_a_similarity_are_found(built,
     index = INDEX_ENGINES[request.node.callspec.params["searcher"]]
     probes = probes_of(built, 32)
     least = np.tile(np.array([0.1, 0.25, 0.55, 2.0], np.float32), 16)
-    found = searcher.nearest(built.snapshot, "face", probes, k, groups=groups, least=least)
+    found = searcher.nearest(built.snapshot, "face", probes, k, groups=groups, floor_similarity=least)
     exact = built.reference.similarities("face", probes, built.reference.in_scope(groups=groups))
     rows, _ = top_k(np.where(exact >= least[:, None], exact, np.nan), k)
     wanted = {(probe, row) for probe, of_probe in enumerate(rows.tolist()) for row in of_probe if row >= 0}

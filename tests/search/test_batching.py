@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import biodedup as bd
-from biodedup.search.batching import Gathering
+from biodedup.search.batching import Batcher
 from biodedup.search.native.scanner import in_turn
 from biodedup.testing import internals
 
@@ -51,7 +51,7 @@ def asked(gathering, slow, questions, held=2):
 
 def test_those_who_wait_are_run_together_and_each_gets_its_own():
     slow = Slow()
-    gathering = Gathering(slow, most=100)
+    gathering = Batcher(slow, batch_size=100)
     questions = [("a", [i, i + 100]) for i in range(8)]
     answers = [future.result() for future in asked(gathering, slow, questions)]
     assert answers == [[2 * item for item in items] for _, items in questions]
@@ -61,7 +61,7 @@ def test_those_who_wait_are_run_together_and_each_gets_its_own():
 
 def test_keys_are_kept_apart_and_no_pass_grows_beyond_its_most():
     slow = Slow()
-    gathering = Gathering(slow, most=4)
+    gathering = Batcher(slow, batch_size=4)
     questions = [("ab"[i % 2], [i, -i]) for i in range(12)]
     answers = [future.result() for future in asked(gathering, slow, questions)]
     assert answers == [[2 * item for item in items] for _, items in questions]
@@ -71,7 +71,7 @@ def test_keys_are_kept_apart_and_no_pass_grows_beyond_its_most():
 
 def test_who_asks_for_one_does_not_wait_for_those_who_ask_for_a_hundred():
     slow = Slow()
-    gathering = Gathering(slow, most=100)
+    gathering = Batcher(slow, batch_size=100)
     with ThreadPoolExecutor(4) as pool:
         many = [pool.submit(gathering, "a", list(range(100))) for _ in range(2)]
         until(lambda: len(slow.calls) == 2)
@@ -94,7 +94,7 @@ def test_who_asks_for_one_waits_for_a_hundred_who_ask_for_one_each():
         assert gates[len(calls) - 1].wait(30)
         return items
 
-    gathering = Gathering(run, most=1_000)
+    gathering = Batcher(run, batch_size=1_000)
     with ThreadPoolExecutor(64) as pool:
         try:
             first = [pool.submit(gathering, "a", [i]) for i in range(2)]
@@ -116,7 +116,7 @@ def test_who_asks_for_one_waits_for_a_hundred_who_ask_for_one_each():
 
 def test_an_error_reaches_only_the_caller_of_the_item():
     slow = Slow(fails=[5])
-    gathering = Gathering(slow, most=100)
+    gathering = Batcher(slow, batch_size=100)
     futures = asked(gathering, slow, [("a", [i]) for i in range(8)])
     for i, future in enumerate(futures):
         if i == 5:

@@ -7,7 +7,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli import base
+from biodedup.cli import printing
 from biodedup.search.selfjoin.estimate import SECONDS_WARNED, duration, estimate_of, rounded
 from tests.support.vectors import SFACE, people
 
@@ -34,7 +34,7 @@ def test_a_low_threshold_or_a_long_join_is_warned_about_and_an_ordinary_one_is_n
     both = estimate_of(1_000_000, 40.0, 1, faces_only=True).warnings()
     assert len(both) == 2 and "takes about" in both[1]
     assert estimate_of(20_000, 100.0, 1, faces_only=True).warnings() == []
-    long = estimate_of(20_000, 100.0, 11, faces_only=False)
+    long = estimate_of(200_000, 100.0, 11, faces_only=False)
     assert long.seconds > SECONDS_WARNED and len(long.warnings()) == 1
 
 
@@ -99,6 +99,6 @@ def test_a_deduplication_states_the_number_in_its_summary(tmp_path, portrait):
 
 
 def test_the_command_line_prints_a_warning_at_once(capsys):
-    with base.progress_bar() as progress:
+    with printing.progress_bar() as progress:
         progress("warning: this takes 3 h", 0, 10)
         assert "warning: this takes 3 h" in capsys.readouterr().err

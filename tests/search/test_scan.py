@@ -402,7 +402,7 @@ def test_where_the_sample_misleads_a_second_round_finds_the_rest(scanner, fan_ou
 
 
 def test_more_rows_above_a_similarity_than_can_be_collected_are_found_all_the_same(scanner, fan_out, monkeypatch):
-    monkeypatch.setattr(native, "_HITS_MOST", 20)
+    monkeypatch.setattr(native, "_HITS_MAX", 20)
     vectors = unit(50_000, 128)
     shards = shards_of(vectors, scanner)
     least = np.full(3, 0.2, np.float32)
@@ -489,7 +489,7 @@ ESTIMATORS = [
 @pytest.mark.parametrize(("made", "kept"), ESTIMATORS)
 def test_estimates_by_tables_rise_with_similarity(made, kept):
     estimator = made(unit(4_000, 128))
-    law = estimator.laws[0]
+    law = estimator.error_distributions[0]
     assert law.mean[10] == pytest.approx(kept, abs=0.12)
     assert (np.diff(law.mean) > 0).all()
 
@@ -553,7 +553,7 @@ def test_a_table_has_an_entry_for_every_combination_of_signs():
 @pytest.mark.parametrize(("made", "kept"), ESTIMATORS)
 def test_no_more_pairs_are_lost_to_tables_and_nibbles_together_than_the_risk(made, kept):
     estimator = made(unit(4_000, 128))
-    by_tables, by_nibbles = estimator.laws
+    by_tables, by_nibbles = estimator.error_distributions
     margin, measured = by_tables.margin(1e-3)
     assert measured and by_nibbles.margin(1e-3) == (margin, True)
     gallery = unit(50_000, 128, 8)

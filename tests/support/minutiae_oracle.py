@@ -23,7 +23,7 @@ def score(a: bytes, b: bytes) -> np.float32:
     first, second = ([(x, y, angle) for x, y, angle, _ in rows] for rows in (first, second))
     similar = similarities(first, second)
     settled = [settled_at(first, second, mates) for mates in hypotheses(first, second, similar)]
-    motions = sorted((one for one in settled if one), key=lambda one: -one[0])[: constants._JUDGED]
+    motions = sorted((one for one in settled if one), key=lambda one: -one[0])[: constants._SCORED]
     best = max((judged(first, second, similar, motion) for _, motion in motions), default=0.0)
     return np.float32(best)
 
@@ -154,7 +154,7 @@ def judged(a: list[Minutia], b: list[Minutia], similar: list[list[int]], motion:
     short = [abs(one - other) <= constants._EDGE_SLACK_PX for one, other in lengths if one < constants._EDGE_PX]
     near_by = [[hypot(x - u, y - v) < constants._AREA_PX for x, y, _ in b] for u, v in moved]
     in_a, in_b = sum(map(any, near_by)), sum(map(any, zip(*near_by, strict=True)))
-    share = near * near / (4.0 * max(float(in_a), constants._FEW) * max(float(in_b), constants._FEW))
+    share = near * near / (4.0 * max(float(in_a), constants._COMMON_MIN) * max(float(in_b), constants._COMMON_MIN))
     return 10.0 * sqrt(alike / 1000 * share * ((sum(short) + 1.0) / (len(short) + 3.0)))
 
 
@@ -210,7 +210,7 @@ def paired(
 def followed(
     a: list[Minutia], b: list[Minutia], moved: list[tuple[float, float]], mates: list[tuple[int, int]], i: int
 ) -> tuple[float, float]:
-    sum_x, sum_y, weights = 0.0, 0.0, constants._STIFF
+    sum_x, sum_y, weights = 0.0, 0.0, constants._STIFFNESS
     for j, k in mates:
         if j != i:
             dx, dy = a[j][0] - a[i][0], a[j][1] - a[i][1]

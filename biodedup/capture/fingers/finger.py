@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from biodedup.capture.fingers import nbis_parts
 from biodedup.capture.fingers.leader import Leader
 from biodedup.capture.fingers.one_pass import Print, one_pass
-from biodedup.capture.fingers.resampling import DPI, MM_PER_PIXEL, contradicted, resampled, scanner_dpi
+from biodedup.capture.fingers.resampling import DPI, MM_PER_PIXEL, resampled, scanner_dpi
+from biodedup.capture.fingers.ridge_distance import Judged, judged
 from biodedup.capture.fingers.ridge_minutiae import record_of
 from biodedup.capture.minutiae.record import (
     MinutiaeRecord,
@@ -30,6 +31,7 @@ from biodedup.capture.minutiae.record import (
     write_views,
 )
 from biodedup.capture.pictures.formats import Pixels
+from biodedup.capture.pictures.resolution import RIDGE_MM
 from biodedup.common import quality as quality_scale
 from biodedup.common.arguments import checked
 from biodedup.config import EXTERNAL_MINUTIAE, FingerConfig
@@ -106,19 +108,27 @@ class FingerReader:
         return FingerSample(position, minutiae, quality, print_, note)
 
     def _pass(self, pixels: Pixels, position: str, dpi: float | None) -> Passed | Refusal:
-        """The picture at 500 dpi and its `Print`. If the ridges contradict the stated resolution, but fit 500 dpi: a resolution that the caller
-        states is refused; a resolution in the file is replaced by 500 dpi, because image editors change it."""
+        """The picture at 500 dpi and its `Print`. A resolution may contradict the ridges. If the caller states it, the picture is refused. If
+        the file states it, it is replaced by 500 or 1,000 dpi if that fits, because image editors change it; otherwise the picture is refused."""
         scan_dpi = dpi or scanner_dpi(pixels.dpi)
-        period_px = contradicted(pixels.grey, scan_dpi)
+        found = judged(pixels.grey, scan_dpi)
+        if found.doubtful if dpi is None else found.better is not None:
+            return _contradicted(found, position, scan_dpi)
         notes: tuple[str, ...] = ()
-        if period_px is not None and dpi is not None:
-            mm = [round(period_px * 25.4 / value, 3) for value in (dpi, DPI)]
-            return Refusal(position, "resolution", f"mm between ridges at the stated {dpi:g} dpi; {DPI} dpi fits", *mm)
-        if period_px is not None:
-            notes = (f"states {scan_dpi:g} dpi, which its ridges contradict; taken as {DPI}",)
-            scan_dpi = float(DPI)
+        if found.better is not None:
+            said = "states" if pixels.dpi == scan_dpi else "would have"
+            notes = (f"{said} {scan_dpi:.0f} dpi, where its ridges are no finger's; taken as {found.better:g}",)
+            scan_dpi = found.better
         grey = self._at_500_dpi(pixels.grey, position, scan_dpi)
-        return grey if isinstance(grey, Refusal) else (grey, one_pass(grey), notes)
+        if isinstance(grey, Refusal):
+            return grey
+        print_ = one_pass(grey)
+        # a picture without regular waves, such as a photograph, is refused by the gate; only a picture of ridges has a wrong resolution
+        if found.impossible and (
+            found.mm(scan_dpi) < RIDGE_MM or print_.measures.certainty >= self._config.certainty_min
+        ):
+            return _contradicted(found, position, scan_dpi)
+        return grey, print_, notes
 
     def _at_500_dpi(self, grey: NDArray[np.uint8], position: str, dpi: float) -> NDArray[np.uint8] | Refusal:
         """The picture at 500 dpi, cropped to the ridges if it is larger than a finger."""
@@ -188,6 +198,19 @@ _REFUSALS = {
     "quality": ("low_quality", quality_scale.MEANING),
     "nfiq2": ("low_quality", "NFIQ 2"),
 }
+
+
+def _contradicted(found: Judged, position: str, dpi: float) -> Refusal:
+    """The refusal of a resolution that the ridges contradict. measured, limit: mm between ridges at it, and at the one that fits."""
+    better = found.better or DPI
+    at, fits = (round(found.mm(value), 3) for value in (dpi, better))
+    if found.better is None and found.impossible:
+        return Refusal(
+            position, "resolution", f"mm between ridges at {dpi:.0f} dpi; state the scanner's dpi", at, RIDGE_MM
+        )
+    return Refusal(
+        position, "resolution", f"mm between ridges at the stated {dpi:.0f} dpi; {better:g} dpi fits", at, fits
+    )
 
 
 def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:

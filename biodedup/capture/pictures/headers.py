@@ -86,10 +86,10 @@ def _jpeg(content: bytes, pixels_max: int, shrinks: bool) -> Excess | None:
     at, scans, sequential = 2, 0, True
     width = height = 0
     for _ in range(PARTS_MAX):
-        found = _MARKER.search(content, at)
-        if found is None or found[1] == b"\xd9":
+        match = _MARKER.search(content, at)
+        if match is None or match[1] == b"\xd9":
             break
-        marker, at = found[1][0], found.end()
+        marker, at = match[1][0], match.end()
         if marker in (0x01, 0xD8):
             continue
         if marker in _FRAMES:
@@ -110,10 +110,10 @@ def unread_jpeg(content: bytes) -> str | None:
     """The feature of a JPEG that libjpeg does not decode (12-bit numbers, lossless or hierarchical coding), or None."""
     at = 2
     for _ in range(PARTS_MAX):
-        found = _MARKER.search(content, at)
-        if found is None or found[1] in (b"\xd9", b"\xda"):
+        match = _MARKER.search(content, at)
+        if match is None or match[1] in (b"\xd9", b"\xda"):
             return None
-        marker, at = found[1][0], found.end()
+        marker, at = match[1][0], match.end()
         if marker in (0x01, 0xD8):
             continue
         if marker in _FRAMES and len(content) > at + 2:
@@ -338,11 +338,11 @@ def _pnm(content: bytes, pixels_max: int) -> Excess | None:
             "pixel_format",
             "PNM of floating-point numbers or of other channels; wanted grey levels or colours; save it as PNG",
         )
-    found = _PNM.match(content[:4096])
-    if found is None:
+    match = _PNM.match(content[:4096])
+    if match is None:
         return _complex("PPM without a header in its first bytes", len(content), 4096) if len(content) > 4096 else None
-    kind, width, height = int(found[1]), int(found[2]), int(found[3])
-    slow = kind < 4 or (kind != 4 and found[4] not in (b"255", b"65535"))
+    kind, width, height = int(match[1]), int(match[2]), int(match[3])
+    slow = kind < 4 or (kind != 4 and match[4] not in (b"255", b"65535"))
     return too_many_pixels("PPM", width, height, min(pixels_max, SLOW_PIXELS_MAX) if slow else pixels_max)
 
 

@@ -92,10 +92,10 @@ def _types(content: bytes) -> list[int]:
 
 
 def _tagged_length(content: bytes, at: int, kind: int) -> int:
-    found = re.compile(rb"(\d{1,2})\.0{0,2}1:(\d{1,10})\x1d").match(content, at)
-    if found is None or int(found[1]) != kind:
+    match = re.compile(rb"(\d{1,2})\.0{0,2}1:(\d{1,10})\x1d").match(content, at)
+    if match is None or int(match[1]) != kind:
         raise InvalidInput(f"{_NAME}: no record of type {kind} at byte {at}, which field 1.003 lists; send it whole")
-    return int(found[2])
+    return int(match[2])
 
 
 def _fields(record: bytes, kind: int) -> dict[int, bytes]:

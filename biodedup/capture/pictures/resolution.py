@@ -28,8 +28,9 @@ DB1-4_B and UareU, unchanged and stretched by 1.4 and 2 (2026-11)."""
 _TRUSTED_MAX = 1.3
 """The ridges cannot confirm a smaller ratio of the stated resolutions. It is believed."""
 _SQUARE_FACE_MAX, _ASPECT_MAX = 1.1, 3.0
-RIDGE_MM = 0.46
-"""The mean period of ridges of adults: Kücken and Champod, "Merkel cells and the individuality of friction ridge skin", 2013."""
+RIDGE_MM = 0.44
+"""The median distance of ridges: 0.43 to 0.46 mm in FVC2002 DB1-3_B, UareU and generated prints (`fingers/ridge_distance.py`, 2026-11).
+Kücken and Champod, "Merkel cells and the individuality of friction ridge skin", 2013, state 0.46 mm for adults."""
 _WINDOW = 64
 _PERIODS = (3.5, 25.0)
 _RATIOS = np.exp(np.arange(-10, 11) * 0.1)

@@ -1,1 +1,1 @@
-"""Commands on a gallery: looking, moving, keys, policy."""
+"""Defines the commands on a gallery: its content, files, keys, policy, log and replicas."""

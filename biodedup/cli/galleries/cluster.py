@@ -1,4 +1,4 @@
-"""Commands that look after a register's replicas on Ray: cluster status, up, drain, upgrade."""
+"""Defines the commands that operate a register's replicas on a Ray cluster: cluster status, up, drain, upgrade."""
 
 from __future__ import annotations
 
@@ -11,23 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from biodedup.cli.base import (
-    ConfigOption,
-    Exit,
-    JsonOption,
-    Panel,
-    app,
-    counted,
-    finish,
-    progress_bar,
-    say,
-    settings,
-    show_table,
-)
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import settings
+from biodedup.cli.options import ConfigOption, JsonOption
+from biodedup.cli.printing import counted, finish, progress_bar, say, show_table
 from biodedup.config import ClusterConfig
 from biodedup.errors import InvalidInput
 
-cluster = typer.Typer(no_args_is_help=True, help="Look after a register's replicas on Ray.")
+cluster = typer.Typer(no_args_is_help=True, help="Operate a register's replicas on a Ray cluster.")
 app.add_typer(cluster, name="cluster", rich_help_panel=Panel.GALLERY)
 
 UrlArgument = Annotated[
@@ -35,7 +27,7 @@ UrlArgument = Annotated[
 ]
 AddressOption = Annotated[
     str | None,
-    typer.Option("--ray", metavar="ADDRESS", help="The Ray cluster: host:port or auto; default: the settings'."),
+    typer.Option("--ray", metavar="ADDRESS", help="The Ray cluster: host:port or auto; default: from the settings."),
 ]
 WaitOption = Annotated[
     float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait until front-ends have followed.")
@@ -46,10 +38,10 @@ WaitOption = Annotated[
 def status(
     url: UrlArgument, ray: AddressOption = None, config: ConfigOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show the nodes and the replicas that search a register's segments. It starts and changes nothing.
+    """Show the nodes and the replicas that search a register's segments. Changes nothing.
 
-    MB: what scans of a node's segments read, and what the node may hold; has, lacks: segments of the register; old: segments that no search
-    needs any more; queue: searches that run or wait.
+    MB: the size of a node's segments; MB at most: the memory that the node may use. has, lacks: segments of the register; old: segments that no
+    search needs any more; queue: searches that run or wait.
     """
     stated = _stated(ray, config)
     with _extra():
@@ -95,12 +87,14 @@ def up(
         str,
         typer.Argument(
             metavar="head|shards|front-end",
-            help="What this machine is: the head of the Ray cluster, a node that holds shards, or a machine of front-ends.",
+            help="The role of this machine: the head of the Ray cluster, a node that holds shards, or a machine of front-ends.",
         ),
     ],
     ray: Annotated[
         str | None,
-        typer.Option("--ray", metavar="HOST:PORT", help="Where the head is; default: the settings' ray_address."),
+        typer.Option(
+            "--ray", metavar="HOST:PORT", help="The address of the head; default: ray_address of the settings."
+        ),
     ] = None,
     cpus: Annotated[
         int | None, typer.Option("--cpus", min=1, help="Processors for shards; default: all of this machine.")
@@ -108,16 +102,16 @@ def up(
     memory: Annotated[
         int | None,
         typer.Option(
-            "--memory", metavar="BYTES", min=1, help="What replicas may hold here; default: what Ray finds free."
+            "--memory", metavar="BYTES", min=1, help="Memory for replicas on this machine; default: as Ray finds."
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Start this machine's part of the Ray cluster by `ray start`; `ray stop` ends it.
+    """Start this machine's part of the Ray cluster with `ray start`. `ray stop` ends it.
 
-    It starts nothing else: PostgreSQL, the segment store and front-ends are started and watched by a supervisor such as systemd or Kubernetes.
+    It starts nothing else: a supervisor such as systemd or Kubernetes starts and watches PostgreSQL, the segment store and front-ends.
     """
     with _extra():
         from biodedup.cluster.starting import start, start_command
@@ -143,10 +137,10 @@ def drain(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Move all replicas away from a node, so that it can be stopped without an incomplete search. It does not stop the node.
+    """Move all replicas away from a node, so that the node can be stopped without an incomplete search. Does not stop the node.
 
-    Front-ends move the replicas: other nodes serve them before these are left. Exit code 3: some front-end still asks an actor there; start
-    the same command again.
+    Front-ends move the replicas: they first start them on other nodes. Exit code 3: a front-end still uses an actor of the node; start the same
+    command again.
     """
     with _extra():
         from biodedup.cluster import operating
@@ -160,7 +154,7 @@ def drain(
         done = operating.drain(address, node, wait, progress)
     about = f"{done.node[:12]} ({done.address})"
     if done.asked:
-        text = f"{about} is drained, and front-ends still ask {counted(done.asked, 'actor')} there; do not stop it yet"
+        text = f"{about} is drained, but front-ends still use {counted(done.asked, 'actor')} there; do not stop it yet"
     else:
         text = f"{about} is drained: {counted(done.ended, 'actor')} ended, the node can be stopped"
     finish(done.to_dict(), text, as_json)
@@ -176,10 +170,10 @@ def upgrade(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace the actors of other releases: start this release's beside them, and end the old ones once no front-end asks them.
+    """Replace the actors of other releases: start actors of this release beside them, and end the old ones when no front-end uses them.
 
-    Install the release on all nodes first: running actors keep theirs. Start the front-ends again, one by one, while the command waits. Exit
-    code 3: some of the new actors do not serve yet, or some front-end still asks old ones; start the same command again.
+    First install the release on all nodes; running actors are not affected. Restart the front-ends, one after the other, while the command waits.
+    Exit code 3: a new actor does not serve yet, or a front-end still uses an old one; start the same command again.
     """
     with _extra():
         from biodedup.cluster import operating
@@ -188,7 +182,7 @@ def upgrade(
         done = operating.upgrade(url, stated, wait, progress, settings(None, config).config.keys)
     lines = [f"{done.serving} of {counted(done.wanted, 'replica')} serve with {done.release}"]
     if done.serving == done.wanted:
-        lines.append(f"{counted(done.ended, 'actor')} of other releases ended, {done.asked} still asked by front-ends")
+        lines.append(f"{counted(done.ended, 'actor')} of other releases ended, {done.asked} still in use by front-ends")
     finish(done.to_dict(), lines, as_json)
     if done.serving < done.wanted or done.asked:
         raise typer.Exit(Exit.RETRY)
@@ -203,7 +197,7 @@ def _stated(ray: str | None, config: Path | None) -> ClusterConfig:
 
 @contextmanager
 def _extra() -> Iterator[None]:
-    """Around the import of what other commands do not need."""
+    """Wraps the import of modules that need the extra `cluster`. Raises InvalidInput if it is not installed."""
     try:
         yield
     except ImportError as error:

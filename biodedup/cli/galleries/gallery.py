@@ -1,4 +1,5 @@
-"""Commands on a whole gallery: load, reindex, export, compact, backup, info, doctor, demo. Each runs one job."""
+"""Defines the commands on a whole gallery: load, reindex, export, compact, backup, info, doctor, demo. Each runs one job, or calls one method
+of the engine."""
 
 from __future__ import annotations
 
@@ -11,37 +12,27 @@ import typer
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli.base import (
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import acting, configured, existing, opened
+from biodedup.cli.options import (
     DEFAULT_GALLERY,
     ConfigOption,
-    Exit,
     FolderOption,
     GalleryOption,
     IndexOption,
     JsonOption,
     ModelIdOption,
-    Panel,
     PersonOption,
     SignOption,
     ThreadsOption,
     WaitOption,
-    acting,
-    app,
-    complain,
-    configured,
-    counted,
-    existing,
-    finish,
     gallery_of,
     index_engines,
     model_ids,
-    opened,
-    print_json,
-    progress_bar,
     refuse_register,
-    say,
-    show_table,
 )
+from biodedup.cli.printing import complain, counted, finish, print_json, progress_bar, say, show_table
 from biodedup.cli.table_options import (
     CheckOption,
     EncodingOption,
@@ -56,7 +47,7 @@ TemplatesArgument = Annotated[
     Path,
     typer.Argument(
         metavar="FILE",
-        help="A folder of `export --to`, for a new gallery; or Parquet or Arrow with subject_id, face (lists of floats), "
+        help="A folder that `export --to` wrote, for a new gallery; or Parquet or Arrow with subject_id, face (lists of floats), "
         "fingers by position (binary minutiae records, or lists of floats) and optionally groups; - for an Arrow stream; "
         "or vectors.npy with --ids.",
     ),
@@ -66,7 +57,7 @@ LoadColumnOption = Annotated[
     typer.Option(
         "--column",
         metavar="NAME[=HEADER]",
-        help="Column of a .npy file; default: face. With HEADER: a column's header in a table, as subject_id=NIK. Repeatable.",
+        help="Column of a .npy file; default: face. With HEADER: a column's name in a table, such as subject_id=NIK. Repeatable.",
     ),
 ]
 FromFaissOption = Annotated[
@@ -80,12 +71,16 @@ FromFaissOption = Annotated[
 @app.command(rich_help_panel=Panel.GALLERY)
 def load(
     source: TemplatesArgument,
-    ids: Annotated[Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text, one a line.")] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="subject_ids of a .npy file: .npy, or text with one id per line.")
+    ] = None,
     column: LoadColumnOption = None,
     model_id: ModelIdOption = None,
     record_model_id: Annotated[
         str | None,
-        typer.Option(help="What extracted the minutiae records; skeleton-1 if captures are to be compared with them."),
+        typer.Option(
+            help="The model_id of the minutiae records: the program that extracted them; skeleton-1, to compare captures with them."
+        ),
     ] = None,
     index: IndexOption = None,
     from_faiss: FromFaissOption = False,
@@ -96,7 +91,7 @@ def load(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add ready templates without a search, or make an exported gallery again.
+    """Add existing templates without a search, or restore an exported gallery.
 
     An interrupted run resumes when the same command is started again. Exit code 12: some rows were refused.
     """
@@ -114,7 +109,7 @@ def load(
     if len(vectors_columns) > 1:
         raise InvalidInput(f"--column names {vectors_columns}; a .npy file has one column")
     if from_faiss and ids is None:
-        raise InvalidInput(f"{source} holds vectors alone; name the table of their subjects, as --ids ids.parquet")
+        raise InvalidInput(f"{source} holds only vectors; name the table of their subjects, such as --ids ids.parquet")
     options = table_options(ids or source, encoding, mapped, ignore_columns=ignore_columns)
     given = {
         "ids": ids,
@@ -124,7 +119,7 @@ def load(
     }
     if check:
         finish_check(jobs.check_load(chosen, source, **given), as_json)
-    # a gallery is made only for a table that was accepted
+    # the source is checked first, so that no gallery is created for a wrong one
     if from_faiss and ids is not None:
         vectors = jobs.faiss_batches(source, ids, vectors_columns[0])
         with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
@@ -139,9 +134,9 @@ def load(
 def _load_export(
     source: Path, gallery: Path, options: set[str], check: bool, config: Path | None, as_json: bool
 ) -> None:
-    """Makes the gallery that `export --to` wrote."""
+    """Restores a gallery that `export --to` wrote. options: the given options, of which none is allowed."""
     if options:
-        raise InvalidInput(f"{', '.join(sorted(options))}: these are for tables; {source} is an exported gallery")
+        raise InvalidInput(f"omit {', '.join(sorted(options))}, which are for tables; {source} is an exported gallery")
     if check:
         finish_check(jobs.check_export(source), as_json)
     with progress_bar(lines=not as_json) as progress:
@@ -156,7 +151,7 @@ def _finish_load(result: jobs.LoadResult, size: int, as_json: bool) -> NoReturn:
 
 
 def _loaded(result: jobs.LoadResult, size: int) -> str:
-    """What a load did, in a line."""
+    """The result of a load, as one line."""
     text = f"added {result.added:,}, present already {result.present:,}, refused {result.refused:,}; {counted(size, 'subject')}"
     for reason, count in result.reasons.items():
         text += f"; {reason}: {count:,}"
@@ -175,7 +170,7 @@ def reindex(
         ),
     ],
     force: Annotated[
-        bool, typer.Option("--force", help="Use an index that misses more mates than the miss risk allows.")
+        bool, typer.Option("--force", help="Accept an index that misses more mates than the miss risk allows.")
     ] = False,
     by: PersonOption = "",
     sign: SignOption = None,
@@ -186,7 +181,7 @@ def reindex(
 ) -> None:
     """Change the index engine of a gallery, and build its indexes.
 
-    An interrupted run goes on when the same command is started again; meanwhile searches use the index that a segment has.
+    An interrupted run resumes when the same command is started again. Meanwhile searches use the present index of each segment.
     """
     engines = index_engines(index)
     assert engines is not None, "the option is required"
@@ -198,7 +193,7 @@ def reindex(
         columns = list(engine.info()["columns"])
         plan = engine.plan(columns).explain().splitlines() if columns else []
         facts = {"index": {column: engine.index(column) for column in columns}, "plan": plan}
-    empty = "the gallery holds nothing yet; its rows get their index once there are enough to train on"
+    empty = "the gallery is empty; an index is built when there are enough rows to train it"
     finish(facts, plan or empty, as_json)
 
 
@@ -210,9 +205,9 @@ def accept_models(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Note in the gallery that the cards of its models have changed: other weights, or another calibration.
+    """Record in the gallery that the cards of its models have changed: other weights, or another calibration.
 
-    Needed where the policy asks for two people for `model`; otherwise the next change of the gallery notes it.
+    Needed if the policy requires two people for `model`; otherwise the next change of the gallery records it.
     """
     with existing(gallery, configured(gallery, config)) as engine:
         models = acting(engine, by, sign).accept_models()
@@ -224,7 +219,9 @@ def export(
     to: Annotated[
         Path | None,
         typer.Option(
-            "--to", metavar="DIR", help="A new folder for the whole gallery as Parquet; `load DIR` makes it again."
+            "--to",
+            metavar="DIR",
+            help="A new folder for the whole gallery as Parquet; `load DIR` restores the gallery.",
         ),
     ] = None,
     faiss: Annotated[
@@ -238,10 +235,10 @@ def export(
 ) -> None:
     """Write the whole gallery as Parquet (--to), or a column as plain FAISS files (--faiss).
 
-    --to works beside a running writer. --faiss seals rows first. The files hold biometric data.
+    --to works while another process writes the gallery. --faiss first seals rows. The files hold biometric data.
     """
     if (to is None) == (faiss is None):
-        raise InvalidInput("say what to write, one of: --to DIR, the whole gallery; --faiss DIR, the index of a column")
+        raise InvalidInput("pass either --to DIR, for the whole gallery, or --faiss DIR, for the index of a column")
     if to is not None:
         if column is not None:
             raise InvalidInput(f"--column {column} is for --faiss; --to writes all columns")
@@ -250,11 +247,11 @@ def export(
         facts = asdict(exported) | {"folder": str(to)}
         text = (
             f"{counted(exported.subjects, 'subject')}, {counted(exported.rows, 'row')} and {counted(exported.decisions, 'decision')} "
-            f"are in {to} ({exported.byte_count:,} bytes); `biodedup load {to} --gallery NEW` makes the gallery again"
+            f"are in {to} ({exported.byte_count:,} bytes); `biodedup load {to} --gallery NEW` restores the gallery"
         )
         finish(facts, text, as_json)
         return
-    assert faiss is not None, "one of both is given"
+    assert faiss is not None, "exactly one of to and faiss is given"
     name = column or "face"
     with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
         engine.seal()
@@ -278,7 +275,7 @@ def compact(
     chosen = configured(gallery, config)
     with existing(gallery, chosen, wait) as engine:
         if chosen.identities is not None:
-            chosen.identity(by).require("administer")  # before anything is forgotten
+            chosen.identity(by).require("administer")  # checked before anything is erased
         jobs.forget_removed(gallery, chosen)
         acting(engine, by).compact()
         size = len(engine)
@@ -286,22 +283,22 @@ def compact(
     text = f"compacted; {counted(size, 'subject')}"
     if logs:
         text += (
-            f"; {logs} logs in {gallery / MERGES_FOLDER} keep templates of records that merges removed, for `biodedup undo`: delete "
-            "them when these merges are settled"
+            f"; {logs} logs in {gallery / MERGES_FOLDER} keep templates of removed records, so that `biodedup undo` can undo merges: delete "
+            "them when these merges are final"
         )
     finish({"subjects": size, "merge_logs": logs}, text, as_json)
 
 
 @app.command(rich_help_panel=Panel.GALLERY)
 def backup(
-    target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is brought up to date.")],
+    target: Annotated[Path, typer.Argument(help="An empty folder, or an earlier backup, which is updated.")],
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy the gallery while it is in use. The copy is a gallery, consistent at one version.
 
-    Files that jobs keep beside the gallery are copied, too. The next backup into the same folder copies new segments only.
+    Files that jobs keep in the gallery's folder are copied, too. The next backup into the same folder copies only new segments.
     """
     with bd.Engine.open(gallery, configured(gallery, config), read_only=True) as engine:
         copied = engine.backup(target)
@@ -311,7 +308,7 @@ def backup(
         f"{copied.files_kept} were there"
     )
     if copied.left_out:
-        text += f"; damaged, and not copied: {', '.join(copied.left_out)}"
+        text += f"; not copied, because damaged: {', '.join(copied.left_out)}"
     finish(asdict(copied), text, as_json)
 
 
@@ -321,7 +318,7 @@ def info(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a gallery holds."""
+    """Show facts about a gallery: its subjects, columns, models, files and version."""
     with opened(gallery, configured(gallery, config)) as engine:
         facts = engine.info()
     if as_json:
@@ -348,39 +345,41 @@ def doctor(
             envvar="BIODEDUP_GALLERY",
             parser=gallery_of,
             callback=refuse_register,
-            help="The same, as an option.",
+            help="The gallery's folder, as an option.",
         ),
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Rebuild damaged files that follow from others; take the rest from --backup."),
+        typer.Option(
+            "--repair", help="Rebuild damaged files that can be derived from others; restore the rest from --backup."
+        ),
     ] = False,
     backup: Annotated[
         Path | None,
         typer.Option(
-            "--backup", help="A backup of this gallery. If the database is lost, all of the backup is restored."
+            "--backup", help="A backup of this gallery. If the database is lost, the whole backup is restored."
         ),
     ] = None,
     canaries: Annotated[
         bool,
         typer.Option(
             "--canaries",
-            help="Search for canaries, synthetic mates of some enrolled subjects that are kept beside the gallery. Too few found is an "
-            "alarm.",
+            help="Search for canaries: synthetic mates of some enrolled subjects, which are kept beside the gallery. If too few are found, "
+            "that is an alarm.",
         ),
     ] = False,
     sentinels: Annotated[bool, typer.Option("--sentinels", hidden=True)] = False,  # the name of --canaries before 0.3
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the installed models and every checksum of a gallery; repair it if asked."""
+    """Check the installed models and every checksum of a gallery. With --repair, repair it."""
     canaries = canaries or sentinels
     gallery = folder or gallery
     if gallery is None and jobs.is_gallery(DEFAULT_GALLERY):
         gallery = DEFAULT_GALLERY
         complain(f"no gallery was named; checking ./{gallery}")
     if (repair or backup is not None or canaries) and gallery is None:
-        raise InvalidInput("nothing to repair or to search; name the gallery, as --gallery FOLDER")
+        raise InvalidInput("--repair, --backup and --canaries need a gallery; name it with --gallery FOLDER")
     with progress_bar(lines=not as_json) as progress:
         report = jobs.examine(
             gallery,

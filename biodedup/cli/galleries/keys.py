@@ -1,6 +1,7 @@
-"""Commands on the encryption of a gallery: encrypt, decrypt, key new, key status, key rotate. Each runs one job.
+"""Defines the commands on the encryption of a gallery: encrypt, decrypt, key new, key status, key rekey, key rotate.
 
-A key comes from a file, an environment variable or a command, as the settings say (`[keys]`). It is never an argument, and never printed.
+Each runs one job, or calls one method of the engine. A key comes from a file, an environment variable or a command, which the settings name
+(`[keys]`). It is never an argument, and never printed.
 """
 
 from __future__ import annotations
@@ -13,33 +14,22 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import (
-    DEFAULT_GALLERY,
-    ConfigOption,
-    FolderOption,
-    JsonOption,
-    Panel,
-    PersonOption,
-    SignOption,
-    acting,
-    app,
-    configured,
-    existing,
-    finish,
-    progress_bar,
-)
+from biodedup.cli.base import Panel, app
+from biodedup.cli.opening import acting, configured, existing
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, PersonOption, SignOption
+from biodedup.cli.printing import finish, progress_bar
 from biodedup.config import Config
 from biodedup.errors import InvalidInput
 from biodedup.keys import KeyProvider, KeySource
 
-key = typer.Typer(no_args_is_help=True, help="Make the key of encrypted galleries, look at it, and rotate it.")
+key = typer.Typer(no_args_is_help=True, help="Make, show and rotate the key of encrypted galleries.")
 app.add_typer(key, name="key", rich_help_panel=Panel.GALLERY)
 
 
 def _stated(config: Config) -> KeySource:
     keys = config.keys
     if keys is None:
-        raise InvalidInput("no key was stated; name its place in the settings file, as [keys] file = ...")
+        raise InvalidInput("no key is configured; name its source in the settings file, such as [keys] file = ...")
     return keys
 
 
@@ -53,8 +43,8 @@ def encrypt(
 ) -> None:
     """Encrypt a gallery under the key that the table `keys` of the settings names.
 
-    Needs free disk space of the gallery's size. Interrupted, the same command goes on. Afterwards the blocks of the disk that held the gallery
-    in the clear may still hold it: erase the free space, or move the gallery to a new disk.
+    Needs free disk space of the gallery's size. An interrupted run resumes when the same command is started again. Afterwards free blocks of the
+    disk may still hold the unencrypted gallery: erase the free space, or move the gallery to a new disk.
     """
     chosen = configured(gallery, config)
     status = jobs.encrypt(gallery, _stated(chosen), chosen, by=by, sign=sign)
@@ -69,17 +59,17 @@ def decrypt(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn an encrypted gallery into one in the clear. Take the table `keys` out of the settings afterwards."""
+    """Decrypt a gallery. Remove the table `keys` from the settings afterwards."""
     chosen = configured(gallery, config)
     status = jobs.decrypt(gallery, _stated(chosen), chosen, by=by, sign=sign)
-    finish(asdict(status), f"{gallery} is in the clear", as_json)
+    finish(asdict(status), f"{gallery} is not encrypted any more", as_json)
 
 
 @key.command()
 def new(
-    file: Annotated[Path, typer.Argument(help="The file to make; it must not exist.")], as_json: JsonOption = False
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")], as_json: JsonOption = False
 ) -> None:
-    """Make a register's key: 32 random bytes in hexadecimal, in a file for its owner alone. Keep a copy: nothing else opens the gallery."""
+    """Make a register's key: 32 random bytes in hexadecimal, in a file with mode 0600. Keep a copy: without the key, nobody can open the gallery."""
     key_id = jobs.make_register_key(file)
     finish({"key": str(file), "key_id": key_id}, f"key {key_id} is in {file}; keep a copy in a safe place", as_json)
 
@@ -89,34 +79,35 @@ def status(gallery: FolderOption = DEFAULT_GALLERY, as_json: JsonOption = False)
     """Show whether a gallery is encrypted, and under which key. Needs no key."""
     found = jobs.key_status(gallery)
     text = (
-        f"{gallery} is encrypted under key {found.register_key_id}" if found.encrypted else f"{gallery} is in the clear"
+        f"{gallery} is encrypted under key {found.register_key_id}"
+        if found.encrypted
+        else f"{gallery} is not encrypted"
     )
     finish(asdict(found), text, as_json)
 
 
 @key.command()
 def rekey(
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Store embeddings as they are, without a secret transform.")
-    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Store embeddings without a secret transform.")] = False,
     by: PersonOption = "",
     sign: SignOption = None,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn the stored embeddings of an encrypted gallery by a new secret transform (renewable templates).
+    """Store the embeddings of an encrypted gallery with a new secret transform (renewable templates).
 
-    Interrupted, the same command goes on. At the end the old transform is destroyed. Searches in other processes go on meanwhile.
+    An interrupted run resumes when the same command is started again. At the end the old transform is destroyed. Other processes can search
+    meanwhile.
     """
     with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
         transform_id = acting(engine, by, sign).rekey(
             renewable=not plain, progress=lambda done, total: progress("rekeying", done, total)
         )
     text = (
-        f"{gallery} stores embeddings by transform {transform_id}"
+        f"{gallery} stores embeddings with transform {transform_id}"
         if transform_id
-        else f"{gallery} stores embeddings as they are"
+        else f"{gallery} stores embeddings without a transform"
     )
     finish({"transform": transform_id or None}, text, as_json)
 
@@ -132,9 +123,9 @@ def rotate(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Wrap the gallery's key by a new key, at once; processes that have the gallery open go on.
+    """Wrap the gallery's key with a new key, immediately. Processes that have the gallery open are not affected.
 
-    The settings name the present key. Then change them. Backups open by the old key until the next backup.
+    The settings must name the present key; change them afterwards. Backups need the old key until the next backup.
     """
     after = KeyProvider(file, environment, tuple(shlex.split(command or "")))
     chosen = configured(gallery, config)

@@ -1,4 +1,5 @@
-"""Commands on the log of a gallery: log verify, log checkpoint, log show. Each runs one job, or calls one method of the engine."""
+"""Defines the commands on the log of a gallery: log verify, show, archive, checkpoint, key. Each runs one job, or calls one method of the
+engine."""
 
 from __future__ import annotations
 
@@ -10,29 +11,16 @@ import typer
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.cli.base import (
-    DEFAULT_GALLERY,
-    ConfigOption,
-    Exit,
-    GalleryOption,
-    JsonOption,
-    Panel,
-    PersonOption,
-    acting,
-    app,
-    configured,
-    counted,
-    existing,
-    finish,
-    print_json,
-    say,
-    show_table,
-)
+from biodedup.cli.base import Panel, app
+from biodedup.cli.exits import Exit
+from biodedup.cli.opening import acting, configured, existing
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, GalleryOption, JsonOption, PersonOption
+from biodedup.cli.printing import counted, finish, print_json, say, show_table
 from biodedup.errors import InvalidInput
 from biodedup.gallery.catalogue.audit import AuditRecord, chosen
 
 log = typer.Typer(
-    no_args_is_help=True, help="Verify the hash chain of the commits, sign checkpoints of it, and show the audit log."
+    no_args_is_help=True, help="Verify the hash chain of the commits, sign its checkpoints, and show the audit log."
 )
 app.add_typer(log, name="log", rich_help_panel=Panel.CARE)
 
@@ -41,17 +29,17 @@ app.add_typer(log, name="log", rich_help_panel=Panel.CARE)
 def verify(
     gallery: GalleryOption = DEFAULT_GALLERY,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="A checkpoint that has to be in this chain.")
+        Path | None, typer.Option("--checkpoint", help="A checkpoint that must be in this chain.")
     ] = None,
     public_key: Annotated[
-        Path | None, typer.Option("--public-key", help="The public key that the checkpoint is signed by (PEM).")
+        Path | None, typer.Option("--public-key", help="The public key of the checkpoint's signer (PEM).")
     ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the hash chain, the rows of the database, and the heads of the segment files. Exit code 4 where something is wrong.
+    """Check the hash chain, the rows of the database, and the headers of the segment files. Exit code 4: something is wrong.
 
-    `doctor` reads the blocks of the segment files, too.
+    `doctor` also reads the blocks of the segment files.
     """
     _refuse_url(gallery)
     report = jobs.verify_log(gallery, configured(gallery, config), checkpoint=checkpoint, public_key=public_key)
@@ -59,7 +47,9 @@ def verify(
     checked = ", ".join(counted(count, noun) for count, noun in counts)
     lines = [f"checked {checked}; commits {report.first_commit:,} to {report.commit:,}"]
     if not report.keyed:
-        lines.append("note: without a key the chain finds accidents; a forger can compute it again")
+        lines.append(
+            "note: without a key, the chain reveals accidents but no forgery: a forger can compute the chain again"
+        )
     lines += [f"note: {note}" for note in report.notes] + [f"wrong: {problem}" for problem in report.problems]
     finish(report.to_dict(), lines, as_json)
     if report.problems:
@@ -69,7 +59,7 @@ def verify(
 @log.command()
 def show(
     since: Annotated[
-        str | None, typer.Option("--since", help="From this day or time on, as 2026-11-30T08:00; UTC.")
+        str | None, typer.Option("--since", help="From this day or time on, such as 2026-11-30T08:00; UTC.")
     ] = None,
     until: Annotated[str | None, typer.Option("--until", help="Before this day or time.")] = None,
     principal: Annotated[str | None, typer.Option("--principal", help="Only calls of this principal.")] = None,
@@ -82,7 +72,7 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the audit log: who called what, when, why, about whom, and the outcome. Needs the role audit where the settings name identities.
+    """Show the audit log: who called what, when, why, about whom, and the outcome. Needs the role audit if the settings name identities.
 
     `log verify` checks that no record was dropped or changed.
     """
@@ -106,14 +96,16 @@ def show(
 
 @log.command()
 def archive(
-    before: Annotated[str, typer.Option("--before", help="Move records before this day or time, as 2026-11-30; UTC.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, in the clear; it must not exist.")],
+    before: Annotated[
+        str, typer.Option("--before", help="Move records before this day or time, such as 2026-11-30; UTC.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, unencrypted; it must not exist.")],
     by: PersonOption = "",
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Move old records of the audit log to a file. The gallery keeps what proves them: `log show --archive FILE` checks it."""
+    """Move old records of the audit log to a file. The gallery keeps their proof, with which `log show --archive FILE` checks the file."""
     seconds = _seconds("--before", before)
     assert seconds is not None, "the option is required"
     with existing(gallery, configured(gallery, config)) as engine:
@@ -135,20 +127,22 @@ def _seconds(option: str, text: str | None) -> float | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise InvalidInput(f"{option} is {text!r}, wanted a day or a time, as 2026-11-30 or 2026-11-30T08:00") from None
+        raise InvalidInput(
+            f"{option} is {text!r}, wanted a day or a time, such as 2026-11-30 or 2026-11-30T08:00"
+        ) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 @log.command()
 def checkpoint(
-    key: Annotated[Path, typer.Option("--sign", help="The auditor's private key, of `biodedup log key`.")],
+    key: Annotated[Path, typer.Option("--sign", help="The auditor's private key (`biodedup log key`).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; it must not exist.")],
     gallery: GalleryOption = DEFAULT_GALLERY,
-    url: Annotated[str | None, typer.Option("--url", help="An address that gets the checkpoint by POST, too.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Also send the checkpoint to this address by POST.")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify the hash chain and sign its newest value. Keep the file outside: it shows a rollback or a fork later."""
+    """Verify the hash chain and sign its newest value. Keep the file on another system: it can later prove a rollback or a fork."""
     _refuse_url(gallery)
     made = jobs.log_checkpoint(gallery, key, out, configured(gallery, config), url=url)
     finish(made.to_dict(), f"commit {made.commit:,} is signed in {out}", as_json)
@@ -159,7 +153,7 @@ def key(
     file: Annotated[Path, typer.Argument(help="The file of the private key to make; it must not exist.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key pair for checkpoints and receipts: FILE for its owner alone, and FILE.pub, with that ending, for everyone who checks them."""
+    """Make a key pair for checkpoints and receipts: FILE has the private key, and the same name with the ending .pub the public key."""
     public = jobs.make_signing_key(file)
     finish(
         {"key": str(file), "public_key": public}, f"the public key {public} is in {file.with_suffix('.pub')}", as_json

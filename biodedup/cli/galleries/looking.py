@@ -1,4 +1,4 @@
-"""Commands that look into a gallery: list, subject. Each calls one method of the engine or one job."""
+"""Defines the commands that show the content of a gallery: list, subject, callers. Each calls one method of the engine or one job."""
 
 from __future__ import annotations
 
@@ -10,23 +10,10 @@ from typing import Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import (
-    DEFAULT_GALLERY,
-    ConfigOption,
-    GalleryOption,
-    JsonOption,
-    Panel,
-    PersonOption,
-    PurposeOption,
-    app,
-    configured,
-    counted,
-    looked_into,
-    opened,
-    print_json,
-    say,
-    show_table,
-)
+from biodedup.cli.base import Panel, app
+from biodedup.cli.opening import configured, looked_into, opened
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, GalleryOption, JsonOption, PersonOption, PurposeOption
+from biodedup.cli.printing import counted, print_json, say, show_table
 from biodedup.values import ListedSubject
 
 
@@ -76,7 +63,7 @@ def show_subject(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a gallery holds of one subject: rows, groups, decisions, open cases. Shows no biometric data."""
+    """Show the records of one subject: rows, groups, decisions, open cases. Shows no biometric data."""
     with looked_into(gallery, configured(gallery, config), by, purpose) as engine:
         subject, labels = engine.subject(subject_id), engine.config.labels
     if as_json:

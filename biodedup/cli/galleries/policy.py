@@ -1,6 +1,6 @@
-"""Commands on the policy and the settings of a gallery: policy show, policy set, config.
+"""Defines the commands on the policy and the settings of a gallery: policy show, policy set, config.
 
-The options of `policy set` are generated from the fields of `Policy`.
+The options of `policy set` are generated from the fields of `Policy`, so that a new field has its option automatically.
 """
 
 from __future__ import annotations
@@ -16,30 +16,21 @@ from typing import Annotated, Any
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import (
+from biodedup.cli.base import Panel, app
+from biodedup.cli.opening import acting, configured, existing, opened, settings
+from biodedup.cli.options import (
     DEFAULT_GALLERY,
     AcrossOption,
     ConfigOption,
     GalleryOption,
     JsonOption,
-    Panel,
     RegisterUrl,
     SignOption,
     ThreadsOption,
     WaitOption,
-    acting,
-    app,
-    complain,
-    configured,
-    existing,
-    finish,
     gallery_of,
-    opened,
-    print_json,
-    say,
-    settings,
-    show_table,
 )
+from biodedup.cli.printing import complain, finish, print_json, say, show_table
 from biodedup.common.renamed import old_names
 from biodedup.common.tables import differences, flat, hints, made, plain
 from biodedup.config import Config, GalleryConfig, Policy
@@ -54,8 +45,8 @@ app.add_typer(policy, name="policy", rich_help_panel=Panel.SETTINGS)
 Named = Annotated[
     Any, typer.Argument(metavar="GALLERY", parser=gallery_of, help="The gallery's folder or URL; or --gallery.")
 ]
-ByOption = Annotated[str, typer.Option("--by", help="Who changes it.")]
-ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept with the version.")]
+ByOption = Annotated[str, typer.Option("--by", help="The person who changes the policy.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="The reason; kept with the version.")]
 _NONE = "none"
 
 
@@ -68,7 +59,7 @@ def show(
 ) -> None:
     """Show the policy in force, and every version: who stored it, when, why, and what it changed."""
     folder = named or gallery
-    versions = _versions(folder, configured(folder, config))  # a mistake in the settings is told here, too
+    versions = _versions(folder, configured(folder, config))
     if as_json:
         print_json(_document(versions[-1]) | {"versions": [_document(version) for version in versions]})
         return
@@ -87,15 +78,13 @@ def show(
 
 
 def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, wait: float, gallery: Path | RegisterUrl, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
-    """Store a new version of the gallery's policy, which applies from then on. Settings that no option names keep their values."""
+    """Store a new version of the gallery's policy, which applies immediately. Settings without an option keep their values."""
     folder = named or gallery
     wanted = {new: _parsed(new, given.pop(old)) for old, new in old_names(Policy).items() if given[old] is not None}
     wanted |= {name: _parsed(name, value) for name, value in given.items() if value is not None}
     if not wanted:
-        raise InvalidInput("no option says what is to change; name one, as --fpir 1e-6")
-    chosen = replace(
-        configured(folder, config), policy=None
-    )  # whatever the settings say, this is about the gallery's own
+        raise InvalidInput("no option names a setting to change; name one, such as --fpir 1e-6")
+    chosen = replace(configured(folder, config), policy=None)  # a [policy] in the settings must not matter here
     with existing(folder, chosen, wait) as engine:
         before = engine.policies()[-1]
         stored = acting(engine, by, sign).set_policy(made(Policy, flat(before.policy) | wanted), by=by, reason=reason)
@@ -104,7 +93,7 @@ def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, w
 
 
 def _signature() -> inspect.Signature:
-    """What `policy set` takes: an option for each field of `Policy`, so that a new field has one by itself."""
+    """The signature of `policy set`, with an option for each field of `Policy`."""
     fields = [(name, _option(name, name)) for name in hints(Policy)]
     fields += [(old, _option(old, new, hidden=True)) for old, new in old_names(Policy).items()]
     others = [
@@ -161,7 +150,7 @@ def show_config(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the settings in effect for a gallery, and where each comes from."""
+    """Show the effective settings for a gallery, and the source of each."""
     folder = named or gallery
     chosen = settings(folder, config, threads=threads, across_positions=across_positions)
     rows = listed(chosen)
@@ -183,12 +172,13 @@ def show_config(
     show_table([(name, value_in_words(value), source) for name, (value, source) in rows.items()], header)
     if conflict:
         complain(
-            f"commands refuse to open this gallery: {conflict}. Take [policy] out of the settings, or `biodedup policy set`"
+            f"commands refuse to open this gallery: {conflict}. Remove [policy] from the settings, or change the gallery's policy with "
+            "`biodedup policy set`"
         )
 
 
 def _versions(folder: Path | RegisterUrl, config: Config) -> Sequence[PolicyVersion]:
-    """Of a gallery's policy. That of a folder is read without the models, which the settings may name wrongly."""
+    """All versions of a gallery's policy. In a folder they are read without loading models, since the settings may name wrong models."""
     from biodedup.gallery.gallery import Gallery
 
     if isinstance(folder, RegisterUrl):

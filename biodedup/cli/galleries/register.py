@@ -1,4 +1,4 @@
-"""Commands that move a gallery from a folder into PostgreSQL and back: gallery import, gallery export."""
+"""Defines the commands that copy a gallery from a folder into PostgreSQL and back: gallery import, gallery export."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from biodedup.cli.base import ConfigOption, JsonOption, Panel, app, counted, finish, settings
+from biodedup.cli.base import Panel, app
+from biodedup.cli.opening import settings
+from biodedup.cli.options import ConfigOption, JsonOption
+from biodedup.cli.printing import counted, finish
 from biodedup.config import ClusterConfig
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 
-gallery = typer.Typer(no_args_is_help=True, help="Move a gallery between a folder and PostgreSQL.")
+gallery = typer.Typer(no_args_is_help=True, help="Copy a gallery between a folder and PostgreSQL.")
 app.add_typer(gallery, name="gallery", rich_help_panel=Panel.GALLERY)
 
 SegmentsOption = Annotated[
@@ -21,7 +24,7 @@ SegmentsOption = Annotated[
     typer.Option(
         "--segments",
         metavar="ADDRESS",
-        help="Where segments are: file:///folder or s3://bucket/folder; default: the settings' [cluster].",
+        help="Place of the segments: file:///folder or s3://bucket/folder; default: [cluster] of the settings.",
     ),
 ]
 _URL = "postgresql://user@host/database?gallery=NAME"
@@ -37,7 +40,7 @@ def import_(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a gallery from a folder to a register in PostgreSQL. Nothing is encoded again, and the folder stays as it is."""
+    """Copy a gallery from a folder to a register in PostgreSQL. Templates are copied unchanged, and the folder is not changed."""
     moved = _moving().import_gallery(folder, to, _cluster(segments, config), _storage(config))
     _finish(moved, f"imported from {folder}", as_json)
 
@@ -50,7 +53,7 @@ def export(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a register, while it is in use, to a gallery in a folder, as of one version."""
+    """Copy one version of a register to a gallery in a folder. The register may be in use."""
     moved = _moving().export_gallery(url, to, _cluster(segments, config), _storage(config))
     _finish(moved, f"exported to {to}", as_json)
 
@@ -69,13 +72,13 @@ def _cluster(segments: str | None, file: Path | None) -> ClusterConfig:
     stated = settings(None, file).config.cluster
     if stated is None:
         raise InvalidInput(
-            "say where the segments are: --segments file:///folder, or [cluster] segments in the settings"
+            "the place of the segments is not stated; pass --segments file:///folder, or set [cluster] segments in the settings"
         )
     return stated
 
 
 def _storage(file: Path | None) -> Storage:
-    """With the key of an encrypted gallery, where the settings state it."""
+    """The storage, with the key of an encrypted gallery if the settings state one."""
     return LocalStorage(settings(None, file).config.keys)
 
 

@@ -1,1 +1,1 @@
-"""Commands of field kits."""
+"""Defines the commands of field kits: machines of teams that capture without a network."""

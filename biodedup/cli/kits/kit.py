@@ -1,7 +1,4 @@
-"""Commands of field kits: kit pack, ingest, inspect. Those on keys are in `kit_keys.py`.
-
-Each runs one job.
-"""
+"""Defines the commands on batches of field kits: kit pack, ingest, inspect. Each runs one job. `kit_keys.py` has the commands on keys."""
 
 from __future__ import annotations
 
@@ -13,21 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import (
-    DEFAULT_GALLERY,
-    ConfigOption,
-    Exit,
-    FolderOption,
-    JsonOption,
-    ThreadsOption,
-    complain,
-    configured,
-    finish,
-    print_summary,
-    progress_bar,
-    say,
-)
+from biodedup.cli.exits import Exit
 from biodedup.cli.kits.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
+from biodedup.cli.opening import configured
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, ThreadsOption
+from biodedup.cli.printing import complain, finish, print_summary, progress_bar, say
 from biodedup.cli.table_options import (
     CheckOption,
     ColumnsOption,
@@ -46,7 +33,8 @@ ReportOption = Annotated[Path | None, typer.Option("--report", help="HTML report
 CentreKeyOption = Annotated[
     list[Path] | None,
     typer.Option(
-        "--centre-key", help="The centre's private key; repeatable, old and new. Default: centre.key, if it is there."
+        "--centre-key",
+        help="The centre's private key; repeatable, for old and new keys. Default: centre.key, if it exists.",
     ),
 ]
 UnencryptedOption = Annotated[
@@ -57,7 +45,7 @@ UnencryptedOption = Annotated[
 @kit.command()
 def pack(
     manifest: Annotated[
-        Path, typer.Argument(help="CSV or Parquet with one row a capture: subject_id, path, position, dpi, ...")
+        Path, typer.Argument(help="CSV or Parquet with one row for each capture: subject_id, path, position, dpi, ...")
     ],
     result: Annotated[Path, typer.Option("--out", "-o", help="The batch file.")] = Path("batch.kit"),
     key: Annotated[Path, typer.Option("--key", help="The kit's private key.")] = Path("kit.key"),
@@ -105,14 +93,14 @@ def pack(
     if not as_json:
         _print_packed(packed)
     if packed.key_expires_at < time.time():
-        complain("the kit's key has expired by this machine's clock: the centre may refuse the batch")
+        complain("by this machine's clock, the kit's key has expired: the centre may refuse the batch")
     if packed.doubles:
         raise typer.Exit(Exit.DUPLICATE)
     raise typer.Exit(Exit.REFUSED if packed.recaptures or packed.broken else Exit.DONE)
 
 
 def _print_packed(packed: jobs.PackResult) -> None:
-    """The records that need a person: captures to take again, records that were not packed, and duplicates."""
+    """Prints the records that need attention: captures to take again, records that were not packed, and duplicates."""
     for record in packed.recaptures[:20]:
         refused = ", ".join(f"{refusal.column} {refusal.reason}" for refusal in record.refusals)
         say(f"capture again: {record.subject_id}: {refused}")
@@ -159,7 +147,7 @@ def ingest(
     page = str(report or result.with_suffix(".html")) if taken.written else None
     print_summary(summary | ({"report": page} if page or as_json else {}), as_json)
     if not taken.written:
-        complain(f"nothing was taken; the earlier result {result} stays as it is")
+        complain(f"no batch was accepted; the earlier result {result} was not changed")
     for problem in problems:
         complain(problem)
     for gap in taken.gaps[:20]:
@@ -183,7 +171,7 @@ def inspect(
     allow_unencrypted: UnencryptedOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the signatures of batch files and what their keys may send; enrol nothing.
+    """Check the signatures of batch files and the rights of their keys. Enrols nothing.
 
     --trusted may be one .pub file.
     """
@@ -212,7 +200,7 @@ def inspect(
 
 
 def _centre(paths: list[Path] | None, passphrase_fd: int | None) -> list[CentreKey]:
-    """The keys that are named; the default one where it is there."""
+    """The centre's private keys: the named ones, or the default key if it exists."""
     paths = paths if paths is not None else [path for path in [Path("centre.key")] if path.exists()]
     secret: str | None = None
     loaded = []
@@ -224,5 +212,6 @@ def _centre(paths: list[Path] | None, passphrase_fd: int | None) -> list[CentreK
 
 
 def _trouble(batches: Sequence[BatchOutcome | Examined]) -> Exit | None:
+    """The exit code of the worst batch; None if all are in order."""
     states = {batch.state for batch in batches}
     return Exit.DAMAGED if states & {"damaged", "cut"} else Exit.CALLER if "refused" in states else None

@@ -1,7 +1,7 @@
-"""Commands on the keys of field kits: kit keys, centre-key, trust, revoke. Each runs one job.
+"""Defines the commands on the keys of field kits: kit keys, centre-key, trust, revoke. Each runs one job.
 
-A passphrase comes from a file descriptor, an environment variable, or the terminal. It is never an argument, which every process of the
-machine can read, and never printed.
+A passphrase comes from a file descriptor, an environment variable, or the terminal. It is never printed, and never an argument, because every
+process on the machine can read arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biodedup import jobs
-from biodedup.cli.base import JsonOption, Panel, app, finish, settings
+from biodedup.cli.base import Panel, app
+from biodedup.cli.opening import settings
+from biodedup.cli.options import JsonOption
+from biodedup.cli.printing import finish
 from biodedup.errors import InvalidInput
 from biodedup.jobs.kits.format.keys import LIFETIME_DAYS
 
@@ -28,13 +31,13 @@ kit = typer.Typer(
 app.add_typer(kit, name="kit", rich_help_panel=Panel.KITS)
 
 TrustedOption = Annotated[
-    Path, typer.Option("--trusted", help="Folder of the .pub files of the kits that may send, and of what each may.")
+    Path, typer.Option("--trusted", help="Folder with the .pub files of trusted kits, and the rights of each.")
 ]
 NoPassphrase = Annotated[
-    bool, typer.Option("--no-passphrase", help="Leave the private key unencrypted; its disk must be encrypted.")
+    bool, typer.Option("--no-passphrase", help="Do not encrypt the private key; then its disk must be encrypted.")
 ]
 KeyArgument = Annotated[
-    str, typer.Argument(metavar="KEY", help="A .pub file; or the kit id, or fingerprint, of a key in the folder.")
+    str, typer.Argument(metavar="KEY", help="A .pub file; or the kit id or fingerprint of a key in the folder.")
 ]
 PassphraseFd = Annotated[
     int | None,
@@ -46,7 +49,8 @@ DateOption = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metav
 
 
 def passphrase(what: str, variable: str, fd: int | None, *, confirm: bool = False) -> str:
-    """what: whose passphrase it is; variable: of the environment; confirm: a new one, which is asked for twice. Raises InvalidInput."""
+    """Reads a passphrase. what: the key that it protects, for the prompt; variable: name of the environment variable; fd: file descriptor;
+    confirm: the passphrase is new, so that the prompt asks for it twice. Raises InvalidInput."""
     if fd is not None:
         try:
             with os.fdopen(os.dup(fd), "rb") as file:
@@ -65,9 +69,9 @@ def passphrase(what: str, variable: str, fd: int | None, *, confirm: bool = Fals
 @kit.command()
 def keys(
     kit_id: Annotated[str, typer.Option("--kit-id", help="The kit's name: letters, digits, dots, hyphens.")],
-    result: Annotated[Path, typer.Option("--out", "-o", help="Private key, .key; .pub goes beside it.")] = Path(
-        "kit.key"
-    ),
+    result: Annotated[
+        Path, typer.Option("--out", "-o", help="Private key, .key; the .pub file is written beside it.")
+    ] = Path("kit.key"),
     days: Annotated[int, typer.Option("--days", help="Days until the key expires.")] = LIFETIME_DAYS,
     no_passphrase: NoPassphrase = False,
     passphrase_fd: PassphraseFd = None,
@@ -94,14 +98,14 @@ def keys(
 
 @kit.command()
 def centre_key(
-    result: Annotated[Path, typer.Option("--out", "-o", help="Private key, .key; .pub goes beside it.")] = Path(
-        "centre.key"
-    ),
+    result: Annotated[
+        Path, typer.Option("--out", "-o", help="Private key, .key; the .pub file is written beside it.")
+    ] = Path("centre.key"),
     no_passphrase: NoPassphrase = False,
     passphrase_fd: PassphraseFd = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the centre's key, once, at the centre. The .pub file goes to every kit: batches are encrypted to it."""
+    """Make the centre's key, once, at the centre. The .pub file goes to every kit, which encrypts batches for it."""
     secret = None if no_passphrase else passphrase("the centre's key", CENTRE_VARIABLE, passphrase_fd, confirm=True)
     public = jobs.make_centre_key(result, passphrase=secret)
     fingerprint = public.fingerprint.hex()[:16]
@@ -124,20 +128,25 @@ def trust(
     trusted: TrustedOption = Path("trusted"),
     group: Annotated[
         list[str] | None,
-        typer.Option("--group", help="A group that it may write; repeatable. '*': any. Replaces the list."),
+        typer.Option(
+            "--group", help="A group that the kit may write; repeatable. '*': any. Replaces the earlier list."
+        ),
     ] = None,
     batch_max: Annotated[
-        int | None, typer.Option("--batch-max", min=0, help="Encounters in one batch at most.")
+        int | None, typer.Option("--batch-max", min=0, help="The largest number of encounters in a batch.")
     ] = None,
-    day_max: Annotated[int | None, typer.Option("--day-max", min=0, help="New encounters in 24 hours at most.")] = None,
+    day_max: Annotated[
+        int | None, typer.Option("--day-max", min=0, help="The largest number of new encounters in 24 hours.")
+    ] = None,
     void_max: Annotated[
-        int | None, typer.Option("--void-max", min=0, help="Sequence numbers that it may declare void, in total.")
+        int | None,
+        typer.Option("--void-max", min=0, help="How many sequence numbers the kit may declare void, in total."),
     ] = None,
     since: DateOption = None,
     until: DateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Trust a kit's key, and state what it may send: groups, how much, from when (--since) and until the end of which day (--until)."""
+    """Trust a kit's key, and state its rights: groups, numbers of encounters, the first day (--since) and the last day (--until)."""
     changes: dict[str, Any] = {
         "groups": None if group is None else tuple(group),
         "encounters_batch_max": batch_max,
@@ -147,25 +156,26 @@ def trust(
         "not_after": None if until is None else until.replace(tzinfo=UTC, hour=23, minute=59, second=59).timestamp(),
     }
     known = jobs.set_trust(key, trusted, **{name: value for name, value in changes.items() if value is not None})
-    _told(known, as_json)
+    _finish(known, as_json)
 
 
 @kit.command()
 def revoke(
     key: KeyArgument,
-    by: Annotated[str, typer.Option("--by", help="Who revokes it.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why.")],
+    by: Annotated[str, typer.Option("--by", help="The person who revokes it.")],
+    reason: Annotated[str, typer.Option("--reason", help="The reason.")],
     trusted: TrustedOption = Path("trusted"),
     as_json: JsonOption = False,
 ) -> None:
-    """Revoke a kit's key for good: nothing that it signs is accepted any more. What was ingested stays."""
-    settled = settings(None, None).config
-    if settled.identities is not None:
-        settled.identity(by).require("administer")
-    _told(jobs.revoke(key, trusted, by=by, reason=reason), as_json)
+    """Revoke a kit's key permanently: batches that it signed are no longer accepted. Records that were ingested remain."""
+    chosen = settings(None, None).config
+    if chosen.identities is not None:
+        chosen.identity(by).require("administer")
+    _finish(jobs.revoke(key, trusted, by=by, reason=reason), as_json)
 
 
-def _told(known: TrustedKey, as_json: bool) -> None:
+def _finish(known: TrustedKey, as_json: bool) -> None:
+    """Prints the rights of a key."""
     trust, fingerprint = known.trust, known.fingerprint.hex()[:16]
     until = known.expires_at if trust.not_after is None else trust.not_after
     facts = {

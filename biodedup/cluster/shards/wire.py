@@ -129,7 +129,7 @@ def query_message(query: ShardQuery, message: Message) -> None:
         "end_row": query.end_row,
         "skip_covered": None if skip is None else _multicolumn_text(skip, message),
     }
-    message.arrays.update(_given({"min_similarity": query.min_similarity, "least": query.least}))
+    message.arrays.update(_given({"min_similarity": query.min_similarity, "least": query.floor_similarity}))
 
 
 def query_of(
@@ -142,7 +142,7 @@ def query_of(
         total_rows=about["total_rows"],
         miss_risk=about["miss_risk"],
         min_similarity=arrays.get("min_similarity"),
-        least=arrays.get("least"),
+        floor_similarity=arrays.get("least"),
         groups=_groups_of(about),
         from_row=about["from_row"],
         end_row=about["end_row"],

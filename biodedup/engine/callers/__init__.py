@@ -1,1 +1,1 @@
-"""What callers may do and learn: approvals by two people, budgets, disclosure of scores, the right to export templates."""
+"""Rules for callers: approvals by two people, budgets, disclosure of scores, the audit log, the right to export templates."""

@@ -1,13 +1,16 @@
 """Approvals: calls that need two people.
 
-Owns the requests: the first call stores one and does nothing; the same call by another principal approves it and is carried out.
+Owns the requests. The first call stores a request and does nothing else. The same call by another principal approves the request, and is
+carried out.
 
-1. A request is about what the gallery holds when it is made: its digest covers the version of the policy that asks for two people, and the rows
-   or candidates concerned, so that an approval never meets another state, or another policy, than the one that was asked about.
-2. An approval is stored in the commit that carries the call out: both stand, or neither. Of a key, which is no row, it is stored just before.
-3. Requests and approvals are signed: by Ed25519 with the caller's private key where the identities state its public one, otherwise by the
-   hash of the chain (HMAC with the gallery's key). `log verify` checks the signatures.
-4. A request ends after a week, with its approval, and with the next version of the policy. Requests and approvals are kept for ever. They hold ids and reasons, nothing biometric.
+1. A request is bound to the state of the gallery: its digest covers the version of the policy and the affected rows or candidates. So an
+   approval never applies to another state, or another policy, than the request.
+2. An approval is stored in the commit that carries the call out, so that both are durable, or neither. The approval of a change of a key,
+   which is not in the database, is stored just before the change.
+3. Requests and approvals are signed: with Ed25519 and the caller's private key if the identities state a public key; otherwise with the
+   hash of the chain (HMAC with the gallery's key). `biodedup log verify` verifies the signatures.
+4. A request ends with its approval, after a week, or with the next version of the policy. Requests and approvals are never deleted. They
+   contain ids and reasons, and no biometric data.
 """
 
 from __future__ import annotations
@@ -31,14 +34,15 @@ from biodedup.gallery.transaction import Transaction
 from biodedup.principals import KEY_PREFIX, Principal, folded
 
 Signer: TypeAlias = Callable[[bytes], tuple[str, bytes]]
-"""Returns (the public key in hexadecimal, the signature) of some content."""
+"""content -> (the public key in hexadecimal, the signature)."""
 OPEN_S = 7 * 86_400.0
-"""For so long a request can be approved."""
+"""The time during which a request can be approved, in seconds."""
 
 
 @dataclass(frozen=True)
 class Approval(Described):
-    """A request, and its approval once there is one. action: of `Policy.two_people`; facts: what is to be done; times in seconds."""
+    """A request, and its approval if there is one. action: of `Policy.two_people`; facts: the details of the call; times: in seconds since
+    1970."""
 
     number: int
     action: str
@@ -48,19 +52,20 @@ class Approval(Described):
     approved_by: str | None = None
     approved_at: float | None = None
     signed: str = ""
-    """How its approval, or, without one, the request is signed: `ed25519`, `hmac`, or `sha256` in a gallery in the clear."""
+    """The method of the newest signature: `ed25519`, `hmac`, or `sha256` (in a gallery in the clear)."""
 
 
 Approve = Callable[[Transaction], None]
-"""Stores an approval in the commit that carries the call out. Raises ApprovalNeeded where the request does not stand any more."""
+"""Stores an approval in the commit that carries the call out. Raises ApprovalNeeded if the request is not valid any more."""
 
 
 def needs_none(transaction: Transaction) -> None:
-    """The `Approve` of a change that needs no second person."""
+    """An `Approve` for a change that needs no second person: it does nothing."""
 
 
 def signer_of(principal: Principal, key: Path) -> Signer:
-    """Signs with a private key, PEM, of a principal that states its public key. Raises InvalidInput, NotAllowed for another key."""
+    """A signer with a principal's private key. key: a PEM file. Raises InvalidInput, and NotAllowed if the principal's public keys do not
+    include it."""
     private = private_key(file_bytes(key), str(key))
     public = public_text(private.public_key())
     if public not in principal.public_keys:
@@ -71,7 +76,7 @@ def signer_of(principal: Principal, key: Path) -> Signer:
 
 
 class Approvals:
-    """The requests of one gallery. clock: the time in seconds. Thread-safe."""
+    """The requests of one gallery. clock: returns the time in seconds since 1970. Thread-safe."""
 
     def __init__(self, gallery: Gallery, clock: Callable[[], float], log: EngineLog) -> None:
         self._log = log
@@ -79,7 +84,7 @@ class Approvals:
         self._clock = clock
 
     def needed(self, action: str) -> bool:
-        """Whether the gallery's own policy asks for two people, as it is now: an override of this process does not count."""
+        """Whether the gallery's newest stored policy asks for two people. A policy that overrides it in this process does not count."""
         if not self._gallery.read_only:
             self._gallery.refresh()
         return self._asked_for(action)
@@ -95,10 +100,11 @@ class Approvals:
         about: Callable[[Transaction], Any] = lambda transaction: None,
         sign: Signer | None = None,
     ) -> Approve:
-        """Returns where the call may be carried out: what its transaction calls before it changes anything, and after all that can fail without
-        undoing it. facts: JSON-ready; about: what else the request is bound to, read inside a transaction; sign: of the caller, None without a private key.
+        """Returns if the call may be carried out. Its transaction calls the returned function before it changes anything, after all checks.
 
-        Raises ApprovalNeeded where it was stored as a request, NotAllowed for a caller without a name or without its private key.
+        facts: details of the call, for JSON; about: returns further state to which the request is bound, read inside a transaction; sign:
+        the caller's signer, None without a private key. Raises ApprovalNeeded if the call was stored as a request, NotAllowed for a caller
+        without a name or without its private key.
         """
         if not self.needed(action):
             return lambda transaction: self._still_free(action)
@@ -116,20 +122,20 @@ class Approvals:
         def bound(transaction: Transaction) -> Any:
             return self._gallery.policies[-1].version, about(transaction)
 
-        one = _Request(action, json.dumps(dict(facts()), sort_keys=True), caller, bound, sign)
+        request = _Request(action, json.dumps(dict(facts()), sort_keys=True), caller, bound, sign)
         with self._gallery.transaction() as transaction:
-            digest = one.digest(transaction)
-            known = self._open_request(transaction, one, digest)
+            digest = request.digest(transaction)
+            known = self._open_request(transaction, request, digest)
             by_another = known is not None and folded(known[4]) != folded(caller.name)
             if known is None:
-                row = (action, digest, one.asked, caller.name, self._clock(), None, None)
+                row = (action, digest, request.asked, caller.name, self._clock(), None, None)
                 number = transaction.caller_tables().put_approval(None, row)
-                self._put_signature(transaction, one, (number, *row))
+                self._put_signature(transaction, request, (number, *row))
                 carried_out(outcome="ApprovalNeeded")
             else:
                 number = known[0]
         if by_another:
-            return lambda transaction: self._approve(transaction, one)
+            return lambda transaction: self._approve(transaction, request)
         if known is None:
             self._log.asked(action, number, approved=False)
         raise ApprovalNeeded(
@@ -139,37 +145,37 @@ class Approvals:
         )
 
     def _still_free(self, action: str) -> None:
-        """Inside the transaction: the policy may have changed since the call began."""
+        """Raises ApprovalNeeded if the policy has changed since the call began. Called inside the transaction."""
         if self._asked_for(action):
-            raise ApprovalNeeded(f"the policy asks for two people for {action!r} since a moment ago; call again", 0)
+            raise ApprovalNeeded(f"the policy has changed, and now asks for two people for {action!r}; call again", 0)
 
-    def _open_request(self, transaction: Transaction, one: _Request, digest: bytes) -> tuple[Any, ...] | None:
-        """The newest request for this very call that was not approved and has not ended."""
+    def _open_request(self, transaction: Transaction, request: _Request, digest: bytes) -> tuple[Any, ...] | None:
+        """The newest valid request for exactly this call: not approved yet, and not ended."""
         now = self._clock()
         rows = transaction.caller_tables(noted=False).approvals()
-        known = [r for r in rows if r[1] == one.action and r[2] == digest and r[6] is None and r[5] > now - OPEN_S]
+        known = [r for r in rows if r[1] == request.action and r[2] == digest and r[6] is None and r[5] > now - OPEN_S]
         return known[-1] if known else None
 
-    def _approve(self, transaction: Transaction, one: _Request) -> None:
-        """The request is found again: it may have been approved meanwhile, or be about another state."""
-        known = self._open_request(transaction, one, one.bound_digest)
-        if known is None or one.digest(transaction) != one.bound_digest:
+    def _approve(self, transaction: Transaction, request: _Request) -> None:
+        """Approves a request. Raises ApprovalNeeded if it was approved meanwhile, or the state of the gallery has changed."""
+        known = self._open_request(transaction, request, request.bound_digest)
+        if known is None or request.digest(transaction) != request.bound_digest:
             raise ApprovalNeeded(
-                f"the request for {one.action!r} does not stand any more: it was approved by another call, or what it is about has "
-                "changed; nothing was done; ask again",
+                f"the request for {request.action!r} is not valid any more: another call has approved it, or the gallery has changed; "
+                "nothing was done; call again",
                 0,
             )
-        row = (*known[:6], one.caller.name, self._clock())
+        row = (*known[:6], request.caller.name, self._clock())
         transaction.caller_tables().put_approval(known[0], row[1:])
-        self._put_signature(transaction, one, row)
-        transaction.when_durable.append(lambda: self._log.asked(one.action, known[0], approved=True))
+        self._put_signature(transaction, request, row)
+        transaction.when_durable.append(lambda: self._log.asked(request.action, known[0], approved=True))
 
-    def _put_signature(self, transaction: Transaction, one: _Request, row: tuple[Any, ...]) -> None:
-        """row: of table `approval`, as it is now."""
+    def _put_signature(self, transaction: Transaction, request: _Request, row: tuple[Any, ...]) -> None:
+        """Signs a row of table `approval` in its present state."""
         catalogue = transaction.caller_tables()
         content = approval_content(self._gallery.gallery_id, row)
-        if one.sign is not None:
-            public, signature = one.sign(content)
+        if request.sign is not None:
+            public, signature = request.sign(content)
             catalogue.put_approval_signature(row, "ed25519", public, signature)
         else:
             chain_hash = catalogue.audit_hash()
@@ -177,7 +183,7 @@ class Approvals:
             catalogue.put_approval_signature(row, method, chain_hash.key_id, chain_hash.of(content))
 
     def listed(self) -> list[Approval]:
-        """Oldest first."""
+        """All requests, oldest first."""
         rows, signed = self._gallery.approvals()
         return [
             Approval(
@@ -196,7 +202,8 @@ class Approvals:
 
 @dataclass(eq=False)
 class _Request:
-    """What a caller asks for. asked: its facts, JSON. bound_digest: as of the first transaction that looked for it."""
+    """A call that needs two people. asked: its facts (JSON); about: returns the state to which it is bound; bound_digest: the digest in its
+    first transaction."""
 
     action: str
     asked: str

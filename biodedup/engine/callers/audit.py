@@ -1,14 +1,14 @@
 """The audit log: records each call on an engine, with its caller, purpose and outcome.
 
-Owns which calls are recorded, and the records that wait for a commit. Never a biometric value and never a score. The form of a record, and its
-chain, are gallery/catalogue/audit.py's.
+Owns the choice of calls that are recorded, and the records that wait for a commit. Never records a biometric value or a score.
+gallery/catalogue/audit.py defines the form and the hash chain of the records.
 
-1. A call that changes the gallery is recorded in the commit that carries it out. If that fails, neither is there.
-2. Other calls wait in memory until the next commit, for `FLUSH_S` at most, or until `WAITING_MAX` wait: then the call that adds the next one
-   commits them all. A crash loses those that wait. Closing commits them.
-3. A call that cannot be recorded is not answered: where the disk fails, calls that find `WAITING_MAX` waiting raise the error.
-4. The record of a stream (`enroll_many` apart) is made when its first item is asked for: it may never end.
-5. A call inside another one is recorded as well.
+1. A call that changes the gallery is recorded in the commit that carries it out. If the commit fails, both are absent.
+2. Records of other calls wait in memory until the next commit, at most `FLUSH_S`, or until more than `WAITING_MAX` wait; then the call that
+   adds the last record commits all of them. A crash loses waiting records. Closing commits them.
+3. A call that cannot be recorded is not answered: if the disk fails and `WAITING_MAX` records wait, calls raise the error.
+4. The record of a stream (except `enroll_many`) is made when its first item is requested, because a stream may never end.
+5. A call inside another call is recorded as well.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from biodedup.texts import ID_LENGTH_MAX
 from biodedup.values import Decision, Encounter, Verification
 
 FLUSH_S = 1.0
-"""For so long the record of a call that changes nothing waits at most."""
+"""The longest time that the record of a call without a commit waits, in seconds."""
 WAITING_MAX = 1_000
 DONE = "done"
 ARCHIVE_STEP = "audit_archive:"
-"""Before the SHA-256 of an archive file, in the name of the step that notes it."""
+"""Prefix of the job step that records an archive file. The rest of the name is the SHA-256 of the file."""
 _F = TypeVar("_F", bound=Callable[..., Any])
 _log = logging.getLogger("biodedup.engine")
 _ID_PARAMETERS = ("subject_id", "encounter_id", "encounter", "case")
@@ -48,8 +48,8 @@ _ID_PARAMETERS = ("subject_id", "encounter_id", "encounter", "case")
 
 @dataclass(eq=False)
 class Call:
-    """A call that is being made. subjects: those that it names; in_commit: whether the commit that it makes carries it out, so that its
-    record belongs there; itemised: whether its encounters are recorded one by one."""
+    """A running call. subjects: the subjects that it names; in_commit: whether its record belongs to the commit that it makes; itemised:
+    whether its encounters are recorded one by one."""
 
     log: AuditLog
     kind: str
@@ -84,13 +84,13 @@ class Call:
         )
 
     def carried_out(self, transaction: Transaction, kind: str, decision: Decision) -> None:
-        """One encounter of this call, in the commit of its decision."""
+        """Records one encounter of this call, in the commit of its decision."""
         if self.log.mode != "none":
             names = decision.subject_id or "", decision.encounter_id or ""
             transaction.audited.append(self._record(decision.decided_at, kind, *names, 1, decision.outcome))
 
     def changed_nothing(self, kind: str, encounter: Encounter, outcome: str) -> None:
-        """One encounter of this call whose decision was known before, or that was not taken."""
+        """Records one encounter of this call that was decided before, or not accepted."""
         if self.log.waits:
             self.log.wait([self._record(self.log.clock(), kind, *_names_of(encounter), 1, outcome)])
 
@@ -98,11 +98,12 @@ class Call:
 _current: ContextVar[Call | None] = ContextVar("biodedup_call", default=None)
 
 current_call = _current.get
-"""Returns the call that this thread makes, or None."""
+"""Returns the running call of this thread, or None."""
 
 
 def carried_out(*, outcome: str = "", count: int = 1, subjects: Sequence[str] = (), at: float | None = None) -> None:
-    """Inside a transaction: its commit carries out the call that this thread makes. at: the time that the change is noted with."""
+    """States that the present transaction carries out the running call of this thread. at: the time of the change, in seconds since
+    1970."""
     call = current_call()
     if call is not None:
         call.at = at
@@ -111,30 +112,31 @@ def carried_out(*, outcome: str = "", count: int = 1, subjects: Sequence[str] = 
 
 
 def named(*subject_ids: object) -> None:
-    """The call that this thread makes is about these subjects; a record each."""
+    """States the subjects of the running call of this thread. The call gets one record for each."""
     call = current_call()
     if call is not None:
         call.subjects = tuple(_text(name) for name in dict.fromkeys(subject_ids) if isinstance(name, str))
 
 
 def counted(count: int) -> None:
-    """The call that this thread makes is about so many probes or subjects."""
+    """States the number of probes or subjects of the running call of this thread."""
     call = current_call()
     if call is not None:
         call.count = count
 
 
 class AuditLog:
-    """The audit log of one open gallery, its `Recorder`. mode: of `config.config.AUDITS`; clock: the time in seconds. Thread-safe."""
+    """The audit log of one open gallery. Implements `Recorder`. mode: of `config.config.AUDITS`; clock: returns the time in seconds since
+    1970. Thread-safe."""
 
     def __init__(self, gallery: Gallery, mode: str, clock: Callable[[], float]) -> None:
         self.mode, self.clock = mode, clock
         self.waits = mode == "all" and not gallery.read_only
-        """Whether calls that no commit carries out are recorded."""
+        """Whether calls without a commit are recorded."""
         self._gallery = gallery
         self._waiting: list[AuditRecord] = []
         self._staged: tuple[int, Call | None] = (0, None)
-        """How many of those that wait the present commit holds, and the call that it carries out."""
+        """(the number of waiting records in the present commit, the call that it carries out)."""
         self._lock = threading.Lock()
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -145,7 +147,7 @@ class AuditLog:
 
     @contextmanager
     def made(self, call: Call) -> Iterator[Call]:
-        """Records the call that is made in the block."""
+        """Records the call that runs in the block."""
         token = _current.set(call)
         try:
             yield call
@@ -164,9 +166,9 @@ class AuditLog:
                 self.wait(call.records())
 
     def wait(self, records: list[AuditRecord]) -> None:
-        """Records what no commit carries out. Raises what a commit raises, once too many wait."""
+        """Adds records that wait for the next commit. If too many wait, it commits them, and raises the errors of a commit."""
         if self._ended.is_set():
-            return  # a call on a closed engine
+            return  # the engine is closed
         with self._lock:
             self._waiting += records
             full = len(self._waiting) > WAITING_MAX
@@ -198,7 +200,7 @@ class AuditLog:
             call.written = True
 
     def flush(self) -> None:
-        """Commits what waits. Raises StorageUnavailable, GalleryBusy; then it waits on."""
+        """Commits the waiting records. Raises StorageUnavailable, GalleryBusy; then the records still wait."""
         with self._lock:
             if not self._waiting:
                 return
@@ -210,7 +212,7 @@ class AuditLog:
             _current.reset(token)
 
     def close(self) -> None:
-        """Commits what waits, once. Where that fails, a message of the log says how many records are lost."""
+        """Commits the waiting records. If that fails, a log message states how many records are lost."""
         if not self._gallery.is_of_this_process:
             return
         self._ended.set()
@@ -235,9 +237,9 @@ class AuditLog:
 
 
 def move_old(transaction: Transaction, storage: Storage, out: Path, before: float) -> int:
-    """As `Engine.archive_audit`: the file is durable before the commit that drops the records."""
+    """See `Engine.archive_audit`. The file is durable before the commit that deletes the records."""
     if out.exists():
-        raise InvalidInput(f"{out} exists, and an archive is never replaced; name a new file")
+        raise InvalidInput(f"{out} exists already, and an archive is never replaced; name a new file")
     spans = [s for s in transaction.caller_tables(noted=False).audit_spans() if s.records and s.until < before]
     if spans:
         content = archive_of(spans)
@@ -252,18 +254,18 @@ def move_old(transaction: Transaction, storage: Storage, out: Path, before: floa
 
 
 def read_archive(gallery: Gallery, file: Path) -> Iterator[AuditRecord]:
-    """As `Engine.archived_audit`. Each record is proved by its span; at the end, that the file has all that were moved to it."""
+    """See `Engine.archived_audit`. Each record is verified with its span, and at the end the whole file with its recorded digest."""
     content = file_bytes(file, None)
     yield from in_archive(content, gallery.audit_log()[0])
     if ARCHIVE_STEP + hashlib.sha256(content).hexdigest() not in gallery.snapshot().steps:
         raise GalleryDamaged(
-            f"{file} is not as `log archive` wrote it: records were dropped, doubled or reordered; restore the file"
+            f"{file} was changed after `log archive` wrote it: records were deleted, repeated or reordered; restore the file"
         )
 
 
 def audited(*, changes: bool = False) -> Callable[[_F], _F]:
-    """A decorator of methods of `Engine`: each call is recorded under the method's name, with the ids that its arguments name. changes:
-    whether the call's commit carries it out; otherwise a commit that it makes is one of budgets alone."""
+    """A decorator for methods of `Engine`: each call is recorded under the method's name, with the ids in its arguments. changes: whether
+    the call changes the gallery, so that its commit contains the record; otherwise it commits only budgets."""
 
     def decorated(method: _F) -> _F:
         places = {name: at for at, name in enumerate(signature(method).parameters) if name in _ID_PARAMETERS}
@@ -301,7 +303,7 @@ _NOTHING = object()
 
 
 def _name(call: Call, parameter: str, value: object) -> None:
-    """Notes the ids that an argument names. Of ids the types alone are checked by then."""
+    """Adds the ids in an argument to the call. At this time only the types of ids have been checked."""
     subject_id, encounter_id = "", ""
     if parameter == "subject_id" and isinstance(value, str):
         subject_id = value
@@ -320,7 +322,7 @@ def _names_of(encounter: Encounter) -> tuple[str, str]:
 
 
 def _text(name: str) -> str:
-    """A name as any database takes it; one that is no id is cut."""
+    """A name in a form that every database accepts. A text that is too long for an id is truncated."""
     return name[:ID_LENGTH_MAX].encode("utf-8", "replace").decode().replace("\0", "?")
 
 

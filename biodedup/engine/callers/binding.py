@@ -1,10 +1,11 @@
-"""Binds a gallery to the model cards that its decisions rest on: which digest of weights and calibration, and since when.
+"""Records the model cards that a gallery's decisions depend on: the digests of weights and calibration, and the time of first use.
 
-Owns when a card is noted, and whether a changed one needs two people. Never reads weights: their digest stands on the card.
+Owns the time when a card is recorded, and the rule that a changed card may need two people. Never reads weights: their digest is on the
+card.
 
-1. A card is noted in the commit that first uses it, and again, as an event of its own in the hash chain, in the first commit after it changed.
-2. Where the policy asks for two people for `model`, what changes the content of a gallery raises NotAllowed until two people accepted the
-   changed cards. Searches go on: they change nothing.
+1. A card is recorded in the commit that first uses it, and again in the first commit after it changed.
+2. If the policy asks for two people for `model`, commits that change the content of the gallery raise NotAllowed until two people have
+   accepted the changed cards. Searches are still allowed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from biodedup.gallery.transaction import Transaction
 
 @dataclass(frozen=True)
 class BoundModel(Described):
-    """A card that came into use. digest: of what decides on the card, the calibration included; weights: SHA-256, "" for code alone and
-    for a model that runs elsewhere; at: seconds since 1970."""
+    """A card that was used. digest: of all fields of the card that influence decisions, including the calibration; weights: their SHA-256,
+    "" for a model without weights and for a model that runs elsewhere; at: seconds since 1970."""
 
     number: int
     model_id: str
@@ -32,14 +33,15 @@ class BoundModel(Described):
 
 
 class ModelBinding:
-    """The cards of one open gallery; a recorder of its commits. cards: at hand in this process. Called under the gallery's lock."""
+    """Records the cards of one open gallery. Implements `Recorder`. cards: the cards of this process. Called with the gallery's lock
+    held."""
 
     def __init__(self, gallery: Gallery, cards: Sequence[ModelCard], clock: Callable[[], float]) -> None:
         self._gallery, self._clock = gallery, clock
         self._cards = cards
         self._noted: set[str] = set()
         self._staged: set[str] = set()
-        """model_ids whose cards are noted as they are here, on the disk and in the present commit."""
+        """model_ids whose present cards are recorded: durably (_noted), and by the present commit (_staged)."""
         gallery.recorders.append(self)
 
     def stage(self, transaction: Transaction) -> None:
@@ -63,13 +65,13 @@ class ModelBinding:
         self._staged = set()
 
     def changed(self, transaction: Transaction, used: set[str] | None = None) -> list[ModelCard]:
-        """The cards that are not noted as they are here. used: model_ids, None for all that the gallery has noted."""
+        """The present cards that differ from the recorded ones. used: model_ids, None for all recorded ones."""
         newest = {row[1]: row[2] for row in transaction.caller_tables(noted=False).cards()}
         used = set(newest) if used is None else used
         return [card for card in self._cards if card.model_id in used and newest.get(card.model_id) != card.digest]
 
     def note(self, transaction: Transaction, cards: Sequence[ModelCard]) -> None:
-        decided = [record.at for record in transaction.audited]  # the time of a decision that this commit holds
+        decided = [record.at for record in transaction.audited]  # times of the decisions in this commit
         at = (decided[0] if decided else self._clock()) if cards else 0.0
         for card in cards:
             row = (card.model_id, card.digest, card.sha256 or "", float(at))

@@ -1,16 +1,17 @@
-"""Budgets: how many calls a caller may make, and how many may be made about one subject; lock-outs of callers that approach a subject.
+"""Budgets: limits on the calls of a caller and on the calls about a subject, and lock-outs of callers that attack a subject by hill
+climbing.
 
-Owns the token buckets and the detection of climbing. Never compares with the gallery and never decides.
+Owns the token buckets and the detection of hill climbing. Never compares with the gallery and never decides.
 
-1. A bucket is the generic cell rate algorithm (ITU-T I.371): one time a bucket, at which it is full again. It holds as many calls as its
-   period allows, so that a full bucket allows all of them at once.
-2. A call is counted in the gallery's database before it is answered, so that other processes and a restart count it as well. A reader, which
-   cannot write, counts in memory, for itself.
-3. Climbing: the score of failed verifications of one subject by one caller rises, each with captures like an earlier one's. The captures are
-   kept in memory alone, the last few of a limited number of pairs; the number of rises is kept in the database.
-4. Whether an exhausted subject is among the answers of a search tells its caller something. A caller that meets exhausted or locked subjects
-   `climbs_max` times in a day is stopped for a day (without `climbs_max`, after `STOPPED_AT`). Callers without a name are not.
-5. A clock that was set back never empties a bucket further than empty.
+1. A bucket uses the generic cell rate algorithm (ITU-T I.371): it stores one time, at which the bucket is full again. A full bucket allows
+   all calls of its period at once.
+2. A call is counted in the gallery's database before it is answered. So other processes, and this one after a restart, count it as well. A
+   reader cannot write, and counts in its own memory.
+3. Hill climbing: the scores of a caller's failed verifications of one subject rise, with captures that resemble earlier ones. The captures
+   are only in memory: the last few, for a limited number of pairs of caller and subject. The number of rises is in the database.
+4. An answer that is withheld because a subject is exhausted or locked gives the caller information. A caller that receives `climbs_max`
+   such answers in a day (without `climbs_max`, `STOPPED_AT`) is stopped for a day. This does not apply to callers without a name.
+5. If the clock is set back, a bucket is at most empty.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from biodedup.values import Float32, Template, Verification
 
 HOUR_S, DAY_S = 3_600.0, 86_400.0
 NEAR = 0.5
-"""Cosine from which two captures count as alike. Strangers' faces exceed it in 1 of 100,000 pairs, captures of one person fall short of it in
-one of ten (LFW, 2026-11)."""
+"""The cosine from which two captures count as similar. 1 in 100,000 pairs of different people's faces reaches it, and 9 in 10 pairs of
+captures of one person (LFW, 2026-11)."""
 _REMEMBERED, _PAIRS_MAX = 16, 4_096  # failed captures of a pair of caller and subject; pairs
 NO_SUBJECTS: Mapping[str, int] = MappingProxyType({})
-_TIDY_CALLS = 1_000  # after so many calls what counts no more is dropped
+_TIDY_CALLS = 1_000  # after so many calls, expired budgets are deleted
 CLIMBING, STOPPED = "climbing", "stopped"
 STOPPED_AT = 5
 
 
 @dataclass(frozen=True)
 class Alarm(Described):
-    """A lock-out. kind: `climbing`, from one subject; `stopped`, from all calls, subject_id is empty; caller: "" for callers without a name; at: the time in seconds."""
+    """A lock-out. kind: `climbing` (from one subject) or `stopped` (from all calls; subject_id is empty); caller: "" for callers without a
+    name; at: seconds since 1970."""
 
     number: int
     kind: str
@@ -54,7 +56,7 @@ class Alarm(Described):
 
 
 class _Counts(Protocol):
-    """Where calls are counted: the database, or a reader's memory."""
+    """The storage of the counts: the database, or a reader's memory."""
 
     def budget(self, key: str) -> tuple[float, int] | None: ...
 
@@ -91,13 +93,13 @@ class _InMemory:
 
 
 class _Failed:
-    """The last failed captures of one caller and subject, and the best score of those that resemble one another."""
+    """The last failed captures of one caller and subject, with their scores."""
 
     def __init__(self) -> None:
         self.captures: list[tuple[dict[str, Float32], float]] = []
 
     def rises(self, vectors: dict[str, Float32], score_db: float) -> bool:
-        """Whether this capture resembles earlier ones and scores above all of them; it is remembered."""
+        """Whether this capture resembles earlier captures and scores higher than all of these. The capture is stored."""
         alike = [score for known, score in self.captures if _alike(known, vectors)]
         self.captures = [*self.captures, (vectors, score_db)][-_REMEMBERED:]
         return bool(alike) and score_db > max(alike)
@@ -108,7 +110,7 @@ def _alike(a: Mapping[str, Float32], b: Mapping[str, Float32]) -> bool:
 
 
 class Budgets:
-    """Counts the calls on one gallery. policy: in force; clock: the time in seconds. Thread-safe."""
+    """Counts the calls on one gallery. policy: returns the policy in force; clock: returns the time in seconds since 1970. Thread-safe."""
 
     def __init__(
         self, gallery: Gallery, policy: Callable[[], Policy], clock: Callable[[], float], log: EngineLog
@@ -124,21 +126,21 @@ class Budgets:
 
     @property
     def of_subjects(self) -> bool:
-        """Whether the policy counts answers about subjects at all."""
+        """Whether the policy limits answers about subjects."""
         policy = self._policy()
         return policy.subject_calls_per_day is not None or bool(policy.climbs_max)
 
     def name(self, caller: str, subjects: Mapping[str, int]) -> None:
-        """Counts the answers, so many about each of these enrolled subjects, that a search is about to give. All or nothing.
+        """Counts the answers that a search is about to give. subjects: subject_id -> number of answers. It counts all of them or none.
 
-        Raises BudgetExhausted and LockedOut, which do not say of which subject."""
+        Raises BudgetExhausted and LockedOut, which do not name the subject."""
         try:
             self.take(caller, 0, subjects)
         except (BudgetExhausted, LockedOut) as error:
-            if caller:  # all callers without a name would be stopped together
+            if caller:  # not without a name, because that would stop all nameless callers together
                 self._met(caller)
             raise BudgetExhausted(
-                "a subject that this answer names was the subject of as many calls as the policy allows; the answer is withheld; "
+                "the answer is withheld, because the policy's limit of calls about a subject in it is reached; "
                 f"send it again in {error.retry_after_s:.0f} s",
                 error.retry_after_s,
             ) from None
@@ -156,9 +158,10 @@ class Budgets:
             self._log.locked_out(caller, "")
 
     def take(self, caller: str, calls: int = 1, subjects: Mapping[str, int] = NO_SUBJECTS) -> None:
-        """Counts calls of a caller, "" for one without a name, and so many answers about each of these enrolled subjects; all or nothing.
+        """Counts calls of a caller, and answers about enrolled subjects. It counts all of them or none. caller: "" without a name;
+        subjects: subject_id -> number of answers.
 
-        Raises BudgetExhausted, LockedOut, and InvalidInput for more calls at once than a full bucket holds."""
+        Raises BudgetExhausted, LockedOut, and InvalidInput for more calls at once than a full bucket allows."""
         policy = self._policy()
         stops = self.of_subjects
         buckets = []
@@ -183,7 +186,7 @@ class Budgets:
                 counts.put_budget(_key(*which), at, 0)
 
     def verified(self, caller: str, templates: Mapping[str, Template], result: Verification) -> None:
-        """Notes a verification; locks the caller out from the subject once failed ones have risen too often."""
+        """Records a verification. Locks the caller out from the subject if the scores of failed verifications have risen too often."""
         policy = self._policy()
         if not policy.climbs_max or result.accepted:
             return
@@ -207,14 +210,14 @@ class Budgets:
             self._log.locked_out(caller, result.subject_id)
 
     def release(self, caller: str, subject_id: str) -> None:
-        """Ends a lock-out; from all calls where subject_id is empty."""
+        """Ends a lock-out. subject_id: "" for a lock-out from all calls."""
         with self._counting(write=True) as counts:
             counts.drop_budget(_key("climb", caller, subject_id) if subject_id else _key("stopped", caller))
         with self._lock:
             self._failed.pop((caller, subject_id), None)
 
     def alarms(self) -> list[Alarm]:
-        """Oldest first; a reader's own at the end."""
+        """All alarms, oldest first. Those of a reader's memory come last."""
         return [Alarm(*row) for row in (*self._gallery.alarms(), *self._own.alarms)]
 
     @contextmanager
@@ -230,12 +233,12 @@ class Budgets:
     def _full_at(
         counts: _Counts, which: tuple[str, str], limit: float, period_s: float, calls: int, now: float
     ) -> float:
-        """When the bucket is full again after these calls. Raises BudgetExhausted."""
+        """The time at which the bucket is full again after these calls. Raises BudgetExhausted."""
         if calls > limit and which[0] == "subject":
             raise _exhausted(which, limit, period_s)
         if calls > limit:
             raise InvalidInput(
-                f"{calls} probes in one call, {which[1]!r} may make {limit:g} an hour; send fewer at once"
+                f"got {calls} probes in one call, {which[1]!r} may send {limit:g} an hour; send fewer in a call"
             )
         known = counts.budget(_key(*which))
         before = now if known is None else min(max(known[0], now), now + period_s)
@@ -252,10 +255,10 @@ def _key(*parts: str) -> str:
 
 def _exhausted(which: tuple[str, str], limit: float, wait_s: float) -> BudgetExhausted:
     kind, name = which
-    told = f"caller {name!r} has made" if kind == "caller" else f"of subject {name!r} were made"
+    limited = f"the calls of {name!r}" if kind == "caller" else f"the calls about subject {name!r}"
     wanted = f"{limit:g} an hour" if kind == "caller" else f"{limit:g} a day, of all callers"
     return BudgetExhausted(
-        f"{told} as many calls as the policy allows: {wanted}; nothing was done; send it again in {wait_s:.0f} s",
+        f"{limited} have reached the policy's limit of {wanted}; nothing was done; send it again in {wait_s:.0f} s",
         wait_s,
     )
 
@@ -264,7 +267,7 @@ def _refuse_stopped(known: tuple[float, int] | None, most: int, now: float) -> N
     if known is not None and known[1] >= most and known[0] > now:
         wait_s = known[0] - now
         raise LockedOut(
-            f"stopped: {known[1]} answers named subjects of as many calls as the policy allows, {most} such answers are allowed a day; nothing "
+            f"stopped: {known[1]} answers were withheld because of a subject's limit, and {most} a day are allowed; nothing "
             f"was done; a supervisor may end it (`Engine.end_lockout(caller, '')`), or try again in {wait_s:.0f} s",
             wait_s,
         )
@@ -274,7 +277,7 @@ def _refuse_locked(known: tuple[float, int] | None, climbs_max: int, now: float)
     if known is not None and known[1] >= climbs_max and known[0] > now:
         wait_s = known[0] - now
         raise LockedOut(
-            f"locked out from this subject: {known[1]} failed verifications with like captures came nearer each time, "
-            f"{climbs_max} are allowed a day; nothing was done; a supervisor may end it (`Engine.end_lockout`), or try again in {wait_s:.0f} s",
+            f"locked out from this subject: the scores of {known[1]} failed verifications with similar captures have risen, and "
+            f"{climbs_max} a day are allowed; nothing was done; a supervisor may end it (`Engine.end_lockout`), or try again in {wait_s:.0f} s",
             wait_s,
         )

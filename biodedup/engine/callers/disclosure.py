@@ -1,11 +1,12 @@
-"""Disclosure: leaves out of an answer what the policy does not disclose of scores.
+"""Disclosure: removes scores and evidence from an answer, as the policy requires.
 
-Owns the steps of coarse scores. Never changes an outcome, and never what the gallery stores.
+Owns the steps of coarse scores. Never changes an outcome, and never changes stored data.
 
-A caller that sees scores can approach an enrolled vector. Measured on face embeddings (tests/support/climbing.py, 2026-11), verifications until
-an attacker without captures of the subject reaches 60 dB: 146 with full scores, 415 with steps of 1 dB, 415 to 431 of 10 dB, 445 to 600 of
-20 dB. So steps alone do not help. A score below the threshold is therefore 0: then the attacker needs a capture that is accepted first, by chance
-one in 1 / `verify_fmr`. Budgets (budgets.py) bound the number of calls.
+A caller that sees scores can reconstruct an enrolled vector by hill climbing. The number of verifications until an attacker without
+captures of the subject reaches 60 dB was measured on face embeddings (tests/support/climbing.py, 2026-11): 146 with full scores, 415 with
+steps of 1 dB, 415 to 431 with steps of 10 dB, 445 to 600 with steps of 20 dB. So steps alone do not help. A score below the threshold is
+therefore 0. Then the attacker first needs a capture that is accepted; by chance this is one in 1 / `verify_fmr`. Budgets (budgets.py) limit
+the number of calls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ STEP_SIMILARITY = 0.1
 
 
 def disclosed_verification(result: Verification, policy: Policy) -> Verification:
-    """`coarse`: the score in steps if it is accepted, else 0. `outcome`: the threshold instead. Without evidence."""
+    """A verification without evidence. `coarse`: the score in steps if it is accepted, else 0. `outcome`: the threshold if it is accepted,
+    else 0."""
     if policy.disclosure == "full":
         return result
     score_db = 0.0
@@ -34,11 +36,11 @@ def disclosed_verification(result: Verification, policy: Policy) -> Verification
 
 
 def disclosed_decision(decision: Decision, policy: Policy) -> Decision:
-    """The decision with candidates that reach the review threshold or have a kind alone, and without their evidence."""
+    """A decision without evidence, with only the candidates that reach the review threshold or have a kind."""
     if policy.disclosure == "full":
         return decision
 
-    def told(candidate: Candidate) -> Candidate:
+    def disclosed(candidate: Candidate) -> Candidate:
         reached = [db for db in (decision.review_db, decision.duplicate_db) if candidate.score_db >= db]
         score_db = max(reached, default=0.0)
         if reached and policy.disclosure == "coarse":
@@ -47,17 +49,18 @@ def disclosed_decision(decision: Decision, policy: Policy) -> Decision:
             candidate, score_db=score_db, evidence=(), extrapolated=False, label_penalty_db=0.0, interval_db=None
         )
 
-    named = tuple(map(told, strong(decision)))
-    cleared = tuple(map(told, strong(replace(decision, candidates=decision.cleared))))
+    named = tuple(map(disclosed, strong(decision)))
+    cleared = tuple(map(disclosed, strong(replace(decision, candidates=decision.cleared))))
     return replace(decision, candidates=named, cleared=cleared)
 
 
 def disclosed_search(
     result: SearchResult, policy: Policy, review_db: float, score_db: Callable[[Float32], np.ndarray]
 ) -> SearchResult:
-    """Subjects below the review threshold become padding; similarities are rounded down to steps of 0.1, or 0 with `outcome`.
+    """A search result without subjects below the review threshold, which become padding. `coarse`: similarities in steps of 0.1. `outcome`:
+    0.
 
-    score_db: of similarities, by the column's calibration."""
+    score_db: similarities -> scores, by the column's calibration."""
     if policy.disclosure == "full":
         return result
     there = result.ids != ""

@@ -1,1 +1,1 @@
-"""Care of a gallery: checks, repair, backup, copies."""
+"""Maintenance tasks for a whole gallery: verification, repair, backup, encryption, copies, retention."""

@@ -1,10 +1,10 @@
-"""Copies a gallery while it is in use.
+"""Backs up a gallery while it is in use.
 
-Owns what is copied, and in which order. Never changes the gallery that is copied.
+Owns the list of files that are copied, and their order. Never changes the source gallery.
 
-1. A backup is a gallery: it can be opened, searched and inspected. Files are immutable, so that the next backup copies only segments
-   that are new. What jobs keep beside the gallery is copied, too, so that they go on with the copy.
-2. A file gets the name under which it is read when it is whole and synced.
+1. A backup is a gallery: it can be opened, searched and verified. Segment files are immutable, so the next backup only copies new segments.
+   The databases and logs of jobs are copied as well, so that jobs can continue with the copy.
+2. A file gets its final name when it is complete and synced.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Copied(Described):
-    """The result of a backup or a restoration. version: of the copied state; byte_count: bytes copied, those of databases included;
-    left_out: damaged databases of jobs, which were not copied, so that the target keeps its earlier ones; databases: how many were copied, as
-    each time, which files_copied does not count."""
+    """The result of a backup or a restoration. version: of the copied gallery; files_copied, files_kept: segment files and logs that were
+    copied, or that the target had already; byte_count: bytes copied, including databases; left_out: damaged databases of jobs, which were
+    not copied; the target keeps its earlier ones; databases: the number of copied databases, which are copied every time and not part of
+    files_copied."""
 
     version: int
     files_copied: int
@@ -59,10 +60,10 @@ class Copied(Described):
 
 
 def backup(storage: Storage, folder: Path, target: Path) -> Copied:
-    """Copies a gallery, as of one version, while others read and write it; again, it copies only new segments.
+    """Copies a gallery, as of one commit, while other processes read and write it. A repeated backup only copies new segments.
 
-    The copy is a gallery, with what jobs keep beside it. Raises InvalidInput where the target holds something else,
-    GalleryDamaged where the source is damaged, StorageUnavailable; the target's earlier state is whole until the new one is.
+    Raises InvalidInput if the target holds other files, GalleryDamaged if the source is damaged, StorageUnavailable. The target's earlier
+    backup stays complete until the new one is.
     """
     with translated(f"backing up to {target}"):
         _refuse_target(storage, folder, target)
@@ -73,7 +74,9 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
             storage.make_folder(target / SEGMENT_FOLDER)
         lock = storage.lock(target / LOCK_NAME)
         try:
-            canaries = _canaries(storage, folder)  # opened first: they name no row that the copied database has not
+            canaries = _canaries(
+                storage, folder
+            )  # opened first, so that the copied database has every row that they name
             copied = copy_gallery(storage, folder, target, check_kept=False)
             storage.share_key(folder, target)
             if canaries is not None:
@@ -86,7 +89,7 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
 
 
 def _transform_ids(storage: Storage, folder: Path) -> set[str]:
-    """Of the transforms that the embeddings of a copy are stored with."""
+    """The secret transforms that the embeddings of a copy use."""
     with connected(storage, folder) as catalogue:
         named, entries = catalogue.transform_ids(), catalogue.segments()
     paths = [
@@ -101,20 +104,22 @@ def _transform_ids(storage: Storage, folder: Path) -> set[str]:
 
 
 def _refuse_target(storage: Storage, folder: Path, target: Path) -> None:
-    """Raises InvalidInput or NotAGallery for a folder that is not for a backup of this gallery."""
+    """Raises InvalidInput or NotAGallery for a folder that cannot hold a backup of this gallery."""
     source, resolved = folder.resolve(), target.resolve()
     if resolved == source or (source / SEGMENT_FOLDER) in (resolved, *resolved.parents):
         raise InvalidInput(f"{target} is in the gallery itself; name an empty folder or an earlier backup")
     refuse_foreign(storage, target)
     if DATABASE_NAME in (storage.list_names(target) or ()):
         with connected(storage, target):
-            pass  # it is a gallery's database
+            pass  # raises if it is not a gallery's database
 
 
 def copy_gallery(
     storage: Storage, source: Path, target: Path, *, check_kept: bool, aside: Path | None = None
 ) -> Copied:
-    # Before the gallery: a ledger that knows of less than the gallery is safe, one that knows of more hides what is missing.
+    """Copies the databases, logs and segments of a gallery. check_kept: verify files that the target has already; aside: the folder for
+    replaced files, None to remove them."""
+    # The ledgers first: a ledger that is older than the gallery is safe, a newer one would hide missing encounters.
     ledgers, left_out = _copied_databases(storage, source, target)
     with _new_database(storage, target / NEW_NAME) as copy, connected(storage, source) as catalogue:
         manifest = read_manifest(storage, source, catalogue, copy)
@@ -125,7 +130,7 @@ def copy_gallery(
         with connected(storage, target) as catalogue:
             if catalogue.meta()["gallery_id"] != manifest.gallery_id:
                 raise InvalidInput(f"{target} is another gallery or its backup; name an empty folder")
-    # After the database was read: a merge's log is written before the gallery says that it has begun.
+    # The logs after the database: a merge's log is written before the gallery records the merge.
     copied, kept, byte_count = _copy_logs(storage, source / MERGES_FOLDER, target / MERGES_FOLDER)
     for file in manifest.files.values():
         path = target / SEGMENT_FOLDER / file.name
@@ -136,7 +141,7 @@ def copy_gallery(
         copied, byte_count = copied + 1, byte_count + file.byte_count
     storage.sync_folder(target / SEGMENT_FOLDER)
     databases = [DATABASE_NAME, *ledgers]
-    if aside is not None:  # where nothing was, the gallery makes it whole: last
+    if aside is not None:  # a restoration is complete with the gallery's database, which comes last
         databases.reverse()
     for name in databases:
         byte_count += (target / (name + NEW_SUFFIX)).stat().st_size
@@ -151,7 +156,7 @@ def copy_gallery(
 
 @contextmanager
 def _new_database(storage: Storage, path: Path) -> Iterator[sqlite3.Connection]:
-    """An empty one, to be copied into."""
+    """An empty database, as the target of a copy."""
     storage.remove(path)
     storage.remove(path.with_name(f"{path.name}-journal"))
     connection = storage.connect(path, read_only=False)
@@ -162,7 +167,7 @@ def _new_database(storage: Storage, path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _copied_databases(storage: Storage, source: Path, target: Path) -> tuple[list[str], tuple[str, ...]]:
-    """(those that were copied, each as of one moment and under its name with NEW_SUFFIX; those that are damaged)."""
+    """Copies the databases of jobs, each under its name with NEW_SUFFIX. Returns (the copied ones, the damaged ones)."""
     copied, damaged = [], []
     for name in (BACKLOG_NAME, LEDGER_NAME):
         if name not in (storage.list_names(source) or ()):
@@ -177,13 +182,13 @@ def _copied_databases(storage: Storage, source: Path, target: Path) -> tuple[lis
         except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                 raise
-            damaged.append(name)  # bookkeeping: no reason to have no backup of the gallery
+            damaged.append(name)  # a backup of the gallery is useful without it
     return copied, tuple(damaged)
 
 
 def _put_in_place(storage: Storage, target: Path, name: str, aside: Path | None) -> None:
-    """Gives a copied database its name. aside: the folder for the file that had this name; None overwrites it."""
-    for old in (f"{name}-journal", name):  # the journal first: it is not to be rolled back into another database
+    """Gives a copied database its final name. aside: the folder for the replaced file; None overwrites it."""
+    for old in (f"{name}-journal", name):  # the journal first, so that SQLite cannot apply it to the new database
         if aside is not None and old in (storage.list_names(target) or ()):
             storage.replace(target / old, aside / old)
     storage.remove(target / f"{name}-journal")
@@ -193,7 +198,7 @@ def _put_in_place(storage: Storage, target: Path, name: str, aside: Path | None)
 
 
 def _copy_logs(storage: Storage, source: Path, target: Path) -> tuple[int, int, int]:
-    """Copies the logs of merges that the target has not: (files copied, files kept, bytes copied)."""
+    """Copies the merge logs that the target does not have. Returns (files copied, files kept, bytes copied)."""
     names = [name for name in storage.list_names(source) or () if not name.endswith(NEW_SUFFIX)]
     if names:
         storage.make_folder(target)
@@ -224,7 +229,7 @@ def _pieces(storage: Storage, path: Path) -> Iterator[bytes]:
 
 
 def _canaries(storage: Storage, folder: Path) -> ColumnFile | None:
-    """The gallery's canaries; None without any. Damaged ones are no reason to have no backup."""
+    """The file of canary probes; None if it is absent or damaged: a backup is useful without it."""
     if CANARIES_NAME not in (storage.list_names(folder) or ()):
         return None
     try:
@@ -235,7 +240,7 @@ def _canaries(storage: Storage, folder: Path) -> ColumnFile | None:
 
 
 def copy_canaries(storage: Storage, folder: Path, target: Path) -> None:
-    """Copies the canaries of a gallery that no one changes, if there are any."""
+    """Copies the file of canary probes, if there is one. The gallery must not change meanwhile."""
     canaries = _canaries(storage, folder)
     if canaries is not None:
         copy_file(storage, canaries, target / CANARIES_NAME)
@@ -254,13 +259,14 @@ def _is_same(storage: Storage, path: Path, file: ColumnFile, check: bool) -> boo
 
 
 def copy_file(storage: Storage, source: ColumnFile, path: Path) -> None:
+    """Verifies and copies a column file. Raises GalleryDamaged."""
     for problem in source.problems():
         raise source.damaged(problem)
     _write_file(storage, source.content(_COPY_BYTES), path)
 
 
 def _write_file(storage: Storage, pieces: Iterable[bytes], path: Path) -> int:
-    """Returns how many bytes it has."""
+    """Writes a file under a temporary name, syncs and renames it. Returns its size in bytes."""
     byte_count = 0
     new = path.with_name(path.name + NEW_SUFFIX)
     file = storage.create(new)

@@ -1,6 +1,6 @@
-"""Stores the probes of canaries with the gallery's transform (renewable templates).
+"""Rewrites the file of canary probes when the gallery's secret transform changes (renewable templates).
 
-Owns this change of their file (jobs/health/canary_file.py). Never makes a canary.
+Owns this change of the file (jobs/health/canary_file.py). Never makes a canary.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import CANARIES_NAME
 
 VECTOR = ".vector"
-"""The end of the names of arrays that hold probes; before it stands the column."""
+"""Suffix of the names of arrays that hold probes. The rest of the name is the column."""
 
 
 def rekey_canaries(storage: Storage, folder: Path, transform: Transform | None) -> None:
-    """Turns them back by the transform that the file names, and by this one. Damaged ones are removed: `doctor --canaries` makes others."""
+    """Stores the probes with another transform, None for none. A damaged file is removed; `biodedup doctor --canaries` makes a new one."""
     if CANARIES_NAME not in (storage.list_names(folder) or ()):
         return
     path = folder / CANARIES_NAME

@@ -1,10 +1,9 @@
-"""Copies rows of one gallery into another. Codes are copied as they are; each part is one durable, idempotent step.
+"""Copies rows of one gallery into another, without encoding vectors again.
 
-Owns the change of names on the way (subject_ids, groups) and the record of finished steps, so that an interrupted copy can continue.
-Never decides which rows.
+Owns the renaming of subjects and groups on the way, and the record of finished steps. Never decides which rows are copied.
 
-Steps are noted in the target as `NAME:0`, `NAME:1`, ...; each note says which rows of the source were copied, so that the next step
-begins behind them even if the source has merged its segments meanwhile.
+Each part of the source is one step: one durable, idempotent commit. Steps are recorded in the target as `NAME:0`, `NAME:1`, and so on, with
+the range of source rows. So an interrupted copy continues after these rows, even if the source has merged its segments meanwhile.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Keep = Callable[[Part], NDArray[np.bool_] | None]
 
 @dataclass(frozen=True)
 class Step:
-    """Rows [first_row, first_row + end_row - from_row) of the target are rows [from_row, end_row) of the source, as far as they
-    were kept: `added` of them."""
+    """One step: rows [from_row, end_row) of the source became rows [first_row, first_row + end_row - from_row) of the target. added: the
+    number of rows that were copied."""
 
     added: int
     first_row: int
@@ -45,7 +44,7 @@ class Step:
 
 
 def steps_done(target: Snapshot, name: str) -> list[Step]:
-    """What was copied under this name, in order."""
+    """The steps that were recorded under a name, in order."""
     steps: list[Step] = []
     while (facts := target.job_step(f"{name}:{len(steps)}")) is not None:
         steps.append(Step(**facts))
@@ -61,12 +60,12 @@ def copy_rows(
     rename: Rename | None = None,
     groups: frozenset[str] = frozenset(),
 ) -> Iterator[Step]:
-    """Copies live rows of every part, as far as it was not done before, and yields each step when it is durable.
+    """Copies the live rows of every part that were not copied before. Yields each step when it is durable.
 
-    keep: which rows of a part, bool (count,), None for all live ones. groups: added to each subject's own. Raises
-    SubjectExists, ModelMismatch, StorageUnavailable.
+    name: of the steps; keep: the rows of a part to copy, bool (count,), None for all live rows; rename: subject_ids -> new subject_ids;
+    groups: added to each subject's groups. Raises SubjectExists, ModelMismatch, StorageUnavailable.
     """
-    source = source.enrolled  # an open case stays with its gallery
+    source = source.enrolled  # open cases are not copied
     done = steps_done(target.snapshot(), name)
     number, from_row = len(done), done[-1].end_row if done else 0
     for part in source.parts:
@@ -86,7 +85,7 @@ def copy_rows(
 
 
 def record(target: Gallery, name: str, **facts: object) -> None:
-    """Notes in the target that a stage is reached; again, it changes nothing."""
+    """Records in the target that a stage was reached. Does nothing if it is recorded already."""
     if target.snapshot().job_step(name) is None:
         with target.transaction() as transaction:
             transaction.record_step(name, facts)
@@ -106,7 +105,9 @@ def _copied(
         numbers = transaction.group_sets_of(
             [known.get(i, frozenset()) | groups for i in range(max(known, default=0) + 1)]
         )
-    several = np.concatenate([other.again for other in source.parts]) if source.extra_rows else np.zeros(0, np.uint64)
+    several = (
+        np.concatenate([other.repeated for other in source.parts]) if source.extra_rows else np.zeros(0, np.uint64)
+    )
     renamed = RenamedPart(part, numbers, rename, several)
     entry = target.write_part(renamed, kept)
     try:
@@ -117,20 +118,20 @@ def _copied(
             step = Step(int(kept.sum()), transaction.tail.end_row, part.first_row, part.end_row)
             transaction.attach(entry, extra_rows)
             transaction.record_step(name, vars(step))
-    except CallerError:  # before it was attached; after any other failure the gallery itself knows what to keep
+    except CallerError:  # raised before the segment was attached; after other errors the gallery removes unused files
         target.discard_rows(entry)
         raise
     return step
 
 
 def _extra_rows(now: Snapshot, part: RenamedPart, kept: NDArray[np.bool_]) -> int:
-    """How many of the rows that are kept are not the first of their subject. Raises SubjectExists for the id of a subject that is
-    enrolled, unless the source has several rows of it: earlier ones were copied before."""
+    """The number of kept rows that are not the first row of their subject. Raises SubjectExists for an id that is enrolled in the target,
+    unless the subject has several rows in the source: then its earlier rows were copied before."""
     extra, seen = 0, set[str]()
     for low in range(0, part.count, PIECE_ROWS):
         high = min(low + PIECE_ROWS, part.count)
         ids = part.subject_ids(low, high).filter(kept[low:high])
-        enrolled, several = now.rows_of(ids) >= 0, np.isin(packed.hashes(ids), part.again)
+        enrolled, several = now.rows_of(ids) >= 0, np.isin(packed.hashes(ids), part.repeated)
         for i in np.flatnonzero(several).tolist():
             subject_id = packed.text(ids[i : i + 1])[0]
             extra += bool(enrolled[i]) or subject_id in seen
@@ -139,7 +140,7 @@ def _extra_rows(now: Snapshot, part: RenamedPart, kept: NDArray[np.bool_]) -> in
         if len(taken):
             subject_id = packed.text(ids[int(taken[0]) : int(taken[0]) + 1])[0]
             raise SubjectExists(
-                f"subject {subject_id!r} is enrolled already ({len(taken)} such among {len(ids)}); remove it, or give the "
+                f"subject {subject_id!r} is enrolled already ({len(taken)} of {len(ids)} ids are); remove it, or give the "
                 "district another name"
             )
     return extra
@@ -150,9 +151,10 @@ def _all_if_none(mask: NDArray[np.bool_] | None, part: Part) -> NDArray[np.bool_
 
 
 class RenamedPart:
-    """A part of another gallery, as `Rows` to be written: under other ids and in other groups. Its answers stay behind.
+    """A part of another gallery, with other ids and groups, and without answers. Implements `Rows`.
 
-    group_sets: the number here of each combination of groups there; several: hashes of the ids there of subjects with several rows.
+    group_sets: number of each group set in the source -> its number in the target; rename: None to keep the ids; several: hashes of the
+    source ids of subjects with several rows.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class RenamedPart:
     def group_sets(self, low: int, high: int) -> NDArray[np.uint32]:
         numbers = self._part.group_sets(low, high)
         if len(numbers) and int(numbers.max()) >= len(self._group_sets):
-            raise GalleryDamaged("a row belongs to groups that its gallery does not name; run `biodedup doctor`")
+            raise GalleryDamaged("a row refers to a group set that does not exist; run `biodedup doctor`")
         return self._group_sets[numbers]
 
     def subject_ids(self, low: int, high: int) -> Packed:
@@ -196,7 +198,7 @@ class RenamedPart:
         return self._part.encounter_ids(low, high)
 
     @cached_property
-    def again(self) -> NDArray[np.uint64]:
+    def repeated(self) -> NDArray[np.uint64]:
         found = [np.zeros(0, np.uint64)]
         for low in range(0, self.count if len(self._several) else 0, PIECE_ROWS):
             high = min(low + PIECE_ROWS, self.count)

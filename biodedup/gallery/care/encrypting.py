@@ -1,11 +1,11 @@
-"""Encrypts a gallery that is in the clear, decrypts one, and rotates the register's key.
+"""Encrypts a gallery in the clear, decrypts an encrypted gallery, and rotates the register's key.
 
-Owns the copy that is made and the moment at which it takes the gallery's place. Never changes what a gallery answers.
+Owns the copy that is made, and the exchange of the two folders. Never changes the content of a gallery.
 
-1. The copy is a gallery beside the old one, `.NAME.new`. It is checked whole, and then takes its place in one step (`renameat2` with
-   RENAME_EXCHANGE), so that a gallery is in the clear or encrypted at every moment.
-2. Interrupted, the next run keeps the files of the copy that are whole.
-3. A rotation rewrites `gallery.key` alone: the gallery's own key, and all that it encrypts, stay.
+1. The copy is a complete gallery in the folder `.NAME.new` beside the old one. It is verified, and then exchanged with the old folder in
+   one step (`renameat2` with RENAME_EXCHANGE). So the gallery is completely in the clear or completely encrypted at every moment.
+2. After an interruption, the next run uses the complete files of the copy.
+3. A rotation only rewrites `gallery.key`. The gallery's own key does not change.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True)
 class KeyStatus(Described):
-    """encrypted: whether the gallery is; register_key_id, gallery_key_id: names of its keys, which tell nothing of them."""
+    """The encryption of a gallery. register_key_id, gallery_key_id: ids of its keys, which do not reveal the keys; None in the clear."""
 
     encrypted: bool
     register_key_id: str | None
@@ -54,7 +54,7 @@ class KeyStatus(Described):
 
 
 def key_status(folder: Path) -> KeyStatus:
-    """Needs no key. Raises GalleryDamaged, StorageUnavailable, NotAGallery where there is none."""
+    """The status of a gallery. It needs no key. Raises GalleryDamaged, StorageUnavailable, NotAGallery if there is no gallery."""
     with translated(f"reading {folder}"):
         _refuse_absent(folder)
         stored = stored_key(folder)
@@ -64,8 +64,8 @@ def key_status(folder: Path) -> KeyStatus:
 
 
 def rotate(folder: Path, before: KeySource, after: KeySource) -> KeyStatus:
-    """Wraps the gallery's key by another register's key, at once; processes that have the gallery open go on. The old key opens it no more, but
-    opens backups that were made before. Raises KeyMismatch, GalleryDamaged, StorageUnavailable."""
+    """Wraps the gallery's key with another register's key. Processes that have the gallery open can continue. The old key does not open the
+    gallery any more, but still opens earlier backups. Raises KeyMismatch, GalleryDamaged, StorageUnavailable."""
     with translated(f"rotating the key of {folder}"):
         _refuse_absent(folder)
         new, old = register_key(after), register_key(before)
@@ -73,30 +73,31 @@ def rotate(folder: Path, before: KeySource, after: KeySource) -> KeyStatus:
             stored = stored_key(folder)
             if stored is None:
                 raise InvalidInput(f"{folder} is not encrypted; run `biodedup encrypt {folder}`")
-            if stored.register_key_id != new.key_id:  # a run that was repeated
+            if stored.register_key_id != new.key_id:  # otherwise the rotation was done before
                 secret, transforms = stored.opened(old).secret, stored.transform_secrets(old)
                 replace_private(folder / KEY_NAME, key_file(new, secret, transforms.values()))
                 LocalStorage().sync_folder(folder)
         stored = stored_key(folder)
         if stored is None or stored.register_key_id != new.key_id:
-            raise GalleryBusy(f"another process rotated the key of {folder}; look at `biodedup key status`")
+            raise GalleryBusy(f"another process rotated the key of {folder}; run `biodedup key status`")
         stored.opened(new)
     return key_status(folder)
 
 
 def encrypt(folder: Path, keys: KeySource) -> KeyStatus:
-    """Turns a gallery in the clear into an encrypted one. Needs free space of its size, and no writer. Done already, it only removes what
-    an interrupted run left. Raises KeyMismatch, GalleryBusy, GalleryDamaged, StorageUnavailable; then the gallery is as it was."""
-    return _crossed(folder, keys, encrypts=True)
+    """Encrypts a gallery that is in the clear. It needs free disk space of the gallery's size, and no writer may run. If the gallery is
+    encrypted already, it only removes the rest of an interrupted run. Raises KeyMismatch, GalleryBusy, GalleryDamaged, StorageUnavailable;
+    then the gallery is unchanged."""
+    return _converted(folder, keys, encrypts=True)
 
 
 def decrypt(folder: Path, keys: KeySource) -> KeyStatus:
-    """Turns an encrypted gallery into one in the clear, as `encrypt`."""
-    return _crossed(folder, keys, encrypts=False)
+    """Decrypts an encrypted gallery. Conditions and errors are those of `encrypt`."""
+    return _converted(folder, keys, encrypts=False)
 
 
-class _Crossing(LocalStorage):
-    """Reads one folder and writes the other, of which one is encrypted. Both databases are as the source's until `_rekey`."""
+class _ConvertingStorage(LocalStorage):
+    """A storage over two folders, of which exactly one is encrypted. The copied databases have the source's encryption until `_rekey`."""
 
     def __init__(self, keys: KeySource, source: Path, target: Path, *, encrypts: bool) -> None:
         super().__init__(keys)
@@ -106,7 +107,7 @@ class _Crossing(LocalStorage):
         return super().unlock(folder, new=new) if (folder == self._target) == self.encrypts else None
 
     def key(self) -> Key:
-        """Of the encrypted side."""
+        """The key of the encrypted folder."""
         key = self._key_in(self._target if self.encrypts else self._source)
         assert key is not None, "it was unlocked"
         return key
@@ -119,13 +120,14 @@ class _Crossing(LocalStorage):
         return None if self.encrypts else self.key()
 
 
-def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
+def _converted(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
+    """Makes an encrypted or decrypted copy of a gallery, and exchanges it with the gallery."""
     folder = Path(os.path.abspath(folder))
     new = folder.with_name(f".{folder.name}{NEW_SUFFIX}")
     doing = f"{'encrypting' if encrypts else 'decrypting'} {folder}"
     with translated(doing):
         _refuse_absent(folder)
-        storage = _Crossing(keys, folder, new, encrypts=encrypts)
+        storage = _ConvertingStorage(keys, folder, new, encrypts=encrypts)
         if (stored_key(folder) is not None) == encrypts:
             LocalStorage(keys if encrypts else None).unlock(folder, new=False)
             _remove(storage, new)
@@ -151,25 +153,24 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
 
 
 def _refuse_renewable(folder: Path) -> None:
-    """The secrets of renewable templates are in `gallery.key`, which a gallery in the clear has not."""
+    """Raises InvalidInput for a gallery with renewable templates: their secrets are in `gallery.key`, which a gallery in the clear
+    lacks."""
     stored = stored_key(folder)
     if stored is not None and stored.transforms:
-        raise InvalidInput(
-            f"{folder} has renewable templates; nothing changed; run `biodedup key rekey --plain` first, which stores embeddings as they are"
-        )
+        raise InvalidInput(f"{folder} has renewable templates; nothing changed; run `biodedup key rekey --plain` first")
 
 
 def _refuse_wrong_log(storage: Storage, folder: Path) -> None:
-    """The copy begins the digests of the chain anew, so that what is wrong now would not be found any more."""
+    """Raises GalleryDamaged if the hash chain has problems. The copy computes its digests again, which would hide them."""
     report = verify_chain(storage, folder)
     if report.links and report.problems:
         raise GalleryDamaged(
-            f"the log of {folder} is not sound: {report.problems[0]}; nothing changed; run `biodedup log verify`, and restore a backup"
+            f"the log of {folder} is damaged: {report.problems[0]}; nothing changed; run `biodedup log verify`, and restore a backup"
         )
 
 
-def _copy(storage: _Crossing, folder: Path, new: Path, keys: KeySource | None) -> None:
-    for name in _DATABASES:  # of an interrupted run
+def _copy(storage: _ConvertingStorage, folder: Path, new: Path, keys: KeySource | None) -> None:
+    for name in _DATABASES:  # remove those of an interrupted run
         for end in ("", "-journal"):
             storage.remove(new / (name + end))
             storage.remove(new / (name + NEW_SUFFIX + end))
@@ -179,12 +180,12 @@ def _copy(storage: _Crossing, folder: Path, new: Path, keys: KeySource | None) -
     copy_canaries(storage, folder, new)
     _rekey(storage, new)
     if problems := inspect(LocalStorage(keys), new):
-        raise GalleryDamaged(f"the copy in {new} is not sound: {problems[0]}; nothing changed; run `biodedup doctor`")
+        raise GalleryDamaged(f"the copy in {new} is damaged: {problems[0]}; nothing changed; run `biodedup doctor`")
     for path in (new / SEGMENT_FOLDER, new):
         storage.sync_folder(path)
 
 
-def _rekey(storage: _Crossing, new: Path) -> None:
+def _rekey(storage: _ConvertingStorage, new: Path) -> None:
     from biodedup.gallery.files.encryption.database import rekey
 
     for name in _DATABASES:
@@ -196,7 +197,7 @@ def _rekey(storage: _Crossing, new: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swaps the names of two folders, in one step where the file system can."""
+    """Exchanges the names of two folders in one step. Raises StorageUnavailable if the file system cannot do this."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0:
         return
@@ -204,12 +205,12 @@ def _exchange(one: Path, other: Path) -> None:
     if number not in _NO_EXCHANGE:
         raise OSError(number, os.strerror(number), str(one))
     raise StorageUnavailable(
-        f"the file system of {one} cannot swap two folders; move the gallery to a local disk, encrypt it there and move it back"
+        f"the file system of {one} cannot exchange two folders; move the gallery to a local disk, encrypt it there and move it back"
     )
 
 
-def _remove(storage: _Crossing, old: Path) -> None:
-    """Removes the copy that is not needed any more."""
+def _remove(storage: _ConvertingStorage, old: Path) -> None:
+    """Removes the copy that is no longer needed."""
     if storage.list_names(old) is None:
         return
     logs = old / MERGES_FOLDER
@@ -222,4 +223,4 @@ def _remove(storage: _Crossing, old: Path) -> None:
 
 def _refuse_absent(folder: Path) -> None:
     if not (folder / DATABASE_NAME).is_file():
-        raise NotAGallery(f"{folder} holds no gallery; name its folder")
+        raise NotAGallery(f"{folder} holds no gallery; name the folder of a gallery")

@@ -1,6 +1,6 @@
-"""Finds the files of a gallery that other users of the machine can access, and takes these rights away.
+"""Finds files of a gallery that other users of the machine can access, and removes these permissions.
 
-Owns the list of a gallery's files. Never judges access-control lists, and never touches other programs' files.
+Owns the list of a gallery's files. Never examines access-control lists, and never changes files of other programs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from biodedup.gallery.files.names import MERGES_FOLDER, SEGMENT_FOLDER
 from biodedup.gallery.files.private import close_to_others, is_open_to_others
 
 ASIDE_FOLDER = "damaged"
-"""Where a restored gallery keeps what it replaced."""
+"""The folder in which a restored gallery keeps the replaced files."""
 
 
 def exposed(folder: Path) -> list[Path]:
-    """Files and folders of a gallery that its group or others have a right to. Raises StorageUnavailable."""
+    """The files and folders of a gallery that group or others have a permission for. Raises StorageUnavailable."""
     with translated(f"reading {folder}"):
         return [path for path in _own(folder) if is_open_to_others(path)]
 
 
-def told(folder: Path, open_ones: list[Path]) -> str:
-    """What a person can do about it."""
+def advice_on_exposure(folder: Path, open_ones: list[Path]) -> str:
+    """A line that names the problem and the remedy. open_ones: from `exposed`, at least one."""
     return (
         f"gallery {folder}: {len(open_ones)} of its files and folders are open to other users, {open_ones[0].name} among them; "
         f"run `chmod -R go= {shlex.quote(str(folder))}`, or `biodedup doctor --repair`"
@@ -34,7 +34,7 @@ def told(folder: Path, open_ones: list[Path]) -> str:
 
 
 def tighten(folder: Path) -> int:
-    """Takes these rights, and returns of how many files and folders. Raises StorageUnavailable."""
+    """Removes these permissions. Returns the number of changed files and folders. Raises StorageUnavailable."""
     open_ones = exposed(folder)
     with translated(f"changing permissions in {folder}"):
         for path in open_ones:

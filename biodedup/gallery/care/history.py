@@ -1,6 +1,6 @@
-"""Reads when the newest decisions were made, and warns when the clock goes backwards.
+"""Reads the dates of the newest decisions, and warns if the clock is behind them.
 
-Owns the reading of these dates. Never decides: a decision stands whatever its date.
+Owns the reading of these dates. Never refuses: a decision is valid with any date.
 """
 
 from __future__ import annotations
@@ -8,30 +8,29 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import zlib
 from collections.abc import Callable
 from math import isfinite
 from numbers import Real
 
-from biodedup.errors import InvalidInput
+from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.gallery.answers import inflated
 from biodedup.gallery.snapshot import Snapshot
 
 BACK_S = 1.0
-"""A clock that is set by less than this is kept in step, not set back."""
+"""A smaller step back is ignored: the clock is being synchronised."""
 _LOOKED_AT = 65_536
 _DATE = re.compile(rb'"decided_at":([0-9][0-9.e+]*)')
-_ANSWER_BYTES_MAX = 1 << 26
 _log = logging.getLogger("biodedup.gallery")
 
 
 def dates(snapshot: Snapshot, count: int = _LOOKED_AT) -> list[float]:
-    """The dates of the newest decisions, oldest first, in seconds."""
+    """The dates of the newest `count` decisions, oldest first, in seconds since 1970."""
     found: list[list[float]] = []
     for part in reversed(snapshot.parts):
         answers = part.answers
         low = max(0, answers.count - count)
         if answers.count:
-            texts = map(_inflated, answers.texts(low, answers.count).to_pylist())
+            texts = map(_text_or_empty, answers.texts(low, answers.count).to_pylist())
             found.append([float(date[1]) for text in texts if (date := _DATE.search(text)) is not None])
         count -= answers.count - low
         if count <= 0:
@@ -39,16 +38,16 @@ def dates(snapshot: Snapshot, count: int = _LOOKED_AT) -> list[float]:
     return [date for some in reversed(found) for date in some if date > 0]
 
 
-def _inflated(data: bytes) -> bytes:
-    """The text of an answer; empty for a damaged one, which raises where it is read as an answer."""
+def _text_or_empty(data: bytes) -> bytes:
+    """The text of an answer; empty for a damaged one, which raises an error when it is read as an answer."""
     try:
-        return zlib.decompressobj().decompress(data, _ANSWER_BYTES_MAX)
-    except zlib.error:
+        return inflated(data)
+    except GalleryDamaged:
         return b""
 
 
 def date_notes(snapshot: Snapshot, now: float) -> list[str]:
-    """What is odd about the dates of the newest decisions, in words."""
+    """Notes on suspicious dates of the newest decisions. now: in seconds since 1970."""
     newest, back, count = 0.0, 0.0, 0
     found = dates(snapshot)
     for date in found:
@@ -58,30 +57,32 @@ def date_notes(snapshot: Snapshot, now: float) -> list[str]:
     notes = []
     if count:
         notes.append(
-            f"{count:,} of the newest {len(found):,} decisions are dated before one that was made earlier, by up to {back:,.0f} s: the "
+            f"{count:,} of the newest {len(found):,} decisions have an earlier date than a previous decision, by up to {back:,.0f} s: the "
             "clock was set back"
         )
     if newest - now > BACK_S:
-        notes.append(f"the newest decision is dated {newest - now:,.0f} s after this machine's clock: set the clock")
+        notes.append(
+            f"the date of the newest decision is {newest - now:,.0f} s ahead of this machine's clock: set the clock"
+        )
     return notes
 
 
 def finite(clock: Callable[[], float]) -> Callable[[], float]:
-    """The clock, which raises InvalidInput in place of a time that is no finite number: such a date would be stored for ever."""
+    """The same clock, which raises InvalidInput for a time that is not a finite number: such a date would be stored for ever."""
 
-    def told() -> float:
+    def checked_time() -> float:
         now = clock()
         if isinstance(now, bool) or not isinstance(now, Real) or not isfinite(now):
             raise InvalidInput(
-                f"the clock gives {now!r}; wanted the time in seconds, a finite number. Nothing was recorded"
+                f"the clock returned {now!r}, wanted the time in seconds, a finite number; nothing was recorded; correct the clock"
             )
         return float(now)
 
-    return told
+    return checked_time
 
 
 class NotedClock:
-    """A clock that warns, in the log `biodedup.gallery`, when it tells a time before the newest decision's. Thread-safe."""
+    """A clock that warns, in the log `biodedup.gallery`, if it is behind the newest decision. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float], snapshot: Callable[[], Snapshot]) -> None:
         self._clock = clock
@@ -98,7 +99,7 @@ class NotedClock:
             behind = self._newest - now > BACK_S
             if behind and not self._behind:
                 _log.warning(
-                    "the clock is %.0f s behind the newest decision; decisions are dated by it all the same: set the clock",
+                    "the clock is %.0f s behind the newest decision; new decisions get its time nevertheless: set the clock",
                     self._newest - now,
                 )
             self._behind = behind

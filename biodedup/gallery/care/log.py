@@ -1,6 +1,6 @@
-"""Verifies the hash chain of a gallery: its links, the rows that they wrote, and a checkpoint that was kept outside.
+"""Verifies the hash chain of a gallery: its links, the present rows, the audit log, and a checkpoint that was kept outside.
 
-Owns the list of what is wrong. Never changes the chain, and never checks a signature.
+Owns the list of problems. Never changes the chain, and never verifies the signature of a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from biodedup.gallery.catalogue.chain import (
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files.filesystem import MALFORMED, Storage
 
-_NAMED_MAX = 20  # problems of one table that are named
+_NAMED_MAX = 20  # the number of problems that are named for each table
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in the chain of a gallery, as a checkpoint keeps it. value: hexadecimal."""
+    """A position in the hash chain of a gallery, as a checkpoint stores it. number, commits, value (hexadecimal): of the link."""
 
     gallery_id: str
     number: int
@@ -45,9 +45,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class LogReport(Described):
-    """keyed: whether the newest link is of a key; first_commit, commit: of the oldest and the newest link; links, rows, files, calls: how many
-    were checked (calls: records of the audit log); problems: what is wrong; notes: what could not be checked, and where digests were taken
-    anew. mark: the newest link."""
+    """The result of a verification. keyed: whether the newest link was made with a key; first_commit, commit: of the oldest and the newest
+    link; links, rows, files, calls: numbers of verified items (calls: records of the audit log); notes: what could not be verified, and
+    links that computed the digests again; mark: the newest link."""
 
     gallery_id: str
     keyed: bool
@@ -68,8 +68,9 @@ def verify_chain(
     mark: Mark | None = None,
     public_keys: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> LogReport:
-    """Recomputes every link and the digest of every table, and compares the heads of all segment files with the manifest. public_keys: of each
-    principal, by name; they prove approvals. Raises NotAGallery, KeyMismatch, StorageUnavailable."""
+    """Computes every link and the digest of every table again, and compares the digests of all segment files with the manifest. mark: from
+    a checkpoint; public_keys: name of a principal -> the public keys, for the signatures of approvals. Raises NotAGallery, KeyMismatch,
+    StorageUnavailable."""
     try:
         with connected(storage, folder) as catalogue:
             gallery_id = catalogue.meta()["gallery_id"]
@@ -100,6 +101,8 @@ def verify_chain(
 
 
 class _Check:
+    """One verification. It collects problems and notes."""
+
     def __init__(
         self,
         catalogue: SqliteCatalogue,
@@ -111,7 +114,7 @@ class _Check:
         self._catalogue, self._gallery_id, self._mark = catalogue, gallery_id, mark
         self._hash = catalogue.chain.hash
         self._at_mark: Link | None = None
-        self._begun = 0  # the newest link that took the digests anew
+        self._begun = 0  # the number of the newest link that computed the digests from all rows
         self._commit_of: dict[int, int] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -125,7 +128,7 @@ class _Check:
             self._follow(link, last)
             last, links = link, links + 1
         if first is None or last is None:
-            self.problems.append("the gallery has no hash chain yet; its next writer begins it")
+            self.problems.append("the gallery has no hash chain yet; the next writer starts it")
             return LogReport(
                 gallery_id=self._gallery_id,
                 keyed=False,
@@ -139,18 +142,18 @@ class _Check:
                 mark=None,
             )
         if first.commits > 0:
-            self.notes.append(f"the chain begins at commit {first.commits}; commits before are not in it")
+            self.notes.append(f"the chain begins at commit {first.commits}; earlier commits are not covered")
         rows = self._compare(last)
         calls = self._audited()
         self._check_approvals()
         if self._mark is not None:
-            self._meet(self._mark, last)
+            self._compare_mark(self._mark, last)
         mark = Mark(self._gallery_id, last.number, last.commits, last.value.hex())
         counts = (bool(last.key_id), first.commits, last.commits, links, rows, files)
         return LogReport(self._gallery_id, *counts, tuple(self.problems), tuple(self.notes), mark, calls)
 
     def _audited(self) -> int:
-        """The records of the audit log. Returns how many there are."""
+        """Verifies the audit log. Returns the number of records."""
         try:
             check = self._catalogue.audit_check()
         except GalleryDamaged as error:
@@ -161,7 +164,7 @@ class _Check:
         return check.records
 
     def _check_approvals(self) -> None:
-        """The signatures of requests and approvals."""
+        """Verifies the signatures of requests and approvals."""
         try:
             approvals, signatures = self._catalogue.approvals(), self._catalogue.approval_signatures()
         except GalleryDamaged as error:
@@ -172,21 +175,25 @@ class _Check:
             (self.problems if wrong else self.notes).append(text)
 
     def _follow(self, link: Link, before: Link | None) -> None:
-        """One link, behind the one before it."""
+        """Verifies a link and its connection to the previous link."""
         name = f"link {link.number} (commit {link.commits})"
         number, previous = (0, NO_LINK) if before is None else (before.number, before.value)
         if link.number != number + 1:
-            self.problems.append(f"links {number + 1} to {link.number - 1} of the chain are lost: commits were dropped")
+            self.problems.append(
+                f"links {number + 1} to {link.number - 1} of the chain are missing: commits were deleted"
+            )
         elif link.key_id not in ("", self._hash.key_id):
-            self.notes.append(f"{name} is of key {link.key_id}, which is not at hand: its value was not computed")
+            self.notes.append(f"{name} was made with key {link.key_id}, which is not available: it was not verified")
         elif self._hash_of(link).completed(link, previous) != link:
-            self.problems.append(f"{name} does not follow from the link before: it was changed, or put back")
+            self.problems.append(
+                f"{name} does not follow the link before: it was changed, or restored from an older copy"
+            )
         if before is not None and not link.reason and link.commits <= before.commits:
-            self.problems.append(f"{name} repeats an earlier commit: the counters were put back")
+            self.problems.append(f"{name} repeats an earlier commit: the counters were restored from an older copy")
         if link.reason:
             self._begun = link.number
             if link.reason != BEGUN:
-                self.notes.append(f"{name} took the digests anew: {link.reason}")
+                self.notes.append(f"{name} computed the digests from all rows: {link.reason}")
         self._commit_of[link.number] = link.commits
         if self._mark is not None and link.number == self._mark.number:
             self._at_mark = link
@@ -195,17 +202,19 @@ class _Check:
         return self._hash if link.key_id else ChainHash(None)
 
     def _compare(self, last: Link) -> int:
-        """The present rows with what the links say. Returns how many there are."""
+        """Compares the present rows with the newest link. Returns the number of rows."""
         if last.key_id != self._hash.key_id:
-            self.notes.append("the newest link is of another key: rows are not checked until the next commit")
+            self.notes.append("the newest link was made with another key: rows are not verified until the next commit")
             return 0
         stored, rows = self._catalogue.digests(), 0
         if self._hash.content(stored) != last.content:
             self.problems.append(
-                "table digest: its rows are not those of the newest link; they were put back or forged"
+                "table digest: its rows disagree with the newest link; they were forged, or restored from an older copy"
             )
         if json.loads(last.state) != list(vars(self._catalogue.state()).values()):
-            self.problems.append("the counters are not those of the newest link: they, or the chain, were put back")
+            self.problems.append(
+                "the counters disagree with the newest link: they, or the chain, were restored from an older copy"
+            )
         for table in CHAINED:
             wanted = stored.get(table, Digest())
             try:
@@ -226,8 +235,8 @@ class _Check:
         return rows.digest
 
     def _named(self, table: str, present: Digest, wanted: Digest) -> list[str]:
-        """Which rows of a table are not as the commits left them, as far as the lists of changes tell it."""
-        left: dict[bytes, list[int]] = {}
+        """The differing rows of a table, as far as the lists of changed rows identify them."""
+        left: dict[bytes, list[int]] = {}  # first bytes of a row's hash -> the links that inserted it
         for change in self._catalogue.row_changes():
             if change.table == table and change.link >= self._begun:
                 if change.put:
@@ -241,21 +250,22 @@ class _Check:
                 if left.get(start):
                     left[start].pop()
                 elif is_listed(table, row):
-                    lines.append(f"table {table}: the row {row[0]!r} is not as a commit wrote it")
+                    lines.append(f"table {table}: no commit wrote the row {row[0]!r} in this form")
         links = sorted(link for several in left.values() for link in several)
-        lines += [f"table {table}: a row of commit {self._commit_of.get(n, '?')} is lost or changed" for n in links]
+        lines += [f"table {table}: a row of commit {self._commit_of.get(n, '?')} is missing or changed" for n in links]
         if len(lines) > _NAMED_MAX:
-            lines = [*lines[:_NAMED_MAX], f"table {table}: {len(lines) - _NAMED_MAX} more"]
-        counts = f"table {table}: its {present.rows} rows are not the {wanted.rows} that the commits left"
-        return [f"{counts}: they were changed, forged, dropped or put back", *lines]
+            lines = [*lines[:_NAMED_MAX], f"table {table}: {len(lines) - _NAMED_MAX} more problems"]
+        counts = f"table {table}: its {present.rows} rows differ from the {wanted.rows} rows of the last commit"
+        return [f"{counts}: rows were changed, forged, deleted or restored from an older copy", *lines]
 
-    def _meet(self, mark: Mark, last: Link) -> None:
+    def _compare_mark(self, mark: Mark, last: Link) -> None:
+        """Compares the chain with a checkpoint."""
         if mark.gallery_id != self._gallery_id:
-            text = f"the checkpoint is of gallery {mark.gallery_id}, this is {self._gallery_id}"
+            text = f"the checkpoint belongs to gallery {mark.gallery_id}, got gallery {self._gallery_id}"
         elif mark.number > last.number:
-            text = f"rollback: the checkpoint is of commit {mark.commits}, the newest here is commit {last.commits}"
+            text = f"rollback: the checkpoint is of commit {mark.commits}, the newest commit here is {last.commits}"
         elif self._at_mark is None or (self._at_mark.value.hex(), self._at_mark.commits) != (mark.value, mark.commits):
-            text = f"fork: commit {mark.commits} is not the one of the checkpoint; this gallery has another history"
+            text = f"fork: commit {mark.commits} differs from the checkpoint's; this gallery has another history"
         else:
             return
         self.problems.append(text)

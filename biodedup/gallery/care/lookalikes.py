@@ -1,10 +1,11 @@
-"""Finds subject ids that a person could mistake for one another: `JOSE-1` and `Jose 1`, or the same letters in another Unicode form.
+"""Finds subject ids that a person could confuse: `JOSE-1` and `Jose 1`, or the same letters in another Unicode form.
 
-Owns what counts as alike (equal after NFKC, case folding, and without spaces and hyphens) and the search for such ids. Never changes an id.
+Owns the definition of similar ids (equal after NFKC, case folding, and removal of spaces and hyphens) and the search for them. Never
+changes an id.
 
-Two passes over the ids, piece by piece. The first sets a bit for the hash of each id, and collects the hashes whose bit was set before:
-those of all look-alikes and, in a large gallery, of one id in twenty by chance. The second compares, in 64 bits, the ids with one of these
-hashes. Memory: 0.5 GB for the bits of 200 million ids, and as much for the collected hashes.
+Method: two passes over the ids, in pieces. The first pass sets a bit for the hash of each folded id, as in a Bloom filter with one hash,
+and collects hashes whose bit was set before. These are all similar ids and, in a large gallery, one other id in twenty. The second pass
+compares the 64-bit hashes of the collected ids. Memory: 0.5 GB for the bits of 200 million ids, and as much for the collected hashes.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _LEFT_OUT = r"[\s\p{Pd}\p{Zs}]+"
 
 
 def look_alikes(snapshot: Snapshot, named_max: int = 20) -> tuple[int, list[tuple[str, ...]]]:
-    """(how many groups of enrolled subjects have ids that are alike, the first of these groups)."""
+    """(the number of groups of enrolled subjects with similar ids, the first `named_max` groups)."""
     suspects = _suspects(snapshot)
     if not len(suspects):
         return 0, []
     alike, exact, rows = _gathered(snapshot, suspects)
     order = np.lexsort((exact, alike))
     alike, exact, rows = alike[order], exact[order], rows[order]
-    other = (alike[1:] == alike[:-1]) & (exact[1:] != exact[:-1])  # rows of one subject have one id
+    other = (alike[1:] == alike[:-1]) & (exact[1:] != exact[:-1])  # not the rows of one subject, whose ids are equal
     shared = np.unique(alike[1:][other])
     first = sorted(shared.tolist(), key=lambda key: int(rows[np.searchsorted(alike, key)]))[:named_max]
     groups = []
@@ -50,13 +51,13 @@ def look_alikes(snapshot: Snapshot, named_max: int = 20) -> tuple[int, list[tupl
 
 
 def key_of(subject_id: str) -> str:
-    """What alike ids have in common."""
+    """The folded form of an id. Similar ids have the same folded form."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", subject_id).casefold())
     return re.sub(r"\s+", "", "".join(c for c in folded if unicodedata.category(c) != "Pd"))
 
 
 def _suspects(snapshot: Snapshot) -> Hashes:
-    """Ascending; some of them by chance."""
+    """Hashes of folded ids that may occur twice, ascending. Some are false positives."""
     count = max(16 * snapshot.live_count, 1 << 16)
     width = min(count, _BITS_MAX).bit_length() - 1
     bits = np.zeros((1 << width) // 8, np.uint8)
@@ -73,7 +74,7 @@ def _suspects(snapshot: Snapshot) -> Hashes:
 
 
 def _gathered(snapshot: Snapshot, suspects: Hashes) -> tuple[Hashes, Hashes, Int64]:
-    """(hash of what is alike, of the id itself, row) of each id that is suspected."""
+    """(hash of the folded id, hash of the id, row) of each id whose folded hash is in `suspects`."""
     alike, exact, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for ids, at in _pieces(snapshot):
         keys = _keys(ids)
@@ -87,7 +88,7 @@ def _gathered(snapshot: Snapshot, suspects: Hashes) -> tuple[Hashes, Hashes, Int
 
 
 def _pieces(snapshot: Snapshot) -> Iterator[tuple[Packed, Int64]]:
-    """(ids, rows) of the enrolled."""
+    """(ids, rows) of the live rows, in pieces."""
     for part in snapshot.parts:
         mask = snapshot.mask(part)
         for low in range(0, part.count, _PIECE_ROWS):
@@ -99,7 +100,7 @@ def _pieces(snapshot: Snapshot) -> Iterator[tuple[Packed, Int64]]:
 
 
 def _keys(ids: Packed) -> Hashes:
-    """uint64 (n,): of `key_of` each."""
+    """The hash of `key_of` of each id, uint64 (n,)."""
     texts: Any = ids.cast(pa.large_string())
     plain = pc.string_is_ascii(texts).to_numpy(zero_copy_only=False)
     if plain.all():

@@ -1,10 +1,10 @@
-"""Rebuilds a gallery from its parts and the rows of its tables, as an export holds them.
+"""Rebuilds a gallery from its parts and the rows of its tables, for example from an export.
 
-Owns the order of the steps: segments, then the database in one transaction. Never decides what the content is.
+Owns the order of the steps: segments first, then the database in one transaction. Never changes the content.
 
 1. The folder is new. Nothing reads it before the database is committed.
-2. Row numbers, the gallery's id, its version and its policy stay. A sealed part becomes a segment, the journal stays a journal.
-3. A vector that was sealed keeps its eight-bit code, because the codec of its part is used again.
+2. Row numbers, the gallery's id, its version and its policy do not change. Each sealed part becomes a segment; the journal stays a journal.
+3. A sealed vector keeps its eight-bit code, because the codec of its part is used again.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ TABLES = (
     "alarm",
     "approval",
 )
-"""Tables of the database that are copied row by row. The others hold the manifest and the journal."""
+"""Tables that are copied row by row. The other tables (manifest, journal) are written from the parts."""
 
 Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a gallery holds. settings: JSON that it was created with; sealed: the parts before the journal, in the order of their rows;
-    journal: the rows behind them; table: the rows of one of TABLES."""
+    """The content of a gallery. settings: the configuration with which it was created (JSON); sealed: the parts before the journal, in the
+    order of their rows; journal: the rows after them; table: returns the rows of one of TABLES."""
 
     gallery_id: str
     settings: str
@@ -64,7 +64,7 @@ class Content:
 
 def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Report = lambda rows: None) -> None:
     """Writes a gallery into a folder that is absent or empty. report: called with the number of rows written so far. Raises
-    StorageUnavailable, and what reading the parts raises."""
+    StorageUnavailable, and the errors of reading the parts."""
     segments, done = folder / SEGMENT_FOLDER, 0
     with translated(f"writing {folder}"):
         storage.make_folder(folder)
@@ -98,7 +98,8 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
 
 
 def _write_journal(catalogue: SqliteCatalogue, part: Rows, version: int) -> None:
-    """Journal rows have no gaps: a row that was removed is there without an id, a template or a group, and is a tombstone."""
+    """Writes the rows of the journal. The journal has no gaps: for a removed row it has a row without id, template and groups, and a
+    tombstone."""
     following = part.first_row
     for low in range(0, part.count, PIECE_ROWS):
         high = min(low + PIECE_ROWS, part.count)
@@ -132,6 +133,7 @@ def _write_journal(catalogue: SqliteCatalogue, part: Rows, version: int) -> None
 
 
 def _add_tombstones(catalogue: SqliteCatalogue, rows: Iterable[int], version: int) -> None:
+    """Writes removed rows."""
     for row in rows:
         catalogue.add_subjects([(row, "", "", 0)])
         catalogue.add_tombstone(row, version)

@@ -1,7 +1,7 @@
-"""Removes the files of a gallery, and no others.
+"""Removes the files of a gallery, and no other files.
 
-Owns which names in a gallery's folder belong to this program, databases of jobs included. Never follows a symbolic link, and never removes
-a folder that still holds something.
+Owns the list of names in a gallery's folder that belong to this program, including the databases of jobs. Never follows a symbolic link,
+and never removes a folder that is not empty.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _WORKING = {
     CANARIES_NAME + NEW_SUFFIX,
 }
 OWN_NAMES = {*_WORKING, LOCK_NAME, SEGMENT_FOLDER, MERGES_FOLDER}
-"""What a gallery's folder, or a backup's, may hold before there is a database in it."""
+"""The names that the folder of a gallery or a backup may hold before it has a database."""
 
 
 def refuse_foreign(storage: Storage, target: Path) -> None:
-    """Before a gallery is copied to a folder without a database. Raises InvalidInput where it holds files of others, NotAGallery
+    """Called before a gallery is copied to a folder. Raises InvalidInput if the folder has no database and holds foreign files, NotAGallery
     for a symbolic link."""
     for name in (SEGMENT_FOLDER, MERGES_FOLDER):
         refuse_link(target / name)
@@ -55,7 +55,7 @@ def refuse_foreign(storage: Storage, target: Path) -> None:
 
 
 def remove_gallery(storage: Storage, folder: Path) -> None:
-    """Removes a job's working copy. Files of others stay, and then so does the folder."""
+    """Removes the files of a gallery, and its folder if no foreign files are left in it."""
     for path in (folder, folder / SEGMENT_FOLDER):
         refuse_link(path)
     segments = folder / SEGMENT_FOLDER

@@ -1,9 +1,9 @@
 """Repairs a damaged gallery.
 
-Owns what is rebuilt and from what. Never searches, and never changes what is sound.
+Owns the source of each repaired file. Never searches, and never changes an undamaged file.
 
-Repair never guesses. A derived file is written anew from its exact one and must come out byte for byte; an exact file is taken
-from a backup that holds the very file; a database only together with the backup's whole state. Counters are computed from the rows.
+Repair never guesses. A derived file is rebuilt from its exact file, byte for byte. An exact file is copied from a backup that holds the
+same file. A damaged database is replaced together with the whole state of the backup. Counters are computed from the rows.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from biodedup.gallery.segments.writer import rebuild_lookup
 
 
 def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[str]:
-    """Repairs what can be repaired, and returns what was done, one line each. Call `inspect` afterwards.
+    """Repairs what can be repaired. Returns one line for each repair. Call `inspect` afterwards.
 
-    Raises GalleryBusy where a writer is at work, InvalidInput where the backup is of another gallery or damaged itself.
+    Raises GalleryBusy if a writer runs, InvalidInput if the backup belongs to another gallery or is damaged.
     """
     with translated(f"repairing {folder}"):
         refuse_link(folder / SEGMENT_FOLDER)
@@ -67,14 +67,16 @@ def repair(storage: Storage, folder: Path, backup: Path | None = None) -> list[s
 
 
 def _key_from(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
-    """Takes a key file that is lost from the backup. Raises InvalidInput where the folder's files are of another key."""
-    there = None if backup is None else stored_key(backup)
-    if backup is None or there is None or stored_key(folder) is not None:
+    """Copies a lost key file from the backup. Raises InvalidInput if the folder's files have another key."""
+    backup_key = None if backup is None else stored_key(backup)
+    if backup is None or backup_key is None or stored_key(folder) is not None:
         return []
     for name in storage.list_names(folder / SEGMENT_FOLDER) or ():
         with (folder / SEGMENT_FOLDER / name).open("rb") as file:
-            if key_id_of(file.read(64)) not in (None, there.gallery_key_id):
-                raise InvalidInput(f"{backup} is a backup of another gallery than {folder}; name one of this")
+            if key_id_of(file.read(64)) not in (None, backup_key.gallery_key_id):
+                raise InvalidInput(
+                    f"{backup} is a backup of another gallery than {folder}; name a backup of this gallery"
+                )
     storage.share_key(backup, folder, lost=True)
     return [f"{KEY_NAME} taken from the backup"]
 
@@ -87,7 +89,7 @@ def _inspect_or_lost(storage: Storage, folder: Path) -> list[Problem]:
 
 
 def _recount(storage: Storage, folder: Path) -> list[str]:
-    """Another writer, if there is one, finds a commit that is not its own, and stops."""
+    """Computes the counters again, and commits them. Another writer, if there is one, sees a foreign commit and stops."""
     with connected(storage, folder, read_only=False) as catalogue:
         catalogue.chain.anew = REPAIRED
         catalogue.begin()
@@ -98,7 +100,7 @@ def _recount(storage: Storage, folder: Path) -> list[str]:
         finally:
             catalogue.rollback()
         manifest = read_manifest(storage, folder, catalogue)
-        if not manifest.problems:  # which are mended first; then this is counted again
+        if not manifest.problems:  # otherwise the files are repaired first, and the next repair counts again
             counted = replace(counted, extra_rows=count_extra_rows(manifest)[0])
             catalogue.begin()
             catalogue.set_state(counted)
@@ -142,7 +144,8 @@ def _mend(storage: Storage, folder: Path, found: Sequence[Problem], backup: Path
 
 
 def _mend_index(storage: Storage, folder: Path, number: int, kind: str) -> list[str]:
-    """Builds a FAISS index again from the segment's vectors. Without its codec it is dropped: the next writer builds one anew."""
+    """Rebuilds a FAISS index from the segment's vectors. If its codec is lost, the index is removed, and the next writer builds a new
+    one."""
     name, codec_id = kind.split(INDEX)
     with connected(storage, folder, read_only=False) as catalogue:
         catalogue.begin()
@@ -152,7 +155,7 @@ def _mend_index(storage: Storage, folder: Path, number: int, kind: str) -> list[
             codec = catalogue.index_settings().codec(name, codec_id)
             segment = open_segment(storage, folder / SEGMENT_FOLDER, bare)
             try:
-                files, done = dict(bare.files), "dropped, since its codec is lost; the next writer builds one"
+                files, done = dict(bare.files), "removed, since its codec is lost; the next writer builds a new one"
                 if codec is not None:
                     index, gallery_id = built(segment.columns[name], codec), catalogue.meta()["gallery_id"]
                     which = (number, kind)
@@ -167,19 +170,19 @@ def _mend_index(storage: Storage, folder: Path, number: int, kind: str) -> list[
             storage.sync_folder(folder / SEGMENT_FOLDER)
             catalogue.commit()
         except GalleryDamaged:
-            return []  # the column itself is damaged; a second repair builds its index
+            return []  # the column is damaged as well; a second repair rebuilds its index
         finally:
             catalogue.rollback()
     return [f"segment {number}: {kind} {done}"]
 
 
 def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
-    """The backup's whole state instead of a damaged database."""
+    """Replaces a gallery with a damaged database by the whole state of the backup."""
     if backup is None:
         return []
     found = _inspect_or_lost(storage, backup)
     if found:
-        raise InvalidInput(f"{backup} is damaged itself ({found[0]}); name another backup")
+        raise InvalidInput(f"the backup {backup} is damaged as well ({found[0]}); name another backup")
     with connected(storage, backup) as catalogue:
         gallery_id = catalogue.meta()["gallery_id"]
     refuse_link(folder / SEGMENT_FOLDER)
@@ -189,7 +192,7 @@ def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
         except GalleryDamaged:
             continue
         if about["gallery"] != gallery_id:
-            raise InvalidInput(f"{backup} is a backup of another gallery than {folder}; name one of this")
+            raise InvalidInput(f"{backup} is a backup of another gallery than {folder}; name a backup of this gallery")
     aside = folder / ASIDE_FOLDER
     storage.make_folder(aside)
     if storage.list_names(folder / SEGMENT_FOLDER) is None:
@@ -200,6 +203,6 @@ def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
     storage.share_transforms(backup, folder, None)
     copied = copy_gallery(storage, backup, folder, check_kept=True, aside=aside)
     return [
-        f"restored version {copied.version} from the backup: what was committed later is lost; the damaged database, databases "
+        f"restored version {copied.version} from the backup: later commits are lost; the damaged database, databases "
         f"of jobs, and segments that the backup does not name are in {aside.name}/"
     ]

@@ -1,12 +1,13 @@
-"""Finds the decisions and cases that are kept no longer, and erases them.
+"""Retention: finds the decisions and cases whose retention period has ended, and erases them.
 
-Owns what is due, and how it leaves the files. Never removes an enrolled subject, its templates, or an open case.
+Owns the choice of records that are due, and their erasure from the files. Never removes an enrolled subject, its templates, or an open
+case.
 
-1. A decision `refused` is due when it is older than the limit; a case, when its last verdict is. Both then leave with all that was sent and
-   answered, and the templates of a case that was not enrolled. Their encounter_ids may be used again.
-2. Sealed decisions are erased by writing their segments anew. Each segment is one commit, the cases' own records are the last one, and the
-   note of the run goes with it: interrupted, the next run goes on.
-3. What was judged to be two people stays judged: these pairs name rows, and no encounter.
+1. A decision `refused` is due when it is older than its limit. A closed case is due when its last verdict is older than its limit. Requests
+   and answers are erased, and the templates of a case that was not enrolled. Their encounter_ids may be used again.
+2. Sealed decisions are erased by rewriting their segments. Each segment is one commit. The last commit erases the records of cases and
+   records the run. So an interrupted run is continued by the next run.
+3. Pairs of rows that were judged different stay judged: they name rows, and no encounter.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _STEP = "retention:"
 
 @dataclass(frozen=True)
 class Due:
-    """refused, cases: encounter_ids, ascending; waiting: open cases that are older than the limit of cases, which wait for a verdict."""
+    """The records that are due. refused, cases: encounter_ids, ascending; waiting: open cases older than the limit, which are not
+    erased."""
 
     refused: tuple[str, ...]
     cases: tuple[str, ...]
@@ -47,13 +49,13 @@ class Due:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the encounter_ids, in hexadecimal."""
+        """The SHA-256 of the encounter_ids, in hexadecimal."""
         return hashlib.sha256(json.dumps([self.refused, self.cases]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Decisions and verdicts before these times, in seconds, are due; None keeps them."""
+    """Decisions and verdicts before these times, in seconds since 1970, are due. None keeps all of them."""
 
     refused_before: float | None
     cases_before: float | None
@@ -64,7 +66,7 @@ class Limits:
 
 
 def due(gallery: Gallery, limits: Limits) -> Due:
-    """Reads every decision of segments that have refused ones."""
+    """The records that are due. It reads every decision in segments with refusals."""
     snapshot, closed, waiting = gallery.snapshot(), set[str](), []
     known = gallery.closed_cases()
     if limits.cases_before is not None:
@@ -85,23 +87,24 @@ def due(gallery: Gallery, limits: Limits) -> Due:
 
 
 def erase(gallery: Gallery, limits: Limits, facts: Mapping[str, Any]) -> tuple[Due, int]:
-    """Erases what is due, and notes it in the hash chain. facts: for the note, JSON-ready. Returns (what was due, segments written anew)."""
+    """Erases the records that are due, and records the run as a job step. facts: for that record, JSON values. Returns (the erased records,
+    the number of rewritten segments)."""
     if gallery.problems() is not None:
-        raise InvalidInput("a register in PostgreSQL erases nothing by its policy yet; its records are kept")
+        raise InvalidInput("a register in PostgreSQL does not support retention yet; its records are kept")
     wanted = due(gallery, limits)
     if not wanted:
         return wanted, 0
     gallery.seal()
     snapshot, rewritten = gallery.snapshot(), 0
 
-    def without(segment: Segment) -> Rows | None:
+    def without(segment: Segment) -> SegmentWithoutAnswers | None:
         nonlocal rewritten
         keep = np.array(list(_kept(segment.answers, wanted, limits.refused_before)), bool)
         removed = snapshot.mask(segment)
         if keep.all() and (removed is None or not wanted.cases):
             return None
         rewritten += 1
-        return Rows(segment, keep)
+        return SegmentWithoutAnswers(segment, keep)
 
     gallery.rewrite(without)
     with gallery.transaction() as transaction:
@@ -112,12 +115,12 @@ def erase(gallery: Gallery, limits: Limits, facts: Mapping[str, Any]) -> tuple[D
 
 
 def next_number(snapshot: Snapshot) -> int:
-    """Of the next run."""
+    """The number of the next run."""
     return 1 + sum(name.startswith(_STEP) for name in snapshot.steps)
 
 
 def _kept(answers: Answers, wanted: Due, refused_before: float | None) -> Iterator[bool]:
-    """Of each answer. An encounter that was refused and sent again has several."""
+    """Whether each answer is kept. A refused encounter that was sent again has several answers."""
     cases, refused = set(wanted.cases), set(wanted.refused)
     for name, stored in _stored(answers):
         late = refused_before is not None and name in refused and _is_due(stored, refused_before)
@@ -141,8 +144,8 @@ def _decided_at(stored: StoredDecision) -> float:
     return float(at) if isinstance(at, (int, float)) else np.inf
 
 
-class Rows:
-    """A segment without some of its answers, as `Rows` to be written. keep: bool (answers,)."""
+class SegmentWithoutAnswers:
+    """A segment without some of its answers. Implements `Rows`. keep: the answers to keep, bool (answers,)."""
 
     def __init__(self, part: Part, keep: NDArray[np.bool_]) -> None:
         self.first_row, self.end_row, self.count = part.first_row, part.end_row, part.count
@@ -158,8 +161,8 @@ class Rows:
         return self._part.bits
 
     @property
-    def again(self) -> NDArray[np.uint64]:
-        return self._part.again
+    def repeated(self) -> NDArray[np.uint64]:
+        return self._part.repeated
 
     def rows(self, positions: Int64) -> Int64:
         return self._part.rows(positions)
@@ -181,7 +184,7 @@ class Rows:
 
 
 class _SomeAnswers:
-    """Some of the answers of a part, as `Answers`."""
+    """Some of the answers of a part. Implements `Answers`."""
 
     def __init__(self, answers: Answers, keep: NDArray[np.bool_]) -> None:
         self._answers = answers
@@ -201,7 +204,7 @@ class _SomeAnswers:
         return {outcome: count for outcome, count in counts.items() if count}
 
     def find(self, encounter_id: str, hashed: np.uint64) -> StoredDecision | None:
-        raise NotImplementedError("it is only written")
+        raise NotImplementedError("these answers are only written")
 
     def ids(self, low: int, high: int) -> Packed:
         return self._some(self._answers.ids, low, high)

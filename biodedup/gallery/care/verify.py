@@ -1,6 +1,6 @@
-"""Checks a gallery: every page, every checksum, and that its parts agree with one another.
+"""Verifies a gallery: every database page, every checksum, and that its parts agree with each other.
 
-Owns the list of what is wrong. Never changes anything.
+Owns the list of problems. Never changes anything.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from biodedup.gallery.segments.reader import Segment
 from biodedup.values import COLUMNS
 
 COUNTERS = "counters"
-"""Kind of a problem with these."""
+"""Kind of a problem with the counters."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong. segment: None for the database; kind: `subject`, `encounter`, a column, a look-up, or `journal`."""
+    """One problem. segment: None for the database; kind: `subject`, `encounter`, a column, a look-up, an index, `journal` or COUNTERS."""
 
     segment: int | None
     kind: str
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A consistent view of a gallery's files. files: open ones; problems: of those that could not be opened."""
+    """A gallery's files, as of one commit. files: the open files; problems: of files that could not be opened."""
 
     gallery_id: str
     version: int
@@ -67,13 +67,13 @@ class Manifest:
 
 
 def inspect(storage: Storage, folder: Path) -> list[Problem]:
-    """Checks every page, every checksum, and that what is derived agrees with what is exact. Reads everything; of the databases that jobs
-    keep beside the gallery's the pages alone.
+    """Verifies every page and every checksum, and compares derived files with the exact ones. It reads the whole gallery. In the databases
+    of jobs, which are in the same folder, it verifies only the pages.
 
     Raises NotAGallery, StorageUnavailable.
     """
     try:
-        return _inspected(storage, folder) + _beside(storage, folder)
+        return _inspected(storage, folder) + _problems_of_job_databases(storage, folder)
     except MALFORMED as error:
         if isinstance(error, CallerError):
             raise
@@ -82,8 +82,8 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
         return [Problem(None, "journal", str(error))]
 
 
-def _beside(storage: Storage, folder: Path) -> list[Problem]:
-    """What is wrong with the databases of the queue and of kits."""
+def _problems_of_job_databases(storage: Storage, folder: Path) -> list[Problem]:
+    """The problems of the databases of the enrolment queue and of field kits."""
     problems = []
     for name in {BACKLOG_NAME, LEDGER_NAME}.intersection(storage.list_names(folder) or ()):
         try:
@@ -104,7 +104,7 @@ def _inspected(storage: Storage, folder: Path) -> list[Problem]:
             return [
                 Problem(None, COUNTERS, "its counters are lost; `biodedup doctor --repair` computes them from the rows")
             ]
-        catalogue.begin_reading()  # one view: a writer may seal the journal meanwhile
+        catalogue.begin_reading()  # so that a writer cannot seal the journal meanwhile
         try:
             database = [Problem(None, "journal", text) for text in catalogue.problems()]
         finally:
@@ -115,7 +115,11 @@ def _inspected(storage: Storage, folder: Path) -> list[Problem]:
     problems = list(manifest.problems)
     if (counted := recomputed(manifest.counters, manifest.counter_sources)) != manifest.counters:
         problems.append(
-            Problem(None, COUNTERS, f"its counters say {in_words(manifest.counters)}, its rows {in_words(counted)}")
+            Problem(
+                None,
+                COUNTERS,
+                f"its counters are {in_words(manifest.counters)}, wanted {in_words(counted)} by its rows",
+            )
         )
     for (number, kind), file in manifest.files.items():
         problems += [Problem(number, kind, text) for text in file.problems()]
@@ -132,6 +136,7 @@ def _inspected(storage: Storage, folder: Path) -> list[Problem]:
 
 @contextmanager
 def connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iterator[SqliteCatalogue]:
+    """The database of a gallery, with its format checked. Raises NotAGallery, GalleryDamaged, StorageUnavailable."""
     with translated(f"reading {folder}"):
         if DATABASE_NAME not in (storage.list_names(folder) or ()):
             if storage.list_names(folder / SEGMENT_FOLDER):
@@ -149,8 +154,8 @@ def connected(storage: Storage, folder: Path, *, read_only: bool = True) -> Iter
 def read_manifest(
     storage: Storage, folder: Path, catalogue: SqliteCatalogue, copy: sqlite3.Connection | None = None
 ) -> Manifest:
-    """copy: gets the database as of the same version."""
-    catalogue.begin_reading()  # while this lasts no writer can retire a file that is not open here yet
+    """Opens all files that the manifest names. copy: receives a copy of the database, as of the same commit."""
+    catalogue.begin_reading()  # so that no writer removes a file before it is open here
     try:
         entries, state = catalogue.segments(), catalogue.state()
         files, problems = {}, []
@@ -159,7 +164,7 @@ def read_manifest(
                 try:
                     file = open_column_file(storage, folder / SEGMENT_FOLDER / file_name(entry.number, kind))
                     if file.digest != digest:
-                        raise file.damaged("it is another file than the manifest names")
+                        raise file.damaged("it is not the file that the manifest names")
                     files[entry.number, kind] = file
                 except (GalleryDamaged, ValueError, KeyError) as error:
                     problems.append(Problem(entry.number, kind, str(error)))
@@ -167,8 +172,8 @@ def read_manifest(
             catalogue.copy_to(copy)
         removed = catalogue.tombstones()
         pending, state = catalogue.pending(), catalogue.state()
-        gone = {*removed, *pending}
-        journal = [subject_id for row, subject_id, *_ in catalogue.subjects() if row not in gone]
+        not_live = {*removed, *pending}
+        journal = [subject_id for row, subject_id, *_ in catalogue.subjects() if row not in not_live]
         return Manifest(
             gallery_id=catalogue.meta()["gallery_id"],
             version=state.version,
@@ -186,7 +191,7 @@ def read_manifest(
 
 
 def _contradictions(segment: Segment) -> Iterator[Problem]:
-    """Checks that the arrays of a segment agree with one another; its checksums are right already."""
+    """Problems of a segment whose checksums are right, but whose arrays disagree with each other."""
     number = segment.entry.number
     presence = np.zeros(segment.count, np.uint16)
     for name, column in segment.columns.items():
@@ -204,7 +209,7 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
         else:
             presence[positions] |= 1 << COLUMNS.index(name)
     if not np.array_equal(presence, segment.presence(0, segment.count)):
-        yield Problem(number, SUBJECT, "the presence of templates is not that of the columns")
+        yield Problem(number, SUBJECT, "the array `presence` disagrees with the columns")
     rows = segment.rows(np.arange(segment.count))
     if (np.diff(rows) <= 0).any() or (len(rows) and not segment.first_row <= rows[0] <= rows[-1] < segment.end_row):
         yield Problem(number, SUBJECT, "its rows are out of order")
@@ -218,12 +223,12 @@ def _contradictions(segment: Segment) -> Iterator[Problem]:
         order = np.argsort(hashes, kind="stable")
         known, indices = lookup()
         if not (np.array_equal(known, hashes[order]) and np.array_equal(indices, order)):
-            yield Problem(number, kind + LOOKUP, "it is not the order of its ids")
+            yield Problem(number, kind + LOOKUP, "it disagrees with the ids")
 
 
 def count_extra_rows(manifest: Manifest) -> tuple[int, int]:
-    """(live rows beyond the first of their subject, those of them that nothing marks as such). Works range by range of the hash, so
-    that memory is bounded by the range."""
+    """(live rows beyond the first row of their subject, how many of these are not in `repeated`). It processes one range of hashes after
+    the other, so that the memory is limited by the range."""
     live: list[NDArray[np.uint64]] = []
     marked = [np.zeros(0, np.uint64)]
     hidden = np.union1d(manifest.tombstones, np.array(sorted(manifest.pending), np.int64))
@@ -233,9 +238,9 @@ def count_extra_rows(manifest: Manifest) -> tuple[int, int]:
         left_out = segment.at(hidden[low:high])
         hashes, positions = segment.lookup()
         live.append(hashes[~np.isin(positions, left_out)] if len(left_out) else hashes)
-        marked.append(segment.again)
+        marked.append(segment.repeated)
     live.append(np.sort(packed.hashes(packed.pack_text(manifest.journal_ids))))
-    marked.append(live[-1])  # those of the journal are found out when it is read
+    marked.append(live[-1])  # rows of the journal are marked when it is read
     known, extra, unmarked = np.unique(np.concatenate(marked)), 0, 0
     bounds = np.linspace(0, 2.0**64, 257)[1:-1].astype(np.uint64)
     cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for hashes in live]
@@ -253,13 +258,13 @@ def _twice(manifest: Manifest) -> list[Problem]:
     if unmarked:
         problems.append(Problem(None, SUBJECT, f"{unmarked} subjects are enrolled twice"))
     if extra != manifest.counters.extra_rows:
-        text = f"its counters say that {manifest.counters.extra_rows} rows are not the first of their subject, its rows {extra}"
+        text = f"its counters have {manifest.counters.extra_rows} rows beyond the first of their subject, wanted {extra} by its rows"
         problems.append(Problem(None, COUNTERS, text))
     return problems
 
 
 def read_counters(catalogue: SqliteCatalogue) -> State | None:
-    """None where they are lost or damaged."""
+    """The stored counters; None if they are lost or damaged."""
     try:
         return catalogue.state()
     except (GalleryDamaged, *MALFORMED):
@@ -272,6 +277,7 @@ def read_counter_sources(catalogue: SqliteCatalogue, entries: Sequence[SegmentEn
 
 
 def in_words(state: State) -> str:
+    """The counters as text."""
     return (
         f"rows {state.row_count}, next segment {state.next_segment}, version {state.version}, commits {state.commits}"
     )

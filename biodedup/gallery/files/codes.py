@@ -143,8 +143,24 @@ def _dequantise(codes: Any, norms: Any, vectors: Any) -> None:
 
 @_compiled
 def _multiply(vectors: Any, matrix: Any, found: Any) -> None:
+    whole = vectors.shape[1] // 8 * 8
+    for k in range(
+        0, whole, 8
+    ):  # eight rows of the matrix serve all vectors while they are in the cache; sums keep their order
+        for i in range(vectors.shape[0]):
+            a, b, c, d = vectors[i, k], vectors[i, k + 1], vectors[i, k + 2], vectors[i, k + 3]
+            e, f, g, h = vectors[i, k + 4], vectors[i, k + 5], vectors[i, k + 6], vectors[i, k + 7]
+            for j in range(matrix.shape[1]):
+                total = found[i, j] + a * matrix[k, j]
+                total += b * matrix[k + 1, j]
+                total += c * matrix[k + 2, j]
+                total += d * matrix[k + 3, j]
+                total += e * matrix[k + 4, j]
+                total += f * matrix[k + 5, j]
+                total += g * matrix[k + 6, j]
+                found[i, j] = total + h * matrix[k + 7, j]
     for i in range(vectors.shape[0]):
-        for k in range(vectors.shape[1]):
+        for k in range(whole, vectors.shape[1]):
             for j in range(matrix.shape[1]):
                 found[i, j] += vectors[i, k] * matrix[k, j]
 

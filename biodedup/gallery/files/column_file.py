@@ -231,22 +231,8 @@ class ColumnFile:
         self._sealed = content if isinstance(content, SealedMap) else None
         self._octets = np.frombuffer(content, np.uint8)
         self._address = self._octets.ctypes.data
-        self._decrypt(0, min(_HEADER_BYTES, len(content)))
-        try:
-            magic, version, header_bytes, file_bytes, checksum = _FIXED.unpack_from(content)
-        except struct.error:
-            raise self.damaged("it is shorter than a header") from None
-        if magic != MAGIC or version not in (VERSION, VERSION_OF_SMALL_BLOCKS):
-            raise self.damaged(f"magic {magic!r}, format {version}, wanted {MAGIC!r} and {VERSION_OF_SMALL_BLOCKS}")
-        if file_bytes != len(content):
-            raise self.damaged(f"{len(content)} bytes, wanted {file_bytes}")
-        if not _FIXED.size <= header_bytes <= min(_HEADER_BYTES_MAX, file_bytes - 8):
-            raise self.damaged(f"a header of {header_bytes} bytes")
-        self._decrypt(0, header_bytes)
-        header = bytearray(content[:header_bytes])
-        header[_CHECKSUM_AT : _FIXED.size] = bytes(8)
-        if xxhash.xxh3_64_intdigest(header) != checksum:
-            raise self.damaged("its header")
+        header, file_bytes = self._header(content)
+        header_bytes = len(header)
         try:
             contents = json.loads(header[_FIXED.size :].rstrip(b"\0"))
             self.about: dict[str, Any] = contents["about"]
@@ -300,6 +286,26 @@ class ColumnFile:
         except MALFORMED:
             pass
         raise self.damaged(f"the type, shape or position of its array {name!r:.40}")
+
+    def _header(self, content: mmap.mmap) -> tuple[bytearray, int]:
+        """(the verified header, the size of the file). Raises GalleryDamaged."""
+        self._decrypt(0, min(_HEADER_BYTES, len(content)))
+        try:
+            magic, version, header_bytes, file_bytes, checksum = _FIXED.unpack_from(content)
+        except struct.error:
+            raise self.damaged("it is shorter than a header") from None
+        if magic != MAGIC or version not in (VERSION, VERSION_OF_SMALL_BLOCKS):
+            raise self.damaged(f"magic {magic!r}, format {version}, wanted {MAGIC!r} and {VERSION_OF_SMALL_BLOCKS}")
+        if file_bytes != len(content):
+            raise self.damaged(f"{len(content)} bytes, wanted {file_bytes}")
+        if not _FIXED.size <= header_bytes <= min(_HEADER_BYTES_MAX, file_bytes - 8):
+            raise self.damaged(f"a header of {header_bytes} bytes")
+        self._decrypt(0, header_bytes)
+        header = bytearray(content[:header_bytes])
+        header[_CHECKSUM_AT : _FIXED.size] = bytes(8)
+        if xxhash.xxh3_64_intdigest(header) != checksum:
+            raise self.damaged("its header")
+        return header, file_bytes
 
     def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raises GalleryDamaged if an array is absent, or has another type or shape."""

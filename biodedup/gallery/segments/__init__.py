@@ -1,1 +1,1 @@
-"""Rows of a gallery: sealed segments on disk, and the tail in memory."""
+"""The rows of a gallery: segments (sealed rows, on disk) and the tail (the newest rows, in memory)."""

@@ -2,10 +2,10 @@
 
 Owns the policy, as functions of sizes. Never reads or writes.
 
-Method: size tiers of a log-structured merge-tree (O'Neil et al., "The log-structured merge-tree", 1996, and its successors). Special
-here: segments keep the order of their rows. When the `fan` youngest neighbours are all of one tier or below, they become one segment of
-the next tier. A row is then rewritten about log_fan(rows / seal_rows) times in its life, and a gallery of n rows has at most
-fan * log_fan(n / seal_rows) segments.
+Method: size-tiered compaction of a log-structured merge-tree (O'Neil et al., "The log-structured merge-tree", 1996). Difference: only
+neighbours are merged, so that rows keep their order. When the `fan` youngest neighbours are all of the same tier or below, they are merged
+into one segment of the next tier. So a row is rewritten about log_fan(rows / seal_rows) times, and a gallery of n rows has at most fan *
+log_fan(n / seal_rows) segments.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log
 
-DEAD_SHARE_MAX = 0.25  # a segment with more removed rows than this is written anew
+DEAD_SHARE_MAX = 0.25  # a segment with a higher share of removed rows is rewritten
 
 
 def due(counts: Sequence[int], dead: Sequence[int], seal_rows: int, fan: int, rows_max: int) -> slice | None:
-    """The neighbours to be merged next, or None. counts: rows of each segment, oldest first; dead: removed ones of these;
-    rows_max: what a merged segment holds at most."""
+    """The neighbouring segments to merge next, or None. counts: rows of each segment, oldest first; dead: removed rows of each segment;
+    seal_rows: rows of a newly sealed segment; rows_max: the largest size of a merged segment."""
     tiers = [int(log(max(count, 1) / seal_rows, fan)) if count > seal_rows else 0 for count in counts]
     for tier in sorted(set(tiers)):
         start = len(tiers)
@@ -34,7 +34,7 @@ def due(counts: Sequence[int], dead: Sequence[int], seal_rows: int, fan: int, ro
 
 
 def grouped(counts: Sequence[int], rows_max: int) -> list[slice]:
-    """Neighbours in groups of at most rows_max rows; a larger segment is a group of its own."""
+    """Divides neighbouring segments into groups of at most rows_max rows. A larger segment forms its own group."""
     groups, start, total = [], 0, 0
     for i, count in enumerate(counts):
         if total and total + count > rows_max:

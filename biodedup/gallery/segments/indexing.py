@@ -1,10 +1,10 @@
-"""Builds the FAISS indexes of a segment's columns from their stored vectors.
+"""Builds the FAISS indexes of a segment's columns from the stored vectors.
 
-Owns which columns are indexed, and from what an index is made. Never trains a codec and never touches the manifest.
+Owns the choice of columns that get an index, and the input of the index. Never trains a codec and never changes the manifest.
 
-An index is made of the vectors as the segment stores them, with eight bits a number, so that it can be built again from the segment
-alone. That of a merged segment is built anew: `IndexIVF.merge_from` of FAISS 1.15 writes behind the end of a fast-scan list whose size
-is a multiple of its block (`BlockInvertedLists::add_entries`), which lists of 1,024 rows reach.
+An index is built from the vectors as the segment stores them, with eight bits per component, so that it can be rebuilt from the segment.
+The index of a merged segment is built from its vectors, not by `IndexIVF.merge_from`: in FAISS 1.15 that function writes beyond the end of
+a fast-scan list whose size is a multiple of its block (`BlockInvertedLists::add_entries`), for example of 1,024 rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from biodedup.gallery.segments.stored_index import write_index
 from biodedup.values import Float32
 
 CELLS_MIN = 1 << 14
-"""A column of at most so many cells is compared exactly, and has no index."""
-_PIECES = 8  # PIECE_ROWS each, that FAISS gets at a time
+"""A column with at most so many cells has no index and is compared exactly."""
+_PIECES = 8  # FAISS receives so many pieces of PIECE_ROWS rows at a time
 
 
 def with_indexes(
@@ -39,7 +39,7 @@ def with_indexes(
     codecs: Mapping[str, FaissCodec],
     go_on: Callable[[], bool] = lambda: True,
 ) -> SegmentEntry:
-    """The entry of a written segment, with an index for each column that has a codec and enough cells."""
+    """Writes an index for each column of a segment that has a codec and enough cells. Returns the entry with the index files."""
     if not codecs:
         return entry
     files = dict(entry.files)
@@ -58,7 +58,7 @@ def with_indexes(
 
 
 def built(column: Column, codec: FaissCodec, go_on: Callable[[], bool] = lambda: True) -> Any:
-    """The index of a column's vectors."""
+    """Builds the index of a column. go_on: raises to stop."""
 
     def pieces() -> Iterator[Float32]:
         for start in range(0, column.count, _PIECES * PIECE_ROWS):
@@ -73,7 +73,7 @@ def built(column: Column, codec: FaissCodec, go_on: Callable[[], bool] = lambda:
 def write_column_index(
     storage: Storage, folder: Path, gallery_id: str, which: tuple[int, str], index: Any, *, replaces: bool = False
 ) -> str:
-    """Writes the file of an index. which: number of the segment, kind of the file. Returns its digest."""
+    """Writes the file of an index. which: (number of the segment, kind of the file). Returns the digest."""
     number, kind = which
     about = {
         "gallery": gallery_id,
@@ -86,7 +86,7 @@ def write_column_index(
 
 
 def sample_of(columns: Sequence[Column], wanted: int) -> Float32:
-    """Vectors from all over these columns, float32 (n, d), at most `wanted`."""
+    """A sample of at most `wanted` vectors, float32 (n, d), in pieces from evenly spaced places in these columns."""
     total = sum(column.count for column in columns)
     starts = np.linspace(0, total, -(-min(wanted, total) // PIECE_ROWS), endpoint=False).astype(np.int64)
     pieces: list[NDArray[np.float32]] = []

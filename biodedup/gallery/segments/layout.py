@@ -1,10 +1,10 @@
-"""The files of a segment: their names, their kinds, and how the manifest names them.
+"""The files of a segment: their names, their kinds, and their entry in the manifest.
 
 Owns these names. Never reads or writes a file.
 
-Files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, two a column (`12.face` holds what a scan reads, `12.face.rest`
-the low nibbles of its codes), and some that are derived and can be rebuilt: `12.subject.lookup`, `12.encounter.lookup`, and
-`12.face.index.0123456789abcdef`, a column's FAISS index of the codec with this id.
+The files of segment 12 (FORMAT.md): `12.subject`, `12.encounter`, and two files for each column: `12.face` with the data that a scan reads,
+and `12.face.rest` with the low nibbles of the codes. Derived files can be rebuilt from the others: `12.subject.lookup`,
+`12.encounter.lookup`, and `12.face.index.0123456789abcdef`, a FAISS index of the column with the id of its codec.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 
 def file_name(number: int, kind: str) -> str:
-    """kind: `subject`, `encounter`, a column, or a derived kind."""
+    """The name of a segment's file. kind: `subject`, `encounter`, a column, or a derived kind."""
     return f"{number}.{kind}"
 
 
@@ -38,7 +38,7 @@ def is_derived(kind: str) -> bool:
 
 
 def index_of(kind: str) -> tuple[str, str] | None:
-    """(column, codec id) of a FAISS index; None for another kind."""
+    """(column, codec id) of the kind of a FAISS index; None for another kind."""
     column, _, codec_id = kind.partition(INDEX)
     return (column, codec_id) if column in COLUMNS and _CODEC_ID.fullmatch(codec_id) else None
 
@@ -48,13 +48,13 @@ def _is_kind(kind: str) -> bool:
 
 
 def number_of(name: str) -> int | None:
-    """The number of the segment that a file belongs to, by its name, with or without NEW_SUFFIX; None for any other file."""
+    """The number of the segment in a file's name, with or without NEW_SUFFIX; None for any other file."""
     number, _, kind = name.removesuffix(NEW_SUFFIX).partition(".")
     return int(number) if _NUMBER.fullmatch(number) and _is_kind(kind) else None
 
 
 def unused_number(storage: Storage, folder: Path, number: int) -> int:
-    """The first one from `number` on of which no file is there."""
+    """The first number from `number` on without a file in the folder."""
     taken = {number_of(name) for name in storage.list_names(folder) or ()}
     while number in taken:
         number += 1
@@ -63,7 +63,7 @@ def unused_number(storage: Storage, folder: Path, number: int) -> int:
 
 @dataclass(frozen=True)
 class SegmentEntry:
-    """A segment as the manifest names it. files: kind -> digest."""
+    """The entry of a segment in the manifest. files: kind -> digest."""
 
     number: int
     first_row: int
@@ -71,15 +71,15 @@ class SegmentEntry:
     files: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Raises GalleryDamaged for values that no writer wrote: names of files are made of them."""
-        whole = all(type(number) is int for number in (self.number, self.first_row, self.end_row))
-        named = isinstance(self.files, Mapping) and all(type(digest) is str for digest in self.files.values())
-        if not (whole and named and self.number >= 1 and 0 <= self.first_row <= self.end_row):
-            raise GalleryDamaged("the manifest names a segment that cannot be; run `biodedup doctor`")
+        """Raises GalleryDamaged for invalid values. File names are made from them, so they must not be trusted."""
+        are_counts = all(type(number) is int for number in (self.number, self.first_row, self.end_row))
+        are_files = isinstance(self.files, Mapping) and all(type(digest) is str for digest in self.files.values())
+        if not (are_counts and are_files and self.number >= 1 and 0 <= self.first_row <= self.end_row):
+            raise GalleryDamaged("the entry of a segment in the manifest is invalid; run `biodedup doctor`")
         lacking = {SUBJECT, SUBJECT + LOOKUP} - set(self.files)
         if ENCOUNTER in self.files:
             lacking |= {ENCOUNTER + LOOKUP} - set(self.files)
         if lacking or not all(map(_is_kind, self.files)):
             raise GalleryDamaged(
-                f"the manifest names other files of segment {self.number} than it has; run `biodedup doctor`"
+                f"the manifest names missing or unknown files for segment {self.number}; run `biodedup doctor`"
             )

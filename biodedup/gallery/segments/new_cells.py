@@ -1,6 +1,7 @@
-"""The templates of a batch that is added without a search, as arrays: for each column its rows, vectors, minutiae records and qualities.
+"""The templates of a bulk load (a batch that is added without a search), as arrays: for each column its rows, vectors, minutiae and
+qualities.
 
-Owns these arrays. Has no Python object a cell, and never touches the disk.
+Owns these arrays. Never makes a Python object for each cell, and never reads or writes the disk.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from biodedup.values import COLUMNS, Float32
 
 @dataclass(frozen=True, eq=False)
 class NewCells:
-    """The templates of one column. positions: of the rows that have one, int64 (m,), ascending; vectors: float32 (m, d), unit rows, None
-    in a column of minutiae alone; minutiae: m records as galleries store them, empty where a cell has none; quality: float32 (m,), NaN
-    where it was not measured."""
+    """The templates of one column. positions: of the rows with a template, int64 (m,), ascending; vectors: float32 (m, d), unit rows, None
+    in a column of minutiae only; minutiae: m records in the stored form, empty for a cell without one; quality: float32 (m,), on the scale
+    of files, NaN if it was not measured."""
 
     model_id: str
     positions: Int64
@@ -42,7 +43,7 @@ class NewCells:
         return bool(self.count) and bool(to_arrays(self.minutiae)[0][-1])
 
     def digested(self, count: int) -> Iterator[bytes | memoryview]:
-        """What a digest of `count` rows is made of. A column of vectors alone, or of records alone, gives what releases before 0.3 digested."""
+        """The input for a digest of `count` rows. For a column of only vectors, or only records, it is the input of releases before 0.3."""
         offsets, records = to_arrays(self.minutiae)
         plain = bool(np.isnan(self.quality).all())
         if self.vectors is None and plain:
@@ -58,7 +59,7 @@ class NewCells:
                 yield np.ascontiguousarray(array).data
 
     def at(self, rows: Int64, count: int) -> NewCells:
-        """Of some of `count` rows, ascending: their cells, at the positions that these rows have among themselves."""
+        """The cells of some of `count` rows, ascending. The positions are renumbered: the first of these rows gets position 0."""
         if len(rows) == count:
             return self
         moved = np.full(count, -1)
@@ -74,19 +75,19 @@ class NewCells:
 
 
 def vectors_alone(model_id: str, vectors: Float32) -> NewCells:
-    """A column of which every row has a vector and nothing else."""
+    """A column in which every row has a vector, and no row has minutiae."""
     count = len(vectors)
     return NewCells(model_id, np.arange(count), vectors, empties(count), np.full(count, np.nan, np.float32))
 
 
 def records_alone(model_id: str, records: Packed) -> NewCells:
-    """A column of minutiae records, one a row, empty where a row has none."""
+    """A column of minutiae records: one for each row, empty for a row without one."""
     has = np.flatnonzero(np.diff(to_arrays(records)[0]) > 0)
     return NewCells(model_id, has, None, records.take(pa.array(has)), np.full(len(has), np.nan, np.float32))
 
 
 def presence_of(cells: Mapping[str, NewCells], count: int) -> NDArray[np.uint16]:
-    """uint16 (count,): bit c is set where the row has a template in COLUMNS[c]."""
+    """The presence of each row, uint16 (count,): bit c is set if the row has a template in COLUMNS[c]."""
     presence = np.zeros(count, np.uint16)
     for name, some in cells.items():
         presence[some.positions] |= np.uint16(1 << COLUMNS.index(name))

@@ -1,6 +1,6 @@
-"""Presents a batch that is added without a search as a part of a gallery, so that a segment can be written from it.
+"""The rows of a bulk load (a batch that is added without a search), in the form that the segment writer reads.
 
-Owns the codes of its vectors while they are written. Never touches the disk.
+Owns the codes of the vectors while they are written. Never reads or writes the disk.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from biodedup.values import Float32
 
 
 class NewRows:
-    """As `Rows`. subject_ids: texts; cells: column -> its templates, of one row at least; group_sets: uint32 (n,)."""
+    """Implements `Rows`. subject_ids: texts; cells: column -> its templates, at least one; group_sets: uint32 (n,)."""
 
     def __init__(self, subject_ids: Packed, cells: Mapping[str, NewCells], group_sets: NDArray[np.uint32]) -> None:
         self.first_row, self.count = 0, len(subject_ids)
         self.end_row = self.count
         self.columns = {name: NewColumn(some, self.count) for name, some in cells.items() if some.count}
         self.answers = TailAnswers({})
-        self.again = np.zeros(0, np.uint64)
+        self.repeated = np.zeros(0, np.uint64)
         self._subject_ids, self._group_sets = subject_ids, group_sets
         self._presence = presence_of(cells, self.count)
 
@@ -57,7 +57,7 @@ class NewRows:
 
 
 class NewColumn:
-    """A column of `NewRows`, as `Column`."""
+    """A column of `NewRows`. Implements `Column`, as far as the writer needs it."""
 
     def __init__(self, cells: NewCells, row_count: int) -> None:
         self._cells = cells
@@ -82,9 +82,7 @@ class NewColumn:
         return self._cells.vectors[low:high]
 
     def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
-        if (
-            self._coded is None or self._coded[0] is not codec
-        ):  # all at once: a file's arrays are written one after another
+        if self._coded is None or self._coded[0] is not codec:  # all cells: the writer reads them once for each array
             pieces = [codec.encode(self.vectors(at, at + PIECE_ROWS)) for at in range(0, self.count, PIECE_ROWS)]
             codes, norms = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
             self._coded = codec, codes, norms
@@ -96,7 +94,7 @@ class NewColumn:
     def minutiae(self, low: int, high: int) -> Packed:
         return self._cells.minutiae.slice(low, min(high, self.count) - low)
 
-    # not needed to write a segment --------------------------------------------------------------------------------
+    # not used by the segment writer --------------------------------------------------------------------------------
 
     def cells_at(self, positions: Int64) -> Int64:
         raise NotImplementedError("new rows are read in order")

@@ -1,9 +1,9 @@
-"""The interface of a part of a gallery: a range of rows, in memory (`Tail`) or in sealed files (`Segment`).
+"""The interface of a part of a gallery: a range of rows, in memory (`Tail`) or in files (`Segment`).
 
-Searches and merges use this interface alone, and do not know which kind they read.
+Searches and merges only use this interface, for both kinds of parts.
 
-Words: a *row* is the number of an encounter in the whole gallery, and never changes; a *position* is its place within one part; a *cell*
-is a template's place within one column of one part. All three ascend together. A subject owns one row or several.
+Terms: a *row* is the number of an encounter in the whole gallery, and never changes. A *position* is the index of a row within one part. A
+*cell* is the index of a template within one column of one part. All three ascend together. A subject has one or more rows.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.values import Float32
 
 PIECE_ROWS = 1 << 13
-"""Rows copied or compared at once: as float32, their vectors stay in the processor's cache."""
+"""The number of rows that are copied or compared in one step. Their vectors (float32) fit into the processor's cache."""
 
 Int64: TypeAlias = NDArray[np.int64]
 
 
 class ScannedRows(NamedTuple):
-    """What a search reads of the blocks that hold some cells of a column (codes.py). signs, outer: uint8 (b, scanned /
-    8, 64); high: uint8 (n, scanned / 2), the high nibbles, n of the first 64 b cells; norms: float32 (64 b,). norm_min: no cell
-    of the column has a smaller norm."""
+    """The data that a search reads for b blocks of a column's cells (codes.py). signs, outer: uint8 (b, scanned / 8, 64); high: uint8
+    (n, scanned / 2), the high nibbles of the n <= 64 b cells; norms: float32 (64 b,); norm_min: the smallest norm in the column."""
 
     signs: Codes
     outer: Codes
@@ -40,18 +39,18 @@ class ScannedRows(NamedTuple):
 
 
 class Column(Protocol):
-    """The templates of one column of a part. dimension: None where it holds minutiae only."""
+    """The templates of one column of a part. dimension: of the embeddings, None if the column holds only minutiae."""
 
     count: int
     dimension: int | None
     full: bool
-    """Every row has a cell, so that cells and positions are the same numbers."""
+    """Whether every row has a cell. Then cells and positions are the same numbers."""
 
     def cell_range(self, low: int, high: int) -> tuple[int, int]:
         """The cells of positions [low, high)."""
 
     def cells_at(self, positions: Int64) -> Int64:
-        """The cell of each position, -1 where it has none."""
+        """The cell of each position, -1 for a position without a cell."""
 
     def positions(self, low: int, high: int) -> Int64:
         """The positions of cells [low, high)."""
@@ -62,39 +61,39 @@ class Column(Protocol):
 
     @property
     def index(self) -> StoredIndex | None:
-        """Its FAISS index, None where it has none."""
+        """The FAISS index of the column, or None."""
 
     @property
     def codec(self) -> Codec | None:
-        """None where vectors are kept as they are."""
+        """The codec of the vectors; None if they are stored without a codec."""
 
     def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
-        """Codes and norms of cells [low, high) (codes.py); as they are stored where they are of this codec."""
+        """Codes and norms of cells [low, high) (codes.py). They are read if they are stored with this codec, else computed."""
 
     def scanned(self, low: int, high: int) -> ScannedRows:
-        """What a search reads of the whole blocks that hold cells [low, high). Only with a codec."""
+        """The data that a search reads for the whole blocks with cells [low, high). Only with a codec."""
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
-        """Codes and norms of some cells; ascending ones are read in the order of the disk. Only with a codec."""
+        """Codes and norms of some cells. Ascending cells are read in the order of the disk. Only with a codec."""
 
     @property
     def byte_counts(self) -> tuple[int, int]:
-        """Of the files: what a scan reads, and what is read of single cells."""
+        """(bytes of the file that a scan reads, bytes of the file from which single cells are read)."""
 
     def release(self, *, forget: bool) -> None:
-        """After `codes_at` of many cells: the memory that they took up is given back; forget: by the system, too."""
+        """Releases the memory of cells that `codes_at` has read. forget: also drop them from the system's cache."""
 
     def quality(self, low: int, high: int) -> Float32:
-        """NaN where it was not measured."""
+        """The stored qualities of cells [low, high); NaN for a quality that was not measured."""
 
     def minutiae(self, low: int, high: int) -> Packed:
-        """Empty where a cell has none."""
+        """The minutiae records of cells [low, high); empty for a cell without one."""
 
     def minutiae_at(self, cells: Int64) -> list[bytes]: ...
 
 
 class Answers(Protocol):
-    """The encounters that were answered while a part's rows were enrolled."""
+    """The answers to encounters that are stored with a part."""
 
     @property
     def count(self) -> int: ...
@@ -109,14 +108,15 @@ class Answers(Protocol):
     def digests(self, low: int, high: int) -> Packed: ...
 
     def texts(self, low: int, high: int) -> Packed:
-        """Answers, compressed by zlib."""
+        """The answers, compressed with zlib."""
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-        """Hashes of ids, ascending, and the index of each."""
+        """(hashes of the ids, ascending; the index of each)."""
 
 
 class Rows(Protocol):
-    """`count` rows of the range [first_row, end_row), without the dropped ones: all that is needed to write them into a segment."""
+    """`count` rows of the range [first_row, end_row), with everything that is needed to write them into a segment. Merged parts lack
+    removed rows."""
 
     first_row: int
     end_row: int
@@ -130,33 +130,33 @@ class Rows(Protocol):
 
     @property
     def bits(self) -> Mapping[int, int]:
-        """How many rows have each presence."""
+        """presence -> the number of rows with it."""
 
     def rows(self, positions: Int64) -> Int64: ...
 
     def presence(self, low: int, high: int) -> NDArray[np.uint16]:
-        """Bit c is set where the row has a template in COLUMNS[c]."""
+        """The presence of each row: bit c is set if the row has a template in COLUMNS[c]."""
 
     def group_sets(self, low: int, high: int) -> NDArray[np.uint32]: ...
 
     def subject_ids(self, low: int, high: int) -> Packed: ...
 
     def encounter_ids(self, low: int, high: int) -> Packed:
-        """The encounter that enrolled each row; empty for rows that were added without one."""
+        """The encounter_id of each row; empty for a row that was added without an encounter."""
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-        """Hashes of subject_ids, ascending, and the position of each."""
+        """(hashes of the subject_ids, ascending; the position of each)."""
 
     @property
-    def again(self) -> NDArray[np.uint64]:
-        """Hashes of the subject_ids of rows that were not the first under their id; some may have been removed since."""
+    def repeated(self) -> NDArray[np.uint64]:
+        """Hashes of the subject_ids that had a row already when a row of this part was added. Such rows may have been removed since."""
 
 
 class Part(Rows, Protocol):
-    """Rows that are searched."""
+    """Rows that can be searched."""
 
     def at(self, rows: Int64) -> Int64:
-        """The position of each row, -1 where it was dropped."""
+        """The position of each row, -1 for a row that a merge has dropped."""
 
     def position_range(self, low_row: int, high_row: int) -> tuple[int, int]:
         """The positions of rows [low_row, high_row)."""
@@ -164,13 +164,13 @@ class Part(Rows, Protocol):
     def subject_ids_at(self, positions: Int64) -> list[str]: ...
 
     def find(self, subject_id: str, hashed: np.uint64) -> list[int]:
-        """Positions under this id, ascending."""
+        """The positions of rows with this subject_id, ascending. hashed: its hash."""
 
     def find_all(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> tuple[Int64, Int64]:
-        """(index of the id, position) of every row under one of these ids; of one id, positions ascend."""
+        """(index of the id, position) of every row with one of these ids. The positions of an id ascend."""
 
 
 def sorted_lookup(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-    """The order of a look-up: by hash, equal ones by index."""
+    """The arrays of a look-up: (hashes in ascending order, the index of each). Equal hashes are ordered by index."""
     order = np.argsort(hashes, kind="stable")
     return hashes[order], order.astype(np.uint32)

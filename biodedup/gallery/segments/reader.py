@@ -1,11 +1,10 @@
-"""Reads a segment: sealed rows in immutable files, one file for each column.
+"""Reads a segment: sealed rows in immutable files, with one or two files for each column.
 
-Owns the checks of what the files hold, and presents them as a `Part`. Never writes.
+Owns the validation of the files' content. Implements `Part` (part.py). Never writes.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy as np
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from biodedup.errors import BiodedupError
-from biodedup.gallery.answers import StoredDecision
+from biodedup.errors import BiodedupError, GalleryDamaged
+from biodedup.gallery.answers import ANSWER_BYTES_MAX, StoredDecision, inflated
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, blocks_of, join_nibbles
@@ -30,24 +29,22 @@ from biodedup.gallery.segments.tail import cells_of
 from biodedup.values import COLUMNS, Float32
 
 _DIMENSION_MAX = 1 << 16
-_ANSWER_BYTES_MAX = 1 << 26
-"""Of one answer's JSON: a decision has some kilobytes."""
 _CHECKED_ROWS = 1 << 20
 _SCANNED = ("sign", "outer", "high", "norm", "plane", "code", "scale")
 
 
 def open_segment(storage: Storage, folder: Path, entry: SegmentEntry) -> Segment:
-    """Raises GalleryDamaged where a file is absent, damaged or another one than the manifest's."""
+    """Opens a segment. Raises GalleryDamaged if a file is absent, damaged, or not the file that the manifest names."""
     files = {}
     for kind, digest in entry.files.items():
         files[kind] = file = open_column_file(storage, folder / file_name(entry.number, kind))
         if file.digest != digest:
-            raise file.damaged("it is another file than the manifest names")
+            raise file.damaged("it is not the file that the manifest names")
     return Segment(entry, files)
 
 
 class Segment:
-    """An open segment, as a `Part`."""
+    """An open segment. Implements `Part`."""
 
     def __init__(self, entry: SegmentEntry, files: Mapping[str, ColumnFile]) -> None:
         self.entry = entry
@@ -69,11 +66,11 @@ class Segment:
         self._rows_sound = False
         for name, column in self.columns.items():
             if column.count != sum(count for bits, count in self.bits.items() if bits >> COLUMNS.index(name) & 1):
-                raise files[name].damaged("it has another number of templates than its segment says")
+                raise files[name].damaged(f"it has {column.count} templates, which is not the number in {SUBJECT}")
         _ = self.answers
 
     def close(self) -> None:
-        """Releases the files at once; see `ColumnFile.close`."""
+        """Closes the files at once; see `ColumnFile.close`."""
         strings = [self._ids, self._encounter_ids]
         if (columns := self.__dict__.pop("columns", None)) is not None:
             for column in columns.values():
@@ -95,7 +92,7 @@ class Segment:
         for kind, file in files.items():
             if (which := index_of(kind)) is not None:
                 if (column := columns.get(which[0])) is None:
-                    raise file.damaged("it is the index of a column that the segment has not")
+                    raise file.damaged("it is the index of a column that the segment does not have")
                 column.index = StoredIndex(file, which[1], column.count, column.dimension)
         return columns
 
@@ -109,7 +106,7 @@ class Segment:
 
     @property
     def scanned_bytes(self) -> int:
-        """Of what scans of all columns read."""
+        """The bytes that scans of all columns read."""
         return sum(column.scanned_bytes for column in self.columns.values())
 
     @property
@@ -164,7 +161,7 @@ class Segment:
     def find_all(self, subject_ids: Packed, hashes: NDArray[np.uint64]) -> tuple[Int64, Int64]:
         file = self.files[SUBJECT + LOOKUP]
         known = file.read("hash")
-        order = np.argsort(hashes, kind="stable")  # ascending probes walk through the look-up once
+        order = np.argsort(hashes, kind="stable")  # so that the look-up is read once, in order
         first = np.searchsorted(known, hashes[order])
         there = np.flatnonzero(known[np.minimum(first, len(known) - 1)] == hashes[order]) if len(known) else first[:0]
         first, which = first[there], order[there]
@@ -172,14 +169,14 @@ class Segment:
         which, places = np.repeat(which, counts), np.repeat(first, counts)
         places += np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
         positions = file.take("position", places).astype(np.int64)
-        if len(which):  # two strings share a hash once in 2^64 pairs
+        if len(which):  # compare the strings as well: two strings may share a hash
             same = pyarrow.compute.equal(self._ids.take(positions), subject_ids.take(which))
             same = same.to_numpy(zero_copy_only=False)
             which, positions = which[same], positions[same]
         return which, positions
 
     @property
-    def again(self) -> NDArray[np.uint64]:
+    def repeated(self) -> NDArray[np.uint64]:
         return self._subject.read("again") if "again" in self._subject else np.zeros(0, np.uint64)
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -187,7 +184,7 @@ class Segment:
 
 
 class SegmentColumn:
-    """A column of a `Segment`."""
+    """A column of a `Segment`. Implements `Column`."""
 
     def __init__(self, file: ColumnFile, rest: ColumnFile | None, row_count: int) -> None:
         self._file = file
@@ -213,7 +210,7 @@ class SegmentColumn:
     def _check_vectors(self) -> None:
         file, count, dimension, card = self._file, self.count, self.dimension, self._file.about.get("codec")
         if dimension is None or card is None:
-            if dimension is not None:  # of format 2
+            if dimension is not None:  # format 2
                 file.expect("code", "|i1", (count, dimension))
                 file.expect("scale", "<f4", (count,))
             elif card is not None:
@@ -221,7 +218,7 @@ class SegmentColumn:
             return
         padded, scanned = -(-dimension // STEP) * STEP, card.get("scanned") if type(card) is dict else None
         if type(scanned) is not int or not STEP <= scanned <= padded or scanned % STEP:
-            raise file.damaged("what it says of its codec")
+            raise file.damaged("its codec card is invalid")
         blocks = blocks_of(count)
         file.expect("rotation", "<f4", (padded, dimension))
         file.expect("norm", "<f4", (blocks * BLOCK_ROWS,))
@@ -232,7 +229,7 @@ class SegmentColumn:
                 file.expect(name, "|u1", (blocks, scanned // STEP, BLOCK_ROWS))
             file.expect("high", "|u1", (count, scanned // 2))
         if self._rest is None:
-            raise file.damaged("its rest is missing")
+            raise file.damaged("its file `.rest` is missing")
         self._rest.expect("rest", "|u1", (count, padded - scanned // 2))
 
     def _all_positions(self) -> NDArray[np.uint32]:
@@ -257,7 +254,7 @@ class SegmentColumn:
 
     @property
     def codec(self) -> Codec | None:
-        """None for a column of minutiae alone, and for one of an older format, whose vectors are compared as they are."""
+        """None for a column of minutiae, and for a column of an older format, whose vectors are compared without a codec."""
         return None if self._interleaved else self._stored_codec
 
     @cached_property
@@ -271,11 +268,11 @@ class SegmentColumn:
         except MALFORMED as error:
             if isinstance(error, BiodedupError):
                 raise
-            raise self._file.damaged("what it says of its codec") from error
+            raise self._file.damaged("its codec card is invalid") from error
 
     @property
     def transform_id(self) -> str | None:
-        """Of the transform that its vectors are stored with, "" without one; None where it has no vectors. Needs no key."""
+        """The id of the vectors' secret transform, "" for none; None for a column without vectors. It can be read without a key."""
         return None if self.dimension is None else str((self._file.about.get("codec") or {}).get("turn", ""))
 
     def vectors(self, low: int, high: int) -> Float32:
@@ -312,7 +309,7 @@ class SegmentColumn:
         return min(float(self._lengths(piece).min()) for piece in norms)
 
     def codes_at(self, cells: Int64) -> tuple[Codes, Float32]:
-        assert self._rest is not None, "a column with a codec has a rest"
+        assert self._rest is not None, "a column with a codec has a file `.rest`"
         rest = self._rest.take("rest", cells)
         if self._interleaved:
             self._file.check_rows("plane", cells // BLOCK_ROWS)
@@ -324,14 +321,14 @@ class SegmentColumn:
         return codes, self._lengths(self._file.take("norm", cells))
 
     def check_lengths(self) -> None:
-        """Raises GalleryDamaged where a vector has no length, which no checksum tells."""
+        """Raises GalleryDamaged if a norm is zero, negative or infinite. A checksum does not show this."""
         for low in range(0, self.count if self._stored_codec is not None else 0, PIECE_ROWS):
             self._lengths(self._file.read("norm", low, min(low + PIECE_ROWS, self.count)))
 
     def _lengths(self, norms: Float32) -> Float32:
-        """As they are, if vectors can be divided by them."""
+        """The norms, validated: positive and finite. Raises GalleryDamaged."""
         if not ((norms > 0) & (norms < np.inf)).all():
-            raise self._file.damaged("a vector has no length")
+            raise self._file.damaged("the norm of a vector is not a positive number")
         return norms
 
     @property
@@ -340,7 +337,7 @@ class SegmentColumn:
 
     @property
     def scanned_bytes(self) -> int:
-        """Of the arrays that a scan of all rows reads, and of an index that is searched in their place."""
+        """The bytes of the arrays that a scan of all rows reads, and of the index."""
         scanned = sum(self._file.size_of(name) for name in _SCANNED if name in self._file)
         return scanned + (0 if self.index is None else self.index.byte_count)
 
@@ -351,7 +348,7 @@ class SegmentColumn:
     def _codes(self, low: int, high: int) -> tuple[Codes, Float32]:
         if self._interleaved:
             return self.codes_at(np.arange(low, high))
-        assert self._rest is not None, "a column with a codec has a rest"
+        assert self._rest is not None, "a column with a codec has a file `.rest`"
         codes = join_nibbles(self._file.read("high", low, high), self._rest.read("rest", low, high))
         return codes, self._lengths(self._file.read("norm", low, high))
 
@@ -371,7 +368,7 @@ class SegmentColumn:
 
 
 class SegmentAnswers:
-    """The answers of a `Segment`."""
+    """The answers of a `Segment`. Implements `Answers`."""
 
     def __init__(self, files: Mapping[str, ColumnFile]) -> None:
         self._file = files.get(ENCOUNTER)
@@ -391,19 +388,17 @@ class SegmentAnswers:
         found = find_string(self._lookup, self._ids, encounter_id, hashed)
         if not found:
             return None
-        at = np.array([max(found)])  # the last answer: an encounter that was refused may have been sent again
+        at = np.array([max(found)])  # the latest: a refused encounter that was sent again has several answers
         return StoredDecision.read(self._digests.take(at)[0].as_py(), self._inflated(self._texts.take(at)[0].as_py()))
 
     def _inflated(self, data: bytes) -> str:
         assert self._file is not None, "there are answers"
-        inflating = zlib.decompressobj()
         try:
-            text = inflating.decompress(data, _ANSWER_BYTES_MAX).decode()
-        except (zlib.error, ValueError):
-            raise self._file.damaged("an answer") from None
-        if not inflating.eof:
-            raise self._file.damaged(f"an answer that is cut short, or longer than {_ANSWER_BYTES_MAX:,} bytes")
-        return text
+            return inflated(data).decode()
+        except (GalleryDamaged, ValueError):
+            raise self._file.damaged(
+                f"a stored answer is malformed, truncated, or longer than {ANSWER_BYTES_MAX:,} bytes"
+            ) from None
 
     def ids(self, low: int, high: int) -> Packed:
         return self._ids.slice(low, high) if self.count else packed.pack([])
@@ -421,7 +416,7 @@ class SegmentAnswers:
 
 
 def _number(file: ColumnFile, name: str, largest: int) -> int:
-    """A count that a file states of itself."""
+    """A count in the `about` of a file, validated. Raises GalleryDamaged."""
     value = file.about.get(name)
     if type(value) is not int or not 0 <= value <= largest:
         raise file.damaged(f"{name} {value!r:.40}, wanted at most {largest}")
@@ -431,7 +426,7 @@ def _number(file: ColumnFile, name: str, largest: int) -> int:
 def _counts(file: ColumnFile, name: str) -> dict[str, int]:
     counts = file.about.get(name)
     if type(counts) is not dict or not all(type(n) is int and n >= 0 for n in counts.values()):
-        raise file.damaged(f"what it says of {name}")
+        raise file.damaged(f"its counts of {name} are invalid")
     return counts
 
 
@@ -439,12 +434,12 @@ def _presences(file: ColumnFile, count: int) -> dict[int, int]:
     counts = _counts(file, "presence")
     presences = {int(bits): n for bits, n in counts.items() if bits.isascii() and bits.isdigit() and len(bits) < 6}
     if len(presences) != len(counts) or sum(counts.values()) != count or max(presences, default=0) >> len(COLUMNS):
-        raise file.damaged("what it says of presence")
+        raise file.damaged("its counts of presence are invalid")
     return presences
 
 
 def _ascending_below(array: NDArray[np.uint32], bound: int) -> bool:
-    """Whether numbers rise and stay below a bound. In pieces, so that no second array of their size is made."""
+    """Whether numbers are strictly ascending and below a bound. In pieces, to save memory."""
     if not len(array):
         return True
     pieces = (array[low : low + _CHECKED_ROWS + 1] for low in range(0, len(array), _CHECKED_ROWS))
@@ -452,18 +447,18 @@ def _ascending_below(array: NDArray[np.uint32], bound: int) -> bool:
 
 
 def _scaled(codes: NDArray[np.int8], scales: Float32) -> Float32:
-    """The vectors of format 2."""
+    """Decodes the vectors of format 2."""
     vectors: Float32 = codes.astype(np.float32)
     vectors *= scales[:, None]
     return vectors
 
 
 def _from_plane(plane: Codes, cells: Int64) -> Codes:
-    """The high nibbles of some cells, as `codes.high_nibbles`, from the layout of formats 3 and 4."""
+    """The high nibbles of some cells, as `codes.high_nibbles` returns them, from the layout of formats 3 and 4."""
     words = plane.reshape(len(plane), -1, BLOCK_ROWS, STEP // 2)
     return np.ascontiguousarray(words[cells // BLOCK_ROWS, :, cells % BLOCK_ROWS]).reshape(len(cells), -1)
 
 
 def _range(ascending: NDArray[np.uint32], bounds: Int64) -> Int64:
-    """Where bounds fall; bounds get the array's type, so that the array is not converted."""
+    """np.searchsorted, with the bounds in the array's dtype, so that numpy does not convert the array."""
     return np.searchsorted(ascending, bounds.astype(ascending.dtype))

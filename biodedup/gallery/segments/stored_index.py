@@ -1,8 +1,8 @@
-"""The FAISS index of one column of a segment, in a file of its own.
+"""The FAISS index of one column of a segment, in its own file.
 
-Owns what this file holds. Never trains and never searches (`files/index_codec.py`).
+Owns the format of this file. Never trains and never searches (`files/index_codec.py`).
 
-FAISS cannot search its fast types in a mapped file: an index is read into memory when it is first searched, and stays there as long as
+FAISS cannot search its fast index types in a memory-mapped file. So an index is read into memory at the first search, and stays there while
 its segment is open.
 """
 
@@ -24,7 +24,7 @@ _PIECE_BYTES = 1 << 22
 
 
 class StoredIndex:
-    """An index file of an open segment. Thread-safe. cells: how many rows it has."""
+    """The index file of an open segment. cells, dimension: of the column. Thread-safe."""
 
     def __init__(self, file: ColumnFile, codec_id: str, cells: int, dimension: int | None) -> None:
         if file.about.get("codec") != codec_id or file.about.get("cells") != cells:
@@ -36,7 +36,7 @@ class StoredIndex:
         self._index: Any = None
 
     def loaded(self) -> Any:
-        """The index, for all threads to search; no one may change it. Raises GalleryDamaged."""
+        """The index, shared by all threads. It must not be changed. Raises GalleryDamaged."""
         with self._lock:
             if self._index is None:
                 self._index = self.read()
@@ -47,9 +47,9 @@ class StoredIndex:
         try:
             index = index_codec.read_index(self._read, self._file.shape("index")[0])
         except RuntimeError:
-            raise self._file.damaged("it holds no index that FAISS reads") from None
+            raise self._file.damaged("FAISS cannot read its index") from None
         if (index.ntotal, index.d) != self._shape or not index.is_trained:
-            raise self._file.damaged(f"it indexes {index.ntotal} rows of {index.d} numbers, wanted {self._shape}")
+            raise self._file.damaged(f"its index has (rows, dimension) {(index.ntotal, index.d)}, wanted {self._shape}")
         self._file.release(forget=True)
         return index
 
@@ -58,7 +58,7 @@ class StoredIndex:
         return octets
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Releases the memory."""
         with self._lock:
             self._index = None
 
@@ -76,7 +76,7 @@ def write_index(
     *,
     replaces: bool = False,
 ) -> str:
-    """Writes an index file, synced, and returns its digest. about: gallery, segment, kind, codec, cells; go_on: raises to stop."""
+    """Writes an index file and syncs it. Returns the digest. about: gallery, segment, kind, codec, cells; go_on: raises to stop."""
     serialized = index_codec.to_bytes(index)
 
     def pieces() -> Iterator[NDArray[np.uint8]]:

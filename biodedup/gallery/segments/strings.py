@@ -1,6 +1,6 @@
-"""Strings in a column file, and the look-up that finds one of them by its hash.
+"""Strings in a column file, and the look-up that finds a string by its hash.
 
-Owns the checks of both. Never writes.
+Owns the validation of both. Never writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from biodedup.gallery.segments.part import Int64
 
 
 class StoredStrings:
-    """Byte strings in two arrays of a file."""
+    """Byte strings in two arrays of a file, offsets and bytes. text: the strings must be UTF-8."""
 
     def __init__(self, file: ColumnFile, name: str, count: int, *, text: bool = False) -> None:
         self._file = file
@@ -31,10 +31,10 @@ class StoredStrings:
     def slice(self, low: int, high: int) -> Packed:
         offsets = self._file.read(self._offset, low, high + 1)
         if not (len(offsets) and 0 <= offsets[0] and offsets[-1] <= self._size and (np.diff(offsets) >= 0).all()):
-            raise self._file.damaged(f"places in its array {self._bytes} that are not there")
+            raise self._file.damaged(f"positions outside of its array {self._bytes}")
         strings = packed.from_arrays(offsets, self._file.read(self._bytes, int(offsets[0]), int(offsets[-1])))
         if self._text and not packed.is_text(strings):
-            raise self._file.damaged(f"its array {self._bytes} is no text")
+            raise self._file.damaged(f"its array {self._bytes} is not UTF-8")
         return strings
 
     def take(self, indices: Int64) -> Packed:
@@ -46,9 +46,9 @@ class StoredStrings:
         if len(indices) > 64:
             some = self.take(indices)
             if not packed.is_text(some):
-                raise self._file.damaged(f"its array {self._bytes} is no text")
+                raise self._file.damaged(f"its array {self._bytes} is not UTF-8")
             return packed.text(some)
-        # of a few, quicker than by way of Arrow
+        # faster than Arrow for a few strings
         starts, ends = self._file.take(self._offset, np.concatenate([indices, indices + 1])).reshape(2, -1)
         self._file.check_spans(self._bytes, starts, ends)
         content = self._file.unchecked(self._bytes)
@@ -57,19 +57,19 @@ class StoredStrings:
                 content[start:end].tobytes().decode() for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
             ]
         except UnicodeDecodeError:
-            raise self._file.damaged(f"its array {self._bytes} is no text") from None
+            raise self._file.damaged(f"its array {self._bytes} is not UTF-8") from None
 
     @cached_property
     def _whole(self) -> Packed:
         offsets = self._file.unchecked(self._offset)
         if not 0 <= offsets[0] <= offsets[-1] <= self._size:
-            raise self._file.damaged(f"places in its array {self._bytes} that are not there")
+            raise self._file.damaged(f"positions outside of its array {self._bytes}")
         return packed.from_whole(offsets, self._file.unchecked(self._bytes))
 
 
 def find_string(file: ColumnFile, strings: StoredStrings, wanted: str, target: np.uint64) -> list[int]:
-    """Indices of a string of this hash, by interpolation: hashes are uniform, so that their place is known to within a few
-    square roots."""
+    """The indices of a string. target: its hash. Method: interpolation search. Hashes are uniformly distributed, so the position of a hash
+    differs from its expected position by a few square roots of their number."""
     count = file.shape("hash")[0]
     guess, reach = int(target) * count >> 64, 8 * isqrt(count) + 64
     low, high = max(guess - reach, 0), min(guess + reach, count)
@@ -89,14 +89,16 @@ def find_string(file: ColumnFile, strings: StoredStrings, wanted: str, target: n
 
 
 def check_lookup(file: ColumnFile, count: int) -> None:
+    """Raises GalleryDamaged if a look-up does not have two arrays of `count` elements."""
     file.expect("hash", "<u8", (count,))
     file.expect("position", "<u4", (count,))
 
 
 def read_lookup(file: ColumnFile, count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+    """(hashes, positions) of a whole look-up, validated: it names each position once. Raises GalleryDamaged."""
     hashes, positions = file.read("hash"), file.read("position")
     if len(positions) and int(positions.max()) >= count:
-        raise file.damaged("it points outside its segment")
+        raise file.damaged("it refers to rows outside of its segment")
     named = np.zeros(count, bool)
     named[positions] = True
     if not named.all():

@@ -1,11 +1,11 @@
-"""The tail: the newest rows, uncompressed in memory; the journal holds the same rows on disk.
+"""The tail: the newest rows of a gallery, uncompressed in memory. The journal holds the same rows on disk.
 
-Owns append-only arrays that readers use while one writer appends. Never touches the disk. Its size is bounded: a full tail is
-sealed into a segment, and a new one begins.
+Owns append-only arrays that readers use while one writer appends. Never reads or writes the disk. Its size is limited: a full tail is
+sealed into a segment, and a new tail begins.
 
-1. A reader takes a `TailPart` of `count` rows and sees exactly these: appended rows lie behind them, and growth copies into
-   a new array, leaving the old one to its readers.
-2. Only the writer appends or rolls back; the gallery's lock sees to that.
+1. A reader uses a `TailPart` with a fixed number of rows. Rows that are appended later come after them. When an array grows, it is copied,
+   and readers keep the old array.
+2. Only the writer appends or rolls back. The gallery's lock ensures this.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GrowingArray:
 
 
 class Tail:
-    """The rows of the journal, to which the writer appends. first_row: the row of position 0."""
+    """The rows of the journal. first_row: the row at position 0."""
 
     def __init__(self, first_row: int) -> None:
         self.first_row = first_row
@@ -62,14 +62,14 @@ class Tail:
         self.group_sets = GrowingArray(np.uint32)
         self.columns: dict[str, _Cells] = {}
         self.positions_of: dict[str, tuple[int, ...]] = {}
-        self.again: list[tuple[int, int]] = []
-        """(position, hash of the subject_id) of each row that was not the first under its id."""
+        self.repeated: list[tuple[int, int]] = []
+        """(position, hash of the subject_id) of each row whose subject_id had a row already."""
         self.answers: dict[str, StoredDecision] = {}
         self._counted: tuple[int, dict[int, int]] = (0, {})
-        """(so many rows, how many of them have each presence)."""
+        """(the number of first rows that were counted, presence -> the number of these rows)."""
 
     def bits(self, count: int) -> dict[int, int]:
-        """How many of the first rows have each presence. Each row is counted once: enrolments ask again and again."""
+        """presence -> the number of the first `count` rows. The result is cached and extended, because every enrolment asks for it."""
         known, counts = self._counted
         if known > count:  # a reader of an older snapshot
             known, counts = 0, {}
@@ -97,41 +97,41 @@ class Tail:
         group_set: int,
         templates: Mapping[str, Template],
         *,
-        again: bool = False,
+        repeated: bool = False,
     ) -> None:
-        """Adds a row. again: it is not the first under its id."""
+        """Adds a row. repeated: the subject_id has a row already."""
         first = self.count
         presence = 0
         for name, template in templates.items():
             vectors = None if template.embedding is None else np.array([template.embedding], np.float32)
             quality = quality_scale.as_stored(name, template.quality)
             records = [template.minutiae or b""]
-            self._cells(name, vectors).append(
+            self._column(name, vectors).append(
                 np.array([first]), vectors, records, np.array([np.nan if quality is None else quality], np.float32)
             )
             presence |= 1 << COLUMNS.index(name)
-        self._name([subject_id], encounter_id, np.array([group_set]), np.array([presence], np.uint16))
-        if again:
-            self.again.append((self.count - 1, int(hash_of(subject_id))))
+        self._append_rows([subject_id], encounter_id, np.array([group_set]), np.array([presence], np.uint16))
+        if repeated:
+            self.repeated.append((self.count - 1, int(hash_of(subject_id))))
 
     def append_cells(self, subject_ids: Sequence[str], group_sets: NDArray[Any], cells: Mapping[str, NewCells]) -> None:
-        """Adds rows without an encounter."""
+        """Adds rows without an encounter_id."""
         first = self.count
         for name, some in cells.items():
-            column = self._cells(name, some.vectors)
+            column = self._column(name, some.vectors)
             column.append(first + some.positions, some.vectors, some.minutiae.to_pylist(), some.quality)
-        self._name(subject_ids, "", group_sets, presence_of(cells, len(subject_ids)))
+        self._append_rows(subject_ids, "", group_sets, presence_of(cells, len(subject_ids)))
 
-    def _cells(self, name: str, vectors: Float32 | None) -> _Cells:
-        """A column, which is begun where there is none."""
+    def _column(self, name: str, vectors: Float32 | None) -> _Cells:
+        """The cells of a column; creates the column if it does not exist."""
         if name not in self.columns:
             self.columns[name] = _Cells(None if vectors is None else vectors.shape[1])
         return self.columns[name]
 
-    def _name(
+    def _append_rows(
         self, subject_ids: Sequence[str], encounter_id: str, group_sets: NDArray[Any], presence: NDArray[np.uint16]
     ) -> None:
-        """Adds rows, whose cells are there already."""
+        """Adds rows whose cells were added before. Readers count the rows by `presence`, so it is extended last."""
         first = self.count
         self.subject_ids.extend(subject_ids)
         self.encounter_ids.extend([encounter_id] * len(subject_ids))
@@ -150,7 +150,7 @@ class Tail:
         first, presence = self.count, np.zeros(len(subjects), np.uint16)
         for name, (positions, vectors, minutiae, quality) in cells.items():
             at = np.array(positions, np.int64)
-            self._cells(name, vectors).append(first + at, vectors, minutiae, np.array(quality, np.float32))
+            self._column(name, vectors).append(first + at, vectors, minutiae, np.array(quality, np.float32))
             presence[at] |= 1 << COLUMNS.index(name)
         self.subject_ids.extend(subject_id for subject_id, _, _ in subjects)
         self.encounter_ids.extend(encounter_id for _, encounter_id, _ in subjects)
@@ -159,30 +159,32 @@ class Tail:
         self.group_sets.append(np.array([group_set for _, _, group_set in subjects], np.uint32))
         self.presence.append(presence)
 
-    def mark_again(self, positions: Int64) -> None:
-        """After `extend`: those of its rows that were not the first under their id."""
+    def mark_repeated(self, positions: Int64) -> None:
+        """Marks rows whose subject_id had a row already. Called after `extend`."""
         ids = pack_text([self.subject_ids[position] for position in positions.tolist()])
-        self.again += list(zip(positions.tolist(), hashes(ids).tolist(), strict=True))
+        self.repeated += list(zip(positions.tolist(), hashes(ids).tolist(), strict=True))
 
     def truncate(self, count: int) -> None:
-        """Forgets the rows from position count on."""
+        """Removes the rows from position `count` on."""
         for subject_id in self.subject_ids[count:]:
             kept = tuple(p for p in self.positions_of.get(subject_id, ()) if p < count)
             if kept:
-                self.positions_of[subject_id] = kept  # in one step: readers look up rows before count meanwhile
+                self.positions_of[subject_id] = kept  # in one step, because readers look up earlier rows meanwhile
             else:
                 self.positions_of.pop(subject_id, None)
         if self._counted[0] > count:
             self._counted = 0, {}
         del self.subject_ids[count:], self.encounter_ids[count:]
-        while self.again and self.again[-1][0] >= count:
-            self.again.pop()
+        while self.repeated and self.repeated[-1][0] >= count:
+            self.repeated.pop()
         self.presence.count = self.group_sets.count = count
         for column in self.columns.values():
             column.truncate(count)
 
 
 class _Cells:
+    """The cells of one column, in growing arrays."""
+
     def __init__(self, dimension: int | None) -> None:
         self.dimension = dimension
         self.positions = GrowingArray(np.int64)
@@ -194,7 +196,7 @@ class _Cells:
         self.vectors.append(np.zeros((len(positions), 0), np.float32) if vectors is None else vectors)
         self.quality.append(quality)
         self.minutiae += minutiae
-        self.positions.append(positions)  # last: readers count cells by it
+        self.positions.append(positions)  # last, because readers count cells by this array
 
     def truncate(self, count: int) -> None:
         cells = int(np.searchsorted(self.positions.view(), count))
@@ -203,10 +205,10 @@ class _Cells:
 
 
 class TailPart:
-    """The first `count` rows of a tail, as a `Part`."""
+    """The first `count` rows of a tail. Implements `Part`."""
 
     def __init__(self, tail: Tail, count: int, answers: Mapping[str, StoredDecision] | None = None) -> None:
-        """answers: None for all that the tail has, those to come included."""
+        """answers: None for all answers of the tail, including later ones."""
         self._own_answers = answers
         self.first_row = tail.first_row
         self.count = count
@@ -260,9 +262,9 @@ class TailPart:
         return which, np.array([position for positions in found for position in positions], np.int64)
 
     @cached_property
-    def again(self) -> NDArray[np.uint64]:
-        """In no order: the tail may grow by one such row at each commit."""
-        marked = self._tail.again
+    def repeated(self) -> NDArray[np.uint64]:
+        """Not sorted, because each commit may add a row."""
+        marked = self._tail.repeated
         return np.array([hashed for _, hashed in marked[: bisect_left(marked, (self.count, 0))]], np.uint64)
 
     def lookup(self) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -270,7 +272,7 @@ class TailPart:
 
 
 class TailColumn:
-    """A column of a `TailPart`."""
+    """A column of a `TailPart`. Implements `Column`, without the methods of a scan."""
 
     def __init__(self, cells: _Cells, row_count: int) -> None:
         self._cells = cells
@@ -298,9 +300,7 @@ class TailColumn:
         return self._cells.vectors.view(self.count)[cells]
 
     def coded(self, codec: Codec, low: int, high: int) -> tuple[Codes, Float32]:
-        if (
-            self._coded is None or self._coded[0] is not codec
-        ):  # all at once: the file's arrays are written one after the other
+        if self._coded is None or self._coded[0] is not codec:  # all cells: the writer reads them once for each array
             pieces = [codec.encode(self.vectors(at, at + PIECE_ROWS)) for at in range(0, self.count, PIECE_ROWS)]
             codes, norms = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
             self._coded = codec, codes, norms
@@ -330,7 +330,7 @@ class TailColumn:
 
 
 class TailAnswers:
-    """The answers of the journal."""
+    """The answers of the journal. Implements `Answers`."""
 
     def __init__(self, answers: Mapping[str, StoredDecision]) -> None:
         self._answers = answers
@@ -360,10 +360,10 @@ class TailAnswers:
 
 
 def cells_of(cell_positions: NDArray[Any], positions: Int64) -> Int64:
-    """The index of each position among ascending cell_positions, -1 where it is not there."""
+    """The index of each position in `cell_positions`, which ascend; -1 for a position that is not in it."""
     if not len(cell_positions):
         return np.full(len(positions), -1)
-    # of the array's own type, so that the array is not converted
+    # the dtype of the large array, so that numpy does not convert it
     wanted = positions.astype(cell_positions.dtype)
     cells = np.minimum(np.searchsorted(cell_positions, wanted), len(cell_positions) - 1)
     return np.where(cell_positions[cells] == wanted, cells, -1)

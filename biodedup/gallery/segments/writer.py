@@ -1,6 +1,6 @@
-"""Writes a segment from other parts: sealing the tail, loading in bulk and merging segments are one function.
+"""Writes a segment from other parts. The same function seals the tail, writes a bulk load, and merges segments.
 
-Owns which arrays the files of a segment hold. Never decides when, and never touches the manifest.
+Owns the arrays in the files of a segment. Never decides when a segment is written, and never changes the manifest.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from biodedup.gallery.segments.part import PIECE_ROWS, Answers, Column, Int64, R
 from biodedup.gallery.segments.strings import StoredStrings
 from biodedup.values import COLUMNS
 
-_REST_BLOCK_BYTES = 1 << 12  # the rests of single rows are read, from anywhere
-_LOOKUP_ROWS = 1 << 20  # entries of a look-up sorted at once
+_REST_BLOCK_BYTES = 1 << 12  # small, because single rows of the file `.rest` are read
+_LOOKUP_ROWS = 1 << 20  # entries of a look-up that are sorted in one step
 
 
 class Abandoned(EngineClosed):
@@ -48,7 +48,7 @@ class Abandoned(EngineClosed):
 
 @dataclass(frozen=True)
 class _Source:
-    """One part that is written. keep: bool (count,), or None for all rows; base: the number of rows kept of the parts before it."""
+    """A part that is written. keep: the rows to keep, bool (count,), None for all; base: the number of kept rows in the parts before it."""
 
     part: Rows
     keep: NDArray[np.bool_] | None
@@ -64,7 +64,7 @@ class _Source:
             yield low, high, None if self.keep is None else self.keep[low:high]
 
     def new_positions(self, positions: NDArray[Any]) -> Int64:
-        """The positions of kept rows in the new segment."""
+        """The positions in the new segment of kept rows. positions: in the part."""
         moved = positions.astype(np.int64) + self.base
         return moved if self.keep is None else moved - np.searchsorted(np.flatnonzero(~self.keep), positions)
 
@@ -82,11 +82,11 @@ def write_segment(
     threads: int = 1,
     transform: Transform | None = None,
 ) -> SegmentEntry:
-    """Writes adjacent parts as one segment, synced, and returns its entry for the manifest.
+    """Writes adjacent parts as one segment and syncs it. Returns its entry for the manifest.
 
-    keeps: which rows of each part are kept, bool (count,); None for all. others: parts whose codecs may be reused. threads: that write
-    columns of many rows side by side. turn: of the stored embeddings. Raises Abandoned when go_on turns false; then, and after any other
-    error, files may be left that no manifest names.
+    keeps: the rows of each part to keep, bool (count,), None for all; others: parts whose codecs may be reused; threads: columns of many
+    rows are written in parallel; transform: the secret transform of the stored embeddings. Raises Abandoned when `go_on` returns False.
+    After any error, files may be left that no manifest names.
     """
     sources, base = [], 0
     for part, keep in zip(parts, keeps, strict=True):
@@ -124,7 +124,7 @@ def write_segment(
 
 
 def _each(work: Callable[[str], None], names: Sequence[str], threads: int) -> None:
-    """Does the work of each name, several at once. After an error no further one is begun, and those that run are waited for."""
+    """Calls `work` for each name, in parallel. After an error it starts no further calls, and waits for the running calls."""
     if threads == 1 or len(names) < 2:
         for name in names:
             work(name)
@@ -140,7 +140,7 @@ def _each(work: Callable[[str], None], names: Sequence[str], threads: int) -> No
 
 
 def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str, kind: str, exact: ColumnFile) -> str:
-    """Writes a derived file anew from the exact one (`subject` or `encounter`); the same bytes as before. Returns its digest."""
+    """Rebuilds a derived look-up from its exact file (`subject` or `encounter`), byte for byte as before. Returns its digest."""
     name = "subject_id" if kind == SUBJECT + LOOKUP else "encounter_id"
     count = exact.shape(f"{name}.offset")[0] - 1
     ids = StoredStrings(exact, name, count, text=True)
@@ -154,7 +154,7 @@ def rebuild_lookup(storage: Storage, folder: Path, number: int, gallery_id: str,
 def _watched(pieces: Iterable[NDArray[Any]], go_on: Callable[[], bool]) -> Iterator[NDArray[Any]]:
     for piece in pieces:
         if not go_on():
-            raise Abandoned("the engine was closed while segments were merged; they are merged another time")
+            raise Abandoned("the engine was closed while segments were merged; they are merged later")
         yield piece
 
 
@@ -164,7 +164,7 @@ def _presence_counts(sources: Sequence[_Source]) -> dict[str, int]:
         for low, high, keep in source.pieces():
             bits = _kept(source.part.presence(low, high), keep)
             if len(bits) and bits.max() >= len(counts):
-                raise GalleryDamaged("a row has templates in columns that there are not; run `biodedup doctor`")
+                raise GalleryDamaged("a row has templates in columns that do not exist; run `biodedup doctor`")
             counts += np.bincount(bits, minlength=len(counts))
     return {str(bits): int(counts[bits]) for bits in np.flatnonzero(counts)}
 
@@ -190,17 +190,17 @@ def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end
     encounters = _string_streams("encounter_id", count, each(lambda part, low, high: part.encounter_ids(low, high)))
     if encounters[1].shape[0]:
         streams += encounters
-    again = np.unique(np.concatenate([np.zeros(0, np.uint64), *(source.part.again for source in sources)]))
-    if len(again):
-        streams.append(Stream("again", "<u8", (len(again),), [again]))
+    repeated = np.unique(np.concatenate([np.zeros(0, np.uint64), *(source.part.repeated for source in sources)]))
+    if len(repeated):
+        streams.append(Stream("again", "<u8", (len(repeated),), [repeated]))
     return streams
 
 
 def _codec_for(
     name: str, parts: Sequence[Rows], known: Sequence[Rows], transform: ColumnTransform | None = None
 ) -> Codec | None:
-    """The codec that a column has where it has most cells; a new one where it has none, one that was made from too little, or one of another
-    turn."""
+    """The codec for a column: that of the part with the most cells. A new codec if there is none, if it was made from too few vectors, or
+    if it has another secret transform."""
     columns = [part.columns[name] for part in parts if name in part.columns]
     if columns[0].dimension is None:
         return None
@@ -223,7 +223,7 @@ def _codec_for(
 def _column_streams(
     name: str, sources: Sequence[_Source], count: int, codec: Codec | None
 ) -> tuple[dict[str, Any], list[Stream], list[Stream]]:
-    """(`about`, the arrays of the column's file, the arrays of its rest)."""
+    """(`about` of the column's file, the arrays of the column's file, the arrays of the file `.rest`)."""
     holding = [(source, source.part.columns[name]) for source in sources if name in source.part.columns]
     dimension = holding[0][1].dimension
 
@@ -250,10 +250,10 @@ def _column_streams(
     about: dict[str, Any] = {"cells": cells, "dimension": dimension}
     rest = []
     if codec is not None:
-        scanned, rotating = codec.scanned, codec
+        scanned, its_codec = codec.scanned, codec  # a name that is not None, for the functions below
         about["codec"] = codec.card()
-        codes = each(lambda c, low, high: c.coded(rotating, low, high)[0])
-        norms = each(lambda c, low, high: c.coded(rotating, low, high)[1])
+        codes = each(lambda c, low, high: c.coded(its_codec, low, high)[0])
+        norms = each(lambda c, low, high: c.coded(its_codec, low, high)[1])
         blocks = blocks_of(cells)
         filler = np.zeros(blocks * BLOCK_ROWS - cells, np.float32)
         streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.stored_rotation]))
@@ -275,7 +275,7 @@ def _column_streams(
 
 
 def _answer_files(answers: Sequence[Answers]) -> Iterator[tuple[str, dict[str, Any], list[Stream]]]:
-    """For each file of stored answers its kind, what it says of itself, and its arrays. None where there are no answers."""
+    """(kind, `about`, arrays) of each file of stored answers. Nothing if there are no answers."""
     count = sum(a.count for a in answers)
     if not count:
         return
@@ -318,7 +318,7 @@ def _string_streams(name: str, count: int, pieces: Callable[[], Iterator[Packed]
 
 
 class _Shift:
-    """As a `_Source` of which every row is kept: positions in a look-up move by `base`."""
+    """A source of which all rows are kept: positions in its look-up are increased by `base`."""
 
     keep = None
 
@@ -333,7 +333,7 @@ _Lookup = tuple[NDArray[np.uint64], NDArray[np.uint32]]
 
 
 def _lookup_streams(lookups: Sequence[tuple[_Lookup, _Source | _Shift]], count: int) -> list[Stream]:
-    """Merges look-ups range by range of the hash, so that memory is bounded by the range."""
+    """Merges look-ups, one range of hashes after the other, so that the memory is limited by the range."""
     bounds = np.linspace(0, 2.0**64, -(-count // _LOOKUP_ROWS) + 1)[1:-1].astype(np.uint64)
     cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for (hashes, _), _ in lookups]
 

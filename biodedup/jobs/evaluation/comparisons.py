@@ -160,15 +160,13 @@ def compare_all(
     encounters = of_one_model(encounters)
     subject = _subject_numbers(encounters)
     usable = np.array([encounter.enrolled for encounter in encounters], bool)
-    first = np.zeros(len(subject), bool)
-    first[np.unique(subject, return_index=True)[1]] = True
+    first = np.isin(np.arange(len(subject)), np.unique(subject, return_index=True)[1])
     gallery = first & usable
     single = np.bincount(subject)[subject] == 1
 
     compared = np.flatnonzero(usable)
     possible = _impostor_pairs(subject[compared])
-    sampled = possible > nonmated_max
-    share = nonmated_max / possible if sampled else 1.0
+    sampled, share = possible > nonmated_max, nonmated_max / max(possible, 1)
 
     columns = _TemplateColumns(encounters)
     calibrations = _calibrations(encounters, gallery, columns, config)

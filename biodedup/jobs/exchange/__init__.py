@@ -1,1 +1,1 @@
-"""Templates in and out of a gallery, in the formats of other programs."""
+"""Exports galleries in file formats of other programs (Parquet, CSV, FAISS), and loads them again."""

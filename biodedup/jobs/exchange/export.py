@@ -1,10 +1,11 @@
-"""`export --to`: writes a whole gallery as Parquet files that other programs read, and that `load` turns into the same gallery again.
+"""`export --to`: writes a whole gallery as Parquet files, which other programs can read, and from which `load` restores the gallery.
 
-Owns the reading of the gallery, as of one version, beside its writer. Never changes it. Memory is bounded by a row group
-(`GROUP_ROWS`); the folder has its name when all of it is written and synced.
+Owns the reading of one version of the gallery, while another process may write. Never changes the gallery.
 
-Not exported: what jobs keep beside the gallery (the backlog of `enroll-batch`, the ledger of field kits, canaries, logs of merges),
-which `biodedup backup` copies; what was removed; and indexes, which are built anew.
+1. Memory is bounded by a row group (`GROUP_ROWS`).
+2. The folder gets its name after all files are written and synced.
+3. Not exported are: files of other jobs beside the gallery (the backlog of `enroll-batch`, the ledger of field kits, canaries, logs of merges),
+   which `biodedup backup` copies; removed rows; and indexes, which are built again.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ _COPY_NAME = "database.copy"
 
 @dataclass(frozen=True)
 class ExportedGallery(Described):
-    """folder: of the files; subjects: enrolled; rows: their encounters and those of open cases; decisions: answers, receipts of loads
-    included; version: of the gallery; byte_count: of the files."""
+    """The result of an export. folder: of the files; subjects: number of enrolled subjects; rows: their encounters, and encounters of open cases;
+    decisions: stored answers, including receipts of loads; version: of the gallery; byte_count: total size of the files."""
 
     folder: Path
     subjects: int
@@ -76,10 +77,10 @@ class ExportedGallery(Described):
 def export_gallery(
     gallery: Path, folder: Path, config: Config | None = None, *, progress: Progress = silent
 ) -> ExportedGallery:
-    """Writes a gallery to a new folder, as Parquet. The files hold biometric data, and are for their owner alone.
+    """Writes a gallery to a new folder, as Parquet. The files hold biometric data, and have mode 0600.
 
-    Others may search and change the gallery meanwhile. Raises InvalidInput where the folder is not empty or the gallery is of an older
-    format, NotAllowed (`Config.allow_template_export`), NotAGallery, GalleryDamaged, StorageUnavailable; then the folder is not there.
+    Other processes may search and change the gallery meanwhile. Raises InvalidInput if the folder is not empty or the gallery has an older
+    format, NotAllowed (`Config.allow_template_export`), NotAGallery, GalleryDamaged, StorageUnavailable; then no folder is written.
     """
     note_export(config or Config(), "a whole gallery")
     storage = LocalStorage(None if config is None else config.keys)
@@ -98,7 +99,7 @@ def export_gallery(
 
 @contextmanager
 def _database(gallery: Gallery, storage: Storage, folder: Path) -> Iterator[tuple[Snapshot, SqliteCatalogue]]:
-    """The newest snapshot, and a copy of the database of the same moment; a writer waits only while it is copied."""
+    """Yields the newest snapshot, and a copy of the database at the same version. A writer waits only while the database is copied."""
     path = folder / _COPY_NAME
     try:
         with closing(storage.connect(path, read_only=False)) as copy:
@@ -106,7 +107,7 @@ def _database(gallery: Gallery, storage: Storage, folder: Path) -> Iterator[tupl
             catalogue = SqliteCatalogue(copy)
             if not (catalogue.is_current() and catalogue.has_encounters()):
                 raise InvalidInput(
-                    f"{gallery.folder} is of an older format; open it for writing once, as `biodedup compact` does, then export it"
+                    f"{gallery.folder} has an older format; open it for writing once, such as with `biodedup compact`, then export it"
                 )
             yield snapshot, catalogue
     finally:
@@ -164,7 +165,7 @@ def _write_rows(snapshot: Snapshot, folder: Path, progress: Progress) -> list[Ex
 
 
 def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schema: Any) -> Any:
-    """A row group of ROWS_NAME. positions: ascending."""
+    """A row group of `rows.parquet`. positions: of the rows in the part, ascending."""
     low, high = int(positions[0]), int(positions[-1]) + 1
     rows, inside = part.rows(positions), positions - low
     ids = part.subject_ids(low, high).take(pa.array(inside))
@@ -177,17 +178,18 @@ def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schem
         "encounter_id": [encounter_id or None for encounter_id in encounters],
         "groups": [sorted(snapshot.group_sets.get(n, ())) for n in part.group_sets(low, high)[inside].tolist()],
         "presence": part.presence(low, high)[inside],
-        "again": np.isin(packed.hashes(ids), part.again),
+        "again": np.isin(packed.hashes(ids), part.repeated),
     }
     for name, model in snapshot.models.items():
         column = part.columns.get(name)
-        at = np.full(len(positions), -1) if column is None else column.cells_at(positions)
-        has = at >= 0
+        all_cells = np.full(len(positions), -1) if column is None else column.cells_at(positions)
+        has = all_cells >= 0
         vectors, minutiae, quality = np.zeros((0, model.dimension or 0), np.float32), [], np.zeros(0, np.float32)
         if column is not None and has.any():
-            vectors, minutiae = column.vectors_at(at[has]), column.minutiae_at(at[has])
-            first, last = int(at[has][0]), int(at[has][-1]) + 1
-            quality = quality_scale.each_from_stored(name, column.quality(first, last)[at[has] - first])
+            present = all_cells[has]
+            vectors, minutiae = column.vectors_at(present), column.minutiae_at(present)
+            first, last = int(present[0]), int(present[-1]) + 1
+            quality = quality_scale.each_from_stored(name, column.quality(first, last)[present - first])
         cells[name] = _lists(vectors, has)
         cells[f"{name}_minutiae"] = _spread([record or None for record in minutiae], has)
         cells[f"{name}_quality"] = _spread([None if np.isnan(q) else q for q in quality.tolist()], has)
@@ -195,15 +197,15 @@ def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schem
 
 
 def _spread(values: Sequence[Any], has: NDArray[np.bool_]) -> list[Any]:
-    """The values at the rows that have one, None at the others."""
+    """A list with a value for each row: the next of `values` if the row has one, otherwise None. has: bool (rows,)."""
     spread: list[Any] = [None] * len(has)
-    for at, value in zip(np.flatnonzero(has).tolist(), values, strict=True):
-        spread[at] = value
+    for i, value in zip(np.flatnonzero(has).tolist(), values, strict=True):
+        spread[i] = value
     return spread
 
 
 def _lists(vectors: NDArray[np.float32], has: NDArray[np.bool_]) -> Any:
-    """The vectors as lists at the rows that have one, null at the others."""
+    """An Arrow list array with a vector for each row that has one, otherwise null. has: bool (rows,)."""
     ends = np.cumsum(has) * vectors.shape[1]
     offsets = np.concatenate([[0], ends]).astype(np.int32)
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), pa.float32())
@@ -211,7 +213,7 @@ def _lists(vectors: NDArray[np.float32], has: NDArray[np.bool_]) -> Any:
 
 
 def _decisions_of(part: Part, low: int, high: int) -> Any:
-    """A row group of DECISIONS_NAME."""
+    """A row group of `decisions.parquet`."""
     answers = part.answers
     rows = []
     for encounter_id, digest, data in zip(
@@ -237,7 +239,7 @@ def _decisions_of(part: Part, low: int, high: int) -> Any:
 
 
 def _write_codecs(snapshot: Snapshot, folder: Path) -> None:
-    """Each rotation once, however many parts have it."""
+    """Writes each codec once, even if several parts use it."""
     codecs = {
         column.codec.codec_id: column.codec
         for part in snapshot.parts

@@ -1,9 +1,9 @@
-"""`export --faiss` and `load --faiss`: a gallery's column as plain files of FAISS with the ids of their rows, and back.
+"""`export --faiss` and `load --faiss`: writes a column of a gallery as plain FAISS index files with the ids of the rows, and loads such files.
 
 Owns the names and tables of these files. Never searches.
 
-An exported folder holds `face-12.faiss`, one file a sealed segment, and `ids.parquet`: `id` (int64, the row number, which FAISS answers
-with), `subject_id` and `file`. Rows that are not sealed yet are sealed first; removed rows and open cases are left out.
+An exported folder holds a file such as `face-12.faiss` for each sealed segment, and `ids.parquet` with `id` (int64, the row number, which FAISS
+returns), `subject_id` and `file`. Removed rows and open cases are not exported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ IDS_NAME = "ids.parquet"
 
 @dataclass(frozen=True)
 class ExportedIndexes(Described):
-    """files: names of the index files; rows: in all of them; index: the engine that made them, as `faiss:IVF256,PQ64x4fs`."""
+    """The result of an export. files: names of the index files; rows: total number of rows; index: the index engine, such as
+    `faiss:IVF256,PQ64x4fs`."""
 
     files: tuple[str, ...]
     rows: int
@@ -43,9 +44,9 @@ class ExportedIndexes(Described):
 
 
 def export_faiss(engine: Engine, folder: Path, *, column: str = "face", progress: Progress = silent) -> ExportedIndexes:
-    """Writes a column as plain FAISS files, readable by `faiss.read_index`, and `ids.parquet`.
+    """Writes the sealed rows of a column as plain FAISS files, which `faiss.read_index` reads, and `ids.parquet`.
 
-    folder: a new or an empty one. Raises InvalidInput where the column has no FAISS index, StorageUnavailable.
+    folder: a new or empty folder. Raises InvalidInput if the column has no FAISS index, StorageUnavailable.
     """
     if folder.exists() and any(folder.iterdir()):
         raise InvalidInput(f"{folder} is not empty; name a new folder")
@@ -79,16 +80,16 @@ def load_faiss(
     model_id: str | Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> LoadResult:
-    """Adds the vectors of a FAISS index to a gallery without a search, as `load` does; see `faiss_batches`."""
+    """Adds the vectors of a FAISS index to a gallery without a search. Arguments as in `faiss_batches` and `load`."""
     return load(engine, faiss_batches(file, ids, column), model_id=model_id, progress=progress)
 
 
 def faiss_batches(file: Path, ids: Path, column: str = "face") -> Iterator[Any]:
-    """The vectors of a FAISS index as record batches that `load` takes.
+    """The vectors of a FAISS index as record batches, for `load`.
 
-    file: as `faiss.write_index` wrote it; ids: Parquet with `id` (int64, as FAISS answers with) and `subject_id`. The vectors are those
-    that the index keeps: a product quantizer gives them back with its error, which no later index can undo. They are scaled to unit
-    length. A vector without a subject_id is refused. Raises InvalidInput, before the first batch.
+    file: written by `faiss.write_index`; ids: Parquet with `id` (int64, the ids of the index) and `subject_id`. The vectors are reconstructed
+    from the index: if it uses product quantisation, they have its error. They are scaled to unit length. A vector without a subject_id is
+    refused. Raises InvalidInput before the first batch.
     """
     if column not in COLUMNS:
         raise InvalidInput(f"column {column!r} is not known; use one of {', '.join(COLUMNS)}")
@@ -108,7 +109,7 @@ def faiss_batches(file: Path, ids: Path, column: str = "face") -> Iterator[Any]:
 
 
 def _names_of(path: Path, numbers: np.ndarray[Any, Any]) -> Any:
-    """The subject_id of each number, an Arrow array of strings, null where the table does not name one."""
+    """The subject_id of each id of the index, an Arrow array of strings; null if the table does not have the id. numbers: ids, int64 (n,)."""
     try:
         table = pa.parquet.read_table(path)
     except FileNotFoundError:
@@ -120,14 +121,14 @@ def _names_of(path: Path, numbers: np.ndarray[Any, Any]) -> Any:
     lacking = {"id", "subject_id"} - set(table.schema.names)
     if lacking or not pa.types.is_integer(table.schema.field("id").type):
         raise InvalidInput(
-            f"{path} has the columns {table.schema.names}; wanted `id`, whole numbers as FAISS answers with, and `subject_id`"
+            f"{path} has the columns {table.schema.names}; wanted `id`, the whole numbers that FAISS returns, and `subject_id`"
         )
     known = table.column("id").to_numpy()
     if len(np.unique(known)) != len(known):
-        raise InvalidInput(f"{path} names an id twice; give each id one subject_id")
+        raise InvalidInput(f"{path} repeats an id; give each id one subject_id")
     order = np.argsort(known)
-    at = np.minimum(np.searchsorted(known[order], numbers), max(len(known) - 1, 0))
-    there = known[order][at] == numbers if len(known) else np.zeros(len(numbers), bool)
-    wanted = pa.array(np.where(there, order[at] if len(known) else 0, 0), mask=~there)
+    nearest = np.minimum(np.searchsorted(known[order], numbers), max(len(known) - 1, 0))
+    present = known[order][nearest] == numbers if len(known) else np.zeros(len(numbers), bool)
+    wanted = pa.array(np.where(present, order[nearest] if len(known) else 0, 0), mask=~present)
     subject_ids = pa.compute.cast(table.column("subject_id"), pa.string()).combine_chunks()
     return subject_ids.take(wanted)

@@ -1,12 +1,12 @@
-"""The files of an exported gallery: their names, their columns, and `export.json`, which describes them.
+"""Defines the files of an exported gallery: their names, their columns, and `export.json`, which describes them.
 
-Owns the format. Never opens a gallery. The columns are listed in `docs/reference/schemas.md`.
+Owns the format. Never opens a gallery. `docs/reference/schemas.md` lists the columns.
 
-    export.json         the format, the gallery's id, version and settings, its parts, and each file's rows, bytes and SHA-256
-    rows.parquet        a row an encounter that is enrolled or waits in a case: ids, groups, and of each column the vector, the minutiae
-                        and the quality; the model_id is in the metadata of the column
-    decisions.parquet   every answer that the gallery gave, in order: decisions, and receipts of loads
-    codecs.parquet      the rotations that sealed vectors are coded with
+    export.json         the format; the gallery's id, version, settings and parts; rows, bytes and SHA-256 of each file
+    rows.parquet        one row for each encounter that is enrolled or waits in a case: ids, groups, and for each column the vector, the
+                        minutiae and the quality; the metadata of a column has its model_id
+    decisions.parquet   all stored answers of the gallery, in order: decisions, and receipts of loads
+    codecs.parquet      the rotations with which sealed vectors are quantised
     TABLE.parquet       the tables of the database: models, groups, cases, verdicts, policies and others
 
 A row group of `rows.parquet` or `decisions.parquet` belongs to one part of the gallery.
@@ -39,7 +39,7 @@ ABOUT_NAME, ROWS_NAME, DECISIONS_NAME, CODECS_NAME = (
     "codecs.parquet",
 )
 GROUP_ROWS = 2_048
-"""Rows of a row group, which is what an export and its loading hold in memory."""
+"""Rows of a row group. An export, and its loading, hold one row group in memory."""
 ENROLLED, WAITING = "enrolled", "waiting"
 
 FILE_OF = {
@@ -83,13 +83,13 @@ _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bytes: p
 
 
 def table_schema(table: str) -> Any:
-    """Of the file of a table of the database."""
+    """The schema of the file of a database table."""
     return pa.schema([(name, _ARROW_TYPES[kind]) for name, kind in table_columns(table)])
 
 
 def rows_schema(models: Mapping[str, ColumnModel]) -> Any:
-    """Of `rows.parquet`. presence: bit c is set where the row has a template in COLUMNS[c]; again: it is not the first row under its
-    id, or shares the id with one that is not."""
+    """The schema of `rows.parquet`. presence: bit c is set if the row has a template in COLUMNS[c]; again: the row, or another row
+    of its subject in the same part, is not the subject's first row."""
     fields = [
         pa.field("row", pa.int64()),
         pa.field("state", pa.string()),
@@ -115,8 +115,8 @@ def rows_schema(models: Mapping[str, ColumnModel]) -> Any:
 
 @dataclass(frozen=True)
 class ExportedPart:
-    """A part of the gallery: its range of rows, those that the export has, and its answers. sealed: no journal; codecs: column -> the
-    codec of its vectors, for columns that have one."""
+    """A part of the gallery: a segment, or the journal. first_row, end_row: its range of row numbers; rows, decisions: how many the export has;
+    sealed: it is a segment; codecs: column -> id of the codec of its vectors, for quantised columns."""
 
     first_row: int
     end_row: int
@@ -128,7 +128,7 @@ class ExportedPart:
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A file of the export: its rows, its bytes, and its SHA-256."""
+    """A file of the export: number of rows, size in bytes, and SHA-256."""
 
     rows: int
     bytes: int
@@ -137,7 +137,7 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class About:
-    """What `export.json` says. settings: JSON that the gallery was created with; index: its index engines, JSON."""
+    """The content of `export.json`. settings: the settings with which the gallery was created, JSON; index: its index engines, JSON."""
 
     gallery_id: str
     settings: str
@@ -147,7 +147,7 @@ class About:
     files: Mapping[str, ExportedFile]
 
     def write(self, folder: Path, written_by: str) -> None:
-        """Raises StorageUnavailable."""
+        """Writes `export.json`. Raises StorageUnavailable."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "written_by": written_by}
         write_json(head | asdict(self), folder / ABOUT_NAME)
 
@@ -158,7 +158,7 @@ def is_export(folder: Path) -> bool:
 
 
 def read_about(folder: Path) -> About:
-    """Raises InvalidInput for a folder that is no export, or one of a later release."""
+    """Reads `export.json`. Raises InvalidInput if the folder is not an export, or if a later release wrote it."""
     path = folder / ABOUT_NAME
     try:
         fields = json.loads(read_bounded(path, _ABOUT_BYTES_MAX))
@@ -166,8 +166,8 @@ def read_about(folder: Path) -> About:
             raise ValueError(fields["format"])
         if fields["format_version"] != FORMAT_VERSION:
             raise InvalidInput(
-                f"{folder} is an export of format {fields['format_version']}, this version reads {FORMAT_VERSION}; load it with the "
-                f"release that wrote it, {fields['written_by']}, or a later one"
+                f"{folder} is an export of format {fields['format_version']}, but this release reads {FORMAT_VERSION}; load it with the "
+                f"release that wrote it, {fields['written_by']}, or a later release"
             )
         return About(
             str(fields["gallery_id"]),
@@ -189,7 +189,7 @@ def read_about(folder: Path) -> About:
 
 @contextmanager
 def new_table(path: Path, schema: Any) -> Iterator[pa.parquet.ParquetWriter]:
-    """A Parquet file with checksums of its pages, that gets its name when it is whole."""
+    """Yields the writer of a Parquet file with page checksums. The file gets its name when it is complete."""
     texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_list(field.type)]
     repeated = [name for name in texts if name in ("state", "kind", "outcome")]
     with (
@@ -202,7 +202,7 @@ def new_table(path: Path, schema: Any) -> Iterator[pa.parquet.ParquetWriter]:
 
 
 def described(path: Path) -> ExportedFile:
-    """What `export.json` says of a file that is there."""
+    """The description of an existing file for `export.json`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ExportedFile(pa.parquet.read_metadata(path).num_rows, path.stat().st_size, digest)

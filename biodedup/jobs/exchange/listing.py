@@ -1,6 +1,6 @@
-"""`list --out`: the enrolled subjects as a table, without biometric data.
+"""`list --out`: writes the enrolled subjects as a table, without biometric data.
 
-Owns its columns. Memory is bounded: the table is written batch by batch.
+Owns the columns. The table is written in batches, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ SUBJECTS = pa.schema(
 def write_subjects(
     engine: Engine, result: Path, *, groups: Collection[str] | None = None, progress: Progress = silent
 ) -> int:
-    """Writes a row for each enrolled subject, as Parquet or CSV by the name; with groups, for those that are in subject of them. Returns how
-    many. row, encounter_id: the newest; groups, columns: `a;b`. Raises InvalidInput, StorageUnavailable."""
+    """Writes a table (.parquet or .csv) with one row for each enrolled subject. Returns the number of subjects. groups: only subjects in one of
+    these groups. In the table, row and encounter_id are the newest, and groups and columns have the form `a;b`. Raises InvalidInput,
+    StorageUnavailable."""
     check_table_name(result)
     subjects, done = engine.subjects(groups), 0
     with translated(f"writing {result}"), new_file(result) as temporary:

@@ -1,7 +1,7 @@
-"""`load FOLDER`: turns an exported gallery into the same gallery again.
+"""`load FOLDER`: restores a gallery from its export.
 
-Owns the reading of the export and the checks of what it holds. Never changes a gallery that is there: an export is loaded into a new
-folder, which has its name when all of it is written. Memory is bounded by a row group, and some bytes a row.
+Owns the reading and the checks of the export. Never changes an existing gallery: the export is loaded into a new folder, which gets its name
+when it is complete. Memory is bounded by a row group, and a few bytes per row.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from biodedup.gallery.index_settings import read_settings
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64, ScannedRows, sorted_lookup
 from biodedup.gallery.segments.stored_index import StoredIndex
 from biodedup.jobs.exchange.gallery_files import (
+    ABOUT_NAME,
     CODECS,
     CODECS_NAME,
     DECISIONS,
@@ -59,14 +60,14 @@ from biodedup.jobs.shared.files import sync_folder
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import COLUMNS, Float32
 
-_UNIT = 1e-3
-"""How far the length of a vector may be from 1."""
+_LENGTH_TOLERANCE = 1e-3
+"""The largest difference between the length of a vector and 1."""
 
 
 @dataclass(frozen=True)
 class LoadedGallery(Described):
-    """subjects: enrolled; rows: their encounters and those of open cases; decisions: answers, receipts of loads included; version: of the
-    gallery."""
+    """The restored gallery. subjects: number of enrolled subjects; rows: their encounters, and encounters of open cases; decisions: stored
+    answers, including receipts of loads; version: of the gallery."""
 
     subjects: int
     rows: int
@@ -77,10 +78,10 @@ class LoadedGallery(Described):
 def load_gallery(
     export: Path, gallery: Path, config: Config | None = None, *, progress: Progress = silent
 ) -> LoadedGallery:
-    """Makes the gallery that `export_gallery` wrote, in a folder that is absent or empty: the same ids, rows, groups, templates,
-    decisions, cases, verdicts, policies and version. Indexes of FAISS are built by the first writer.
+    """Restores a gallery that `export_gallery` wrote, in an absent or empty folder: with the same ids, rows, groups, templates, decisions, cases,
+    verdicts, policies and version. The first writer builds FAISS indexes.
 
-    Raises InvalidInput where the folder is taken or the export is not whole, StorageUnavailable; then the folder is as it was.
+    Raises InvalidInput if the folder is not empty or the export is not complete, StorageUnavailable; then the folder is unchanged.
     """
     config = config or Config()
     storage = LocalStorage(config.keys)
@@ -88,7 +89,7 @@ def load_gallery(
     _refuse_taken(gallery)
     new = gallery.with_name(f".{gallery.name}.new")
     refuse_foreign(storage, new)
-    remove_gallery(storage, new)  # what an interrupted run left
+    remove_gallery(storage, new)  # an interrupted run may have left a part
     total = sum(part.rows for part in about.parts)
     try:
         with _understood(export):
@@ -98,7 +99,9 @@ def load_gallery(
         with closing(Gallery.open_to_read(new, storage, config.gallery)) as opened:
             snapshot = opened.snapshot()
         if snapshot.present_count != total:
-            raise InvalidInput(f"{export} makes {snapshot.present_count:,} rows, wanted {total:,}; export again")
+            raise InvalidInput(
+                f"{export} gives {snapshot.present_count:,} rows, wanted {total:,}; export the gallery again"
+            )
         with translated(f"writing {gallery}"):
             _refuse_taken(gallery)
             new.replace(gallery)
@@ -112,8 +115,8 @@ def load_gallery(
 
 
 def check_export(export: Path) -> Checked:
-    """Reads a whole export, compares each file with its SHA-256, and checks every row. Writes nothing. Raises InvalidInput, naming the
-    file that is damaged."""
+    """Reads a whole export, compares each file with its SHA-256, and checks every row. Writes nothing. Raises InvalidInput, which names the
+    damaged file."""
     about = read_about(export)
     with _understood(export):
         for name, stated in about.files.items():
@@ -134,14 +137,14 @@ def check_export(export: Path) -> Checked:
 def _refuse_taken(gallery: Path) -> None:
     if gallery.is_symlink() or (gallery.exists() and (not gallery.is_dir() or any(gallery.iterdir()))):
         raise InvalidInput(
-            f"{gallery} is not empty; an export is loaded into a new gallery. Name another folder; `biodedup merge` brings two "
-            "galleries together"
+            f"{gallery} is not empty, but an export is loaded into a new gallery. Name another folder; `biodedup merge` merges two "
+            "galleries"
         )
 
 
 @contextmanager
 def _understood(export: Path) -> Iterator[None]:
-    """Turns what a damaged export raises into InvalidInput."""
+    """Turns the errors of reading a damaged export into InvalidInput."""
     try:
         yield
     except FileNotFoundError as error:
@@ -157,7 +160,7 @@ def _understood(export: Path) -> Iterator[None]:
 
 
 def _content(export: Path, about: About) -> Content:
-    """The export as a gallery is rebuilt from it."""
+    """The export in the form from which `rebuild_gallery` makes a gallery."""
 
     def table(name: str) -> Iterator[tuple[Any, ...]]:
         path = export / FILE_OF[name]
@@ -184,7 +187,7 @@ def _content(export: Path, about: About) -> Content:
         parts.append(_ImportedPart(stated, models, _Range(rows, first_row, stated.rows), answers, of_part, numbers))
         first_row, first_decision = first_row + stated.rows, first_decision + stated.decisions
     if (first_row, first_decision) != (rows.count, decisions.count) or not parts or parts[-1].sealed:
-        raise InvalidInput(f"{export} has other rows than it states; export the gallery again")
+        raise InvalidInput(f"the rows of {export} are not those that {ABOUT_NAME} states; export the gallery again")
     index = read_settings(about.index, ())
     return Content(
         gallery_id=about.gallery_id,
@@ -198,7 +201,7 @@ def _content(export: Path, about: About) -> Content:
 
 
 def _opened(path: Path, schema: Any) -> Any:
-    """A Parquet file of the export, whose pages are checked as they are read."""
+    """Opens a Parquet file of the export. Page checksums are verified during reading."""
     with _understood(path):
         file = pa.parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
     if not file.schema_arrow.equals(schema):
@@ -218,7 +221,7 @@ def _codecs(export: Path) -> dict[str, Codec]:
 
 
 class Slices:
-    """The rows of a Parquet file by their numbers, one column at a time. Keeps the row groups that were read last."""
+    """Reads ranges of rows of a Parquet file, one column at a time. Caches the row groups that were read last."""
 
     def __init__(self, path: Path, schema: Any) -> None:
         self._path = path
@@ -240,15 +243,15 @@ class Slices:
             with _understood(self._path):
                 groups = self._file.read_row_groups(range(first, last), columns=[name], use_threads=False)
                 self._kept = (name, first, last, groups.column(0).combine_chunks())
-        whole = self._kept[3]
-        if isinstance(whole, pa.ChunkedArray):  # combine_chunks of some releases of Arrow
-            whole = pa.concat_arrays(whole.chunks)
-        return whole.slice(low - self._starts[first], high - low)
+        cells = self._kept[3]
+        if isinstance(cells, pa.ChunkedArray):  # in some releases of Arrow, combine_chunks returns this
+            cells = pa.concat_arrays(cells.chunks)
+        return cells.slice(low - self._starts[first], high - low)
 
 
 @dataclass(frozen=True, eq=False)
 class _Range:
-    """`count` rows of a file from `first` on, numbered from 0."""
+    """The rows of one part in a file: `count` rows from `first` on, numbered from 0."""
 
     slices: Slices
     first: int
@@ -262,7 +265,7 @@ class _Range:
             yield low, min(low + PIECE_ROWS, self.count)
 
     def whole(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
-        """A column of numbers, in memory."""
+        """A whole column of numbers."""
         pieces = [np.zeros(0, dtype)]
         for low, high in self.pieces():
             pieces.append(self.read(name, low, high).to_numpy(zero_copy_only=False).astype(dtype, copy=False))
@@ -270,7 +273,7 @@ class _Range:
 
 
 class _ImportedPart:
-    """A part of an export, as `Rows`."""
+    """A part of an export. Implements `Rows`, from which segments are written."""
 
     def __init__(
         self,
@@ -344,7 +347,7 @@ class _ImportedPart:
         return packed.pack_text(pa.compute.fill_null(self._rows.read("encounter_id", low, high), ""))
 
     @cached_property
-    def again(self) -> NDArray[np.uint64]:
+    def repeated(self) -> NDArray[np.uint64]:
         pieces = [np.zeros(0, np.uint64)]
         for low, high in self._rows.pieces():
             marked = self._rows.read("again", low, high)
@@ -356,7 +359,7 @@ class _ImportedPart:
         return sorted_lookup(np.concatenate([np.zeros(0, np.uint64), *pieces]))
 
     def check(self) -> None:
-        """Reads everything. Raises what reading raises."""
+        """Reads all cells. Raises the errors of reading."""
         _ = self._row_numbers, self._group_sets
         for low, high in self._rows.pieces():
             self.subject_ids(low, high)
@@ -372,7 +375,7 @@ class _ImportedPart:
 
 
 class _ImportedColumn:
-    """A column of an `_ImportedPart`. positions: of the rows that have a template, ascending."""
+    """A column of an `_ImportedPart`. positions: of the rows that have a template, in the part, ascending."""
 
     def __init__(self, name: str, dimension: int | None, rows: _Range, positions: Int64, codec: Codec | None) -> None:
         self.dimension, self.count, self.codec = dimension, len(positions), codec
@@ -389,11 +392,12 @@ class _ImportedColumn:
         return self._positions[low:high]
 
     def _cells(self, name: str, low: int, high: int) -> Any:
-        """An Arrow array: a column of the file at cells [low, high)."""
-        at = self._positions[low:high]
-        if not len(at):
+        """Cells [low, high) of a column of the file, an Arrow array."""
+        positions = self._positions[low:high]
+        if not len(positions):
             return self._rows.read(name, 0, 0)
-        return self._rows.read(name, int(at[0]), int(at[-1]) + 1).take(pa.array(at - at[0]))
+        first, last = int(positions[0]), int(positions[-1])
+        return self._rows.read(name, first, last + 1).take(pa.array(positions - first))
 
     def vectors(self, low: int, high: int) -> Float32:
         count = min(high, self.count) - low
@@ -412,7 +416,7 @@ class _ImportedColumn:
             )
         vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, self.dimension)
         lengths = np.linalg.norm(vectors, axis=1)
-        if not (np.abs(lengths - 1) < _UNIT).all():
+        if not (np.abs(lengths - 1) < _LENGTH_TOLERANCE).all():
             raise InvalidInput(
                 f"column {self._name} of the export has vectors that are not of unit length; export again"
             )
@@ -434,7 +438,7 @@ class _ImportedColumn:
             raise InvalidInput(f"column {self._name} of the export lacks minutiae; export again")
         return pa.compute.fill_null(records, b"").cast(pa.large_binary())
 
-    # not needed to write a segment --------------------------------------------------------------------------------
+    # methods that writing a segment does not need ----------------------------------------------------------------
 
     def cells_at(self, positions: Int64) -> Int64:
         raise NotImplementedError("an export is read in order")

@@ -1,1 +1,1 @@
-"""`doctor`: the installation, a gallery, and canaries."""
+"""Checks galleries and the installation, searches for canaries, and handles keys, logs, receipts and retention."""

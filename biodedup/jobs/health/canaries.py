@@ -1,20 +1,19 @@
-"""`doctor --canaries`: tests whether searches still find subjects that are enrolled.
+"""`doctor --canaries`: tests whether searches still find enrolled subjects, with canaries: synthetic mates of some of them.
 
-Owns the searches for the canaries (`canary_file.py`) and the verdict on their results. Never repairs.
+Owns the searches for canaries (`canary_file.py`) and the verdict on the results. Never repairs.
 
-Checksums prove that files are as they were written. They cannot see a row that an index lost, codes that were wrong before the checksum was
-taken, a kernel that miscomputes on this processor, or a search plan whose statistical model is wrong. Three tests, each of which sees what
-the previous one cannot:
+Checksums prove that files are unchanged. They do not reveal a row that an index lost, codes that were wrong before their checksum was computed,
+a kernel that computes wrongly on this processor, or a search plan with a wrong statistical model. So there are three tests:
 
-1. The stored templates of every canary's subject are compared with its probe: are they unchanged?
-2. `engine.search` runs for every probe of embeddings. The number that should be found follows from the similarities of impostors at the
-   present size, and from `miss_risk`. A subject that was not found is sought by numpy among all stored rows; where numpy finds it, the
-   search lost it, without any statistical assumption. Losses within `miss_risk` are searched once more with a risk of zero.
-3. `engine.identify` runs for a few canaries with all their columns, minutiae included; 1:1 verification says which should be found.
+1. The stored templates of every canary's subject are compared with the canary: are they unchanged?
+2. `engine.search` searches for every canary with an embedding. The expected number of canaries that it finds follows from the similarities of
+   impostors at the present size, and from `miss_risk`. If it misses a canary, numpy compares the canary with all stored rows; if numpy finds
+   the subject, the search lost it. Losses that `miss_risk` allows are searched again with a risk of zero.
+3. `engine.identify` runs for a few canaries with all their columns, minutiae included. 1:1 verification tells which of them it should find.
 
-An alarm is raised where that many losses have a probability below `FALSE_ALARM` (all tests of a run together) in a gallery that loses no more
-than `miss_risk`. Rows are read through a second view of the gallery, independent of the engine's. It is taken before the engine's view and
-again after it; a row that is live in both is live in the engine's, so that a subject that is removed during the run is no loss.
+An alarm means: in a gallery that loses no more than `miss_risk`, so many losses have a probability below `FALSE_ALARM` (for all tests of a run
+together). A second view of the gallery, independent of the engine's, provides the stored rows. It is taken before the engine's view and again
+after it. A row that is live in both is also live in the engine's view, so that a subject that is removed during the run is not a loss.
 """
 
 from __future__ import annotations
@@ -47,21 +46,21 @@ from biodedup.jobs.health.canary_file import (
     standing,
     topped_up,
 )
-from biodedup.jobs.health.canary_report import REMAKE, Watch, Watched, line_of, of_themselves, problems_of, vanished
+from biodedup.jobs.health.canary_report import REMAKE, Watch, Watched, changes_of, line_of, problems_of, vanished
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import Encounter, Float32, Template
 
 COUNT = 200
 SEED = 0
 FALSE_ALARM = 1e-4
-"""Upper bound on the probability that a sound gallery raises an alarm in one run, all columns together."""
+"""Upper bound on the probability that a sound gallery raises an alarm in one run, over all columns."""
 FIRST = 20
-"""A canary counts as found where its subject is among the first so many."""
+"""A canary is found if its subject is among so many first candidates."""
 IDENTIFIED = 24
-"""Canaries that are identified by all their columns; as many more for each column of minutiae alone."""
+"""Number of canaries that are identified with all their columns; the same number again for each column that has only minutiae."""
 
-_COSINE_TOLERANCE = 0.01  # of a stored embedding: merging may encode it anew, which changes a cosine by 0.0006 or so
-_SIMILARITY_TOLERANCE = 1e-3  # of a similarity that the search returns, against numpy's
+_COSINE_TOLERANCE = 0.01  # merging segments may encode an embedding again, which changes a cosine by about 0.0006
+_SIMILARITY_TOLERANCE = 1e-3  # between a similarity of the search and of numpy
 _TIE = 1e-4
 _SAMPLE_ROWS = 4096
 
@@ -75,10 +74,10 @@ def watch(
     storage: Storage | None = None,
     progress: Progress = silent,
 ) -> Watch:
-    """Searches for the gallery's canaries and judges the answers; makes them where there are none, and more where it has grown.
+    """Searches for the gallery's canaries, and judges the results. Makes canaries if there are none, and more if the gallery has grown.
 
-    count: of each column, about. Reads the gallery alone; where the canaries cannot be written, those in memory are searched.
-    Raises what opening a gallery raises.
+    count: approximate number of canaries in each column. Changes no file except that of the canaries; if this cannot be written, the canaries
+    in memory are searched. Raises the errors of opening a gallery.
     """
     config = config or Config()
     storage = storage or LocalStorage(config.keys)
@@ -91,7 +90,7 @@ def watch(
         except GalleryDamaged as error:
             return Watch(problems=(f"canaries: their file is damaged ({error}); {REMAKE}",))
         if known is not None and known.gallery_id != stored.gallery_id:
-            return Watch(problems=(f"canaries: they are of another gallery; {REMAKE}",))
+            return Watch(problems=(f"canaries: their file belongs to another gallery; {REMAKE}",))
         snapshot = stored.snapshot().enrolled
         now = standing(known or Canaries(stored.gallery_id, snapshot.version, seed, ()), snapshot)
         kept = Canaries(stored.gallery_id, snapshot.version, seed if known is None else known.seed, now.kept)
@@ -108,7 +107,7 @@ def watch(
         columns = run.columns(present)
         problems += [problem for column in columns for problem in problems_of(column)] + run.incomplete
         lines = [line_of(column) for column in columns if not problems_of(column)]
-        lines += of_themselves(made, now, known, is_kept, searched)
+        lines += changes_of(made, now, known, is_kept, searched)
         return Watch(
             columns=tuple(columns),
             made=made,
@@ -121,9 +120,10 @@ def watch(
 
 
 def forget_removed(gallery: Path, config: Config | None = None, *, storage: Storage | None = None) -> int:
-    """Drops the canaries of removed subjects, before a compaction erases their templates. Returns how many were dropped.
+    """Deletes the canaries of removed subjects. It is called before a compaction, which erases the subjects' templates. Returns the number of
+    deleted canaries.
 
-    Leaves a damaged file, and one of another gallery, alone. Raises what opening a gallery raises.
+    Does not change a damaged file, or a file of another gallery. Raises the errors of opening a gallery.
     """
     storage = storage or LocalStorage((config or Config()).keys)
     with closing(Gallery.open_to_read(gallery, storage, Config().gallery)) as stored:
@@ -144,7 +144,7 @@ def forget_removed(gallery: Path, config: Config | None = None, *, storage: Stor
 def _saved(storage: Storage, gallery: Path, canaries: Canaries, transform: Transform | None) -> bool:
     try:
         save(storage, gallery, canaries, transform)
-    except StorageUnavailable:  # a read-only copy, or a full disk: they can be searched for all the same
+    except StorageUnavailable:  # a read-only copy or a full disk: the canaries in memory can still be searched
         return False
     return True
 
@@ -154,7 +154,8 @@ def _saved(storage: Storage, gallery: Path, canaries: Canaries, transform: Trans
 
 @dataclass
 class _Run:
-    """The views of the gallery of one run. engine: under test; stored: the reference of what is enrolled. incomplete: problems."""
+    """One run of the tests. engine: the engine under test; stored: the second view, the reference for enrolled rows; incomplete: problems of
+    incomplete searches."""
 
     gallery: Path
     config: Config
@@ -184,7 +185,7 @@ class _Run:
         return found
 
     def _records(self, name: str, canaries: Sequence[Canary]) -> Watched:
-        """A column of minutiae alone: are the records what they were? Searches for them go by `_identified`."""
+        """Tests whether the records of a column that has only minutiae are unchanged. `_identified` searches for them."""
         changed = self._changed_records(name, canaries)
         kept = len(canaries) - len(changed)
         return _with_changed(
@@ -204,6 +205,7 @@ class _Run:
         )
 
     def _column(self, name: str, canaries: Sequence[Canary], alpha: float) -> Watched:
+        """Tests 1 and 2 for a column of embeddings. alpha: significance level of each test."""
         snapshot = self.stored.snapshot()
         probes = np.array([canary.mates[name].embedding for canary in canaries], np.float32)
         stored = snapshot.embeddings([canary.row for canary in canaries], name)
@@ -250,18 +252,19 @@ class _Run:
         return _with_changed(watched, self, changed)
 
     def _lost_for_certain(self, name: str, lost: Sequence[Canary], probes: Float32) -> int:
-        """How many of these a search with a miss risk of zero does not find either."""
+        """The number of lost canaries that a search with a miss risk of zero does not find either."""
         config = replace(self.config, search=replace(self.config.search, miss_risk=0.0))
         with Engine.open(self.gallery, config, read_only=True, storage=self.storage) as engine:
             place = _places(engine.unrestricted().search({name: probes}, k=FIRST).ids, lost)
-        self.stored.refresh()  # some may have been removed since
+        self.stored.refresh()  # subjects may have been removed meanwhile
         snapshot = self.stored.snapshot()
         return sum(
             at >= FIRST and snapshot.is_present(canary.row) for canary, at in zip(lost, place.tolist(), strict=True)
         )
 
     def _identified(self, present: Sequence[Canary], alpha: float) -> Watched:
-        """Canaries whose 1:1 evidence reaches the review threshold, and whose strongest column makes them candidates."""
+        """Test 3: identifies canaries that must be found, because their 1:1 score reaches the review threshold and their strongest column makes
+        them candidates."""
         engine = self.engine.unrestricted()
         models = self.stored.snapshot().models
         chosen = set(_spread(present))
@@ -280,17 +283,17 @@ class _Run:
             names = [candidate.subject_id for candidate in decision.candidates]
             place = names.index(canary.subject_id) if canary.subject_id in names else FIRST
             if place >= FIRST and decision.incomplete:
-                continue  # it was not looked for everywhere
-            as_strong = 0.0  # impostors
+                continue  # part of the gallery was not searched
+            stronger = 0.0  # expected number of impostors with a higher score
             if canary.subject_id in engine:
                 alone = engine.verify(encounter, canary.subject_id)
                 scanned = max((e.score_db for e in alone.evidence if e.similarity is not None), default=alone.score_db)
-                in_scan, as_strong = (len(engine) * 10 ** (-score / 10) for score in (scanned, alone.score_db))
+                in_scan, stronger = (len(engine) * 10 ** (-score / 10) for score in (scanned, alone.score_db))
                 if alone.score_db < decision.review_db or in_scan > engine.config.search.candidates / 4:
-                    continue  # too weak to say that it should be found
+                    continue  # too weak: a sound search may miss it
             searched.append(canary)
             places.append(place)
-            impostors.append(as_strong)
+            impostors.append(stronger)
         risk = self.config.search.miss_risk
         rank = np.array(impostors, np.float64)
         among = pdtr(engine.config.search.returned - 1, rank) * (1 - risk)
@@ -309,6 +312,7 @@ class _Run:
         ]
 
     def _where(self, lost: Sequence[Canary], canaries: Sequence[Canary]) -> tuple[tuple[str, int, int], ...]:
+        """(segment, lost canaries, all canaries) of each segment with lost canaries, by descending share."""
         snapshot = self.stored.snapshot()
         all_places = Counter(place_of(snapshot, canary.row) for canary in canaries)
         counts = Counter(place_of(snapshot, canary.row) for canary in lost)
@@ -317,15 +321,15 @@ class _Run:
 
 
 def _places(ids: NDArray[np.object_], canaries: Sequence[Canary]) -> Int64:
-    """The rank of each canary's subject, from 0; FIRST where it was not returned."""
+    """The rank of each canary's subject, from 0; FIRST if it was not returned."""
     same = ids == np.array([canary.subject_id for canary in canaries], object)[:, None]
     return np.where(same.any(axis=1), same.argmax(axis=1), FIRST)
 
 
 def _spread(canaries: Sequence[Canary]) -> list[Canary]:
-    """A few, from all over the gallery."""
-    at = np.unique(np.linspace(0, len(canaries) - 1, min(IDENTIFIED, len(canaries))).round().astype(np.int64))
-    return [canaries[i] for i in at.tolist()]
+    """At most IDENTIFIED canaries, evenly spread over the gallery."""
+    chosen = np.unique(np.linspace(0, len(canaries) - 1, min(IDENTIFIED, len(canaries))).round().astype(np.int64))
+    return [canaries[i] for i in chosen.tolist()]
 
 
 def _with_changed(watched: Watched, run: _Run, changed: Sequence[Canary]) -> Watched:
@@ -334,16 +338,17 @@ def _with_changed(watched: Watched, run: _Run, changed: Sequence[Canary]) -> Wat
     return replace(watched, changed=len(changed), changed_in=places)
 
 
-# what is to be expected ------------------------------------------------------------------------------------------
+# expected results ------------------------------------------------------------------------------------------------
 
 
 def _expected(
     snapshot: Snapshot, name: str, probes: Float32, cosine: Float32, rows: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The probability that each probe's mate is first, and among FIRST: so few impostors are more similar.
+    """The probabilities that each probe's mate is the first candidate, and that it is among the FIRST.
 
-    Similarities to impostors go by the law of directions on a sphere (as in `search/native/column_statistics.py`), with the mean and deviation over
-    a sample of the column for each probe, its most similar row left out: it may be the mate.
+    The number of more similar impostors follows from the distribution of cosines between random directions (as in
+    `search/native/column_statistics.py`), with the mean and standard deviation of each probe's similarities to a sample of the column. The most
+    similar row of the sample is excluded, since it may be the mate.
     """
     sample = snapshot.sample(name, _SAMPLE_ROWS)
     similarity = np.sort((probes @ sample.T).astype(np.float64), axis=1)[:, :-1]
@@ -357,7 +362,7 @@ def _expected(
 
 
 def _exact_rank(snapshot: Snapshot, name: str, probes: Float32, cosine: Float32, rows: Sequence[int]) -> Int64:
-    """The rank of each probe's own row among all live stored rows, by numpy: 1 is the first. Ties count against it."""
+    """The rank of each probe's subject among all live stored rows, computed by numpy, from 1. Ties count as better ranks of others."""
     ahead = np.zeros(len(probes), np.int64)
     own = np.array(rows, np.int64)
     for part in snapshot.parts if len(probes) else ():
@@ -375,8 +380,8 @@ def _exact_rank(snapshot: Snapshot, name: str, probes: Float32, cosine: Float32,
 
 
 def _counted(name: str, place: Int64, first: NDArray[np.float64], among: NDArray[np.float64], alpha: float) -> Watched:
-    """Counts and their tests. Of trials with different probabilities, fewer than expected are less likely than the binomial law with
-    their mean says (Hoeffding, 1956), so that this errs on the side of silence."""
+    """Counts found canaries and tests the counts. The binomial distribution with the mean probability overestimates the probability of few
+    successes in trials with different probabilities (Hoeffding, 1956), so that false alarms are rarer than stated."""
     n = len(place)
     found, at_first = int((place < FIRST).sum()), int((place == 0).sum())
     found_min, p_found = _least(found, among, alpha)
@@ -395,7 +400,7 @@ def _counted(name: str, place: Int64, first: NDArray[np.float64], among: NDArray
 
 
 def _least(count: int, chances: NDArray[np.float64], alpha: float) -> tuple[int, float]:
-    """(the least count that is no surprise, the probability of this one or fewer)."""
+    """(the smallest count that is not significant at alpha, the probability of `count` or fewer)."""
     n = len(chances)
     if not n:
         return 0, 1.0

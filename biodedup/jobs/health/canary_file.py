@@ -1,11 +1,11 @@
-"""Canaries: synthetic mates of some enrolled subjects, kept in a file beside the gallery.
+"""Makes and stores canaries: synthetic mates of some enrolled subjects, which test searches. They are in a file beside the gallery.
 
-Owns how they are drawn, which of them still belong to a subject, and their file (gallery/FORMAT.md). Never searches.
+Owns the sampling of subjects, the state of each canary's subject, and the file (gallery/FORMAT.md). Never searches.
 
-1. A canary is made once, from the templates stored at that time: later searches use the same probe.
+1. A canary is made once, from the templates that are stored at that time. Later searches use the same canary.
 2. The same gallery, seed and count give the same bytes.
-3. Every segment, and the tail, has some in each of its columns; a gallery that has grown gets more (`topped_up`).
-4. They resemble enrolled templates, so they are biometric data; those of removed subjects are dropped.
+3. Every segment, and the journal, has canaries in each of its columns. If the gallery grows, more are made (`topped_up`).
+4. Canaries resemble enrolled templates, so they are biometric data. Canaries of removed subjects are deleted.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ from biodedup.synthetic.vectors import mates_of
 from biodedup.values import COLUMNS, Float32
 
 COSINES = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
-"""To the stored embedding: the mated range of the models in use."""
+"""Cosines between canary and stored embedding: the range of mated pairs of the models in use."""
 PART_MIN = 4
-"""Canaries of each column of a segment, however small its share of the gallery."""
+"""The least number of canaries in each column of a segment, even if its share of the gallery is small."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mate:
-    """A probe for one column. cosine: to the stored embedding then; record_hash: XXH3-64 of the stored record then, 0 without."""
+    """A synthetic template for one column. cosine: to the embedding that was stored when it was made; record_hash: XXH3-64 of the minutiae
+    record that was stored then, 0 if there was none."""
 
     cosine: float = 0.0
     embedding: Float32 | None = field(default=None, repr=False)
@@ -60,7 +61,7 @@ class Mate:
 
 @dataclass(frozen=True, eq=False)
 class Canary:
-    """A subject as it was enrolled, and its synthetic mates by column."""
+    """An enrolled subject and its synthetic mates, by column."""
 
     row: int
     subject_id: str
@@ -69,7 +70,7 @@ class Canary:
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """version: of the gallery when they were last looked through; each: by row."""
+    """All canaries of a gallery. version: gallery version at their last check; each: ordered by row."""
 
     gallery_id: str
     version: int
@@ -79,12 +80,12 @@ class Canaries:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """What has become of canaries' subjects.
+    """The states of the canaries' subjects.
 
-    present: enrolled as they were; removed: by their tombstones; gone: removed and merged away, or lost in a merge: a merge
-    keeps no record of what was removed, so that the two look the same; but where the content's version has not changed since
-    the canaries were looked through, nothing was removed, and they are `lost`. misfiled: the row is there, and its subject's
-    id is not, or does not lead to it. ahead: rows that this gallery has never given out.
+    present: the row is enrolled; removed: the row has a tombstone; gone: the row is in no segment: it was removed and then erased by a merge of
+    segments, or it was lost (a merge keeps no record of removed rows); lost: as gone, but the gallery's version has not changed since the last
+    check, so that nothing was removed; misfiled: the row exists, but its subject's id is wrong or does not lead to it; ahead: the row number is
+    higher than any that this gallery has assigned.
     """
 
     present: tuple[Canary, ...]
@@ -96,12 +97,12 @@ class Standing:
 
     @property
     def kept(self) -> tuple[Canary, ...]:
-        """All but those removed on purpose, as far as can be told."""
+        """All canaries except those whose subjects were removed, or may have been removed."""
         return tuple(sorted((*self.present, *self.lost, *self.misfiled, *self.ahead), key=lambda canary: canary.row))
 
 
 def standing(canaries: Canaries, snapshot: Snapshot) -> Standing:
-    """Where the subjects of some canaries are now. snapshot: without open cases."""
+    """The states of the canaries' subjects in a snapshot, which must not include open cases."""
     by_standing: dict[str, list[Canary]] = {name: [] for name in Standing.__dataclass_fields__}
     enrolled = [
         canary for canary in canaries.each if canary.row < snapshot.row_count and snapshot.is_present(canary.row)
@@ -109,8 +110,8 @@ def standing(canaries: Canaries, snapshot: Snapshot) -> Standing:
     rows = [canary.row for canary in enrolled]
     names = snapshot.subject_ids(rows)
     ids = sorted({canary.subject_id for canary in enrolled})
-    which, under = snapshot.all_rows_of(packed.pack_text(ids))
-    filed = {(ids[i], row) for i, row in zip(which.tolist(), under.tolist(), strict=True)}
+    indices, rows_of_ids = snapshot.all_rows_of(packed.pack_text(ids))
+    filed = {(ids[i], row) for i, row in zip(indices.tolist(), rows_of_ids.tolist(), strict=True)}
     for canary, name in zip(enrolled, names, strict=True):
         sound = name == canary.subject_id and (name, canary.row) in filed
         by_standing["present" if sound else "misfiled"].append(canary)
@@ -131,13 +132,13 @@ def standing(canaries: Canaries, snapshot: Snapshot) -> Standing:
 
 
 def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
-    """With more where a part of the gallery has fewer than its share of `count` in one of its columns."""
+    """The canaries, and new ones for each part of the gallery that has fewer than its share of `count` in a column."""
     each = list(canaries.each)
     totals = snapshot.column_counts()
     for part in snapshot.parts:
         if not part.count:
             continue
-        mine = {canary.row: canary for canary in each if part.first_row <= canary.row < part.end_row}
+        of_part = {canary.row: canary for canary in each if part.first_row <= canary.row < part.end_row}
         presence, live = part.presence(0, part.count), snapshot.mask(part)
         drawn: set[int] = set()
         for name in part.columns:
@@ -145,11 +146,11 @@ def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
             if live is not None:
                 has &= live
             wanted = max(round(count * np.count_nonzero(has) / max(totals[name], 1)), PART_MIN)
-            held = sum(name in canary.mates for canary in mine.values())
+            held = sum(name in canary.mates for canary in of_part.values())
             held += int(np.count_nonzero(has[part.at(np.array(sorted(drawn), np.int64))]))
             if held >= wanted:
                 continue
-            has[part.at(np.array([*mine, *drawn], np.int64))] = False
+            has[part.at(np.array([*of_part, *drawn], np.int64))] = False
             free = part.rows(np.flatnonzero(has))
             rng = np.random.default_rng([canaries.seed, part.first_row, part.end_row, COLUMNS.index(name)])
             drawn |= set(rng.choice(free, min(wanted - held, len(free)), replace=False).tolist())
@@ -158,7 +159,7 @@ def topped_up(canaries: Canaries, snapshot: Snapshot, count: int) -> Canaries:
 
 
 def _made(snapshot: Snapshot, part: Part, rows: Sequence[int], seed: int) -> list[Canary]:
-    """New canaries of some rows of a part, in all of their columns."""
+    """New canaries for some rows of a part, with a mate in each column of the row."""
     if not rows:
         return []
     mates: dict[int, dict[str, Mate]] = {row: {} for row in rows}
@@ -192,8 +193,11 @@ def record_hash(record: bytes | None) -> int:
 
 
 def another_impression(content: bytes, column: str, rng: np.random.Generator) -> bytes:
-    """A record with a seventh of its minutiae dropped, the others displaced by 1.5 pixels and 2 degrees, all rotated by up to ten
-    degrees and shifted, and a tenth of spurious ones among them. The record itself where that makes no sound one."""
+    """A minutiae record that imitates another impression of the same finger.
+
+    A seventh of the minutiae is dropped; the others are displaced by 1.5 pixels and 2 degrees; all are rotated by up to 10 degrees and shifted;
+    a tenth of spurious minutiae is added. If the result is not a valid record, returns the original.
+    """
     record = read_record(content)
     rows = np.frombuffer(record.body, np.uint8).reshape(-1, MINUTIA_BYTES).astype(np.int64)
     points = np.stack([(rows[:, 0] & 0x3F) << 8 | rows[:, 1], (rows[:, 2] & 0x3F) << 8 | rows[:, 3]], axis=1)
@@ -229,7 +233,7 @@ def another_impression(content: bytes, column: str, rng: np.random.Generator) ->
 
 
 def load(storage: Storage, folder: Path) -> Canaries | None:
-    """The gallery's canaries, or None without a file. Raises GalleryDamaged, StorageUnavailable."""
+    """The gallery's canaries; None if there is no file. Raises GalleryDamaged, StorageUnavailable."""
     with translated(f"reading {folder / CANARIES_NAME}"):
         if CANARIES_NAME not in (storage.list_names(folder) or ()):
             return None
@@ -239,7 +243,7 @@ def load(storage: Storage, folder: Path) -> Canaries | None:
                 raise file.damaged(file.problems()[0])
             return _read(file)
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise GalleryDamaged(f"it holds what was never written ({type(error).__name__})") from error
+            raise GalleryDamaged(f"its content is not valid ({type(error).__name__})") from error
 
 
 def save(storage: Storage, folder: Path, canaries: Canaries, transform: Transform | None) -> None:
@@ -314,7 +318,7 @@ def _read_strings(file: ColumnFile, name: str) -> list[bytes]:
 
 
 def place_of(snapshot: Snapshot, row: int) -> str:
-    """The segment that holds a row, in words."""
+    """The name of the segment that holds a row, for a sentence."""
     part = next((part for part in snapshot.parts if part.first_row <= row < part.end_row), None)
     if part is None:
         return "no segment"

@@ -1,6 +1,6 @@
-"""The result of a search for canaries: its values, and its sentences for `doctor`.
+"""Defines the result of a search for canaries (synthetic mates of enrolled subjects), and its sentences for `doctor`.
 
-Owns the sentences. Never searches and never judges.
+Owns the sentences. Never searches, and never judges.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from biodedup.common.renamed import renamed
 from biodedup.gallery.files.names import CANARIES_NAME
 from biodedup.jobs.health.canary_file import Canaries, Standing
 
-REMAKE = f"remove the file `{CANARIES_NAME}` from the gallery's folder and run again: it is made anew"
+REMAKE = f"remove the file `{CANARIES_NAME}` from the gallery's folder and run again, which makes a new one"
 
 
 @dataclass(frozen=True)
 class Watched(Described):
-    """One column's canaries, or those identified by all their columns (column `all`).
+    """The result for one column, or for canaries that were identified with all their columns (column `all`).
 
-    found: among the first `among`, and first; expected_min, expected_first_min: so many at least in all but one of `1 /
-    FALSE_ALARM` runs; p_found, p_first: probability of as few by the distribution of impostors. lost: should have been found and were not;
-    p_lost: probability of as many in a sound gallery; certain: lost with nothing left to chance, too. lost_in: (segment, lost
-    ones, canaries there). changed: whose stored template is not the one enrolled; miscomputed: found with a wrong similarity.
+    canaries: number of canaries; found: how many were among the first `among` candidates; first: how many were the first candidate.
+    expected_min, expected_first_min: lower bounds of found and first, which all but one of `1 / FALSE_ALARM` runs reach; p_found, p_first:
+    probabilities of so few, by the distribution of impostors. lost: canaries that should have been found, but were not; p_lost: probability of
+    so many in a sound gallery; certain: lost canaries that a search with a miss risk of zero does not find either; lost_in: (segment, lost
+    canaries, all canaries in it). changed: canaries whose subject has a changed template; changed_in: their segments; miscomputed: canaries
+    that were found with a wrong similarity.
     """
 
     column: str
@@ -52,7 +54,8 @@ class Watched(Described):
 
 @dataclass(frozen=True)
 class Watch(Described):
-    """What the canaries say. made, removed, gone: of this run; kept_in_file: False where they could not be written."""
+    """The result of a search for canaries. made: new canaries; removed, gone: deleted canaries (`Standing`); kept_in_file: False if the canaries
+    could not be written."""
 
     columns: tuple[Watched, ...] = ()
     made: int = 0
@@ -63,79 +66,88 @@ class Watch(Described):
     problems: tuple[str, ...] = ()
 
 
-def line_of(one: Watched) -> str:
-    """Of a column that is sound."""
-    start = f"canaries {'by all their columns' if one.column == 'all' else one.column}:"
-    if not one.among:
-        return f"{start} {one.found} of {one.canaries} stored records are as they were enrolled"
-    text = f"{start} {one.found} of {one.canaries} found (expected at least {one.expected_min})"
-    text += f", {one.first} of them first (at least {one.expected_first_min})"
-    if one.found < one.expected_min or one.first < one.expected_first_min:
-        text += "; fewer than the similarities of impostors let expect, but numpy finds no more among the stored rows"
-    if one.lost:
-        text += f"; {one.lost} missed within the risk that the search was given"
+def line_of(watched: Watched) -> str:
+    """The sentence on a column without problems."""
+    start = _start(watched)
+    if not watched.among:
+        return f"{start} {watched.found} of {watched.canaries} stored records are unchanged since enrolment"
+    text = f"{start} {watched.found} of {watched.canaries} found (expected at least {watched.expected_min})"
+    text += f", {watched.first} of them first (at least {watched.expected_first_min})"
+    if watched.found < watched.expected_min or watched.first < watched.expected_first_min:
+        text += (
+            "; fewer than expected from the similarities of impostors, but numpy finds no more among the stored rows"
+        )
+    if watched.lost:
+        text += f"; {watched.lost} missed, which the search's miss risk allows"
     return text
 
 
-def problems_of(one: Watched) -> list[str]:
-    """What is wrong with a column, a line each."""
-    start = f"canaries {'by all their columns' if one.column == 'all' else one.column}:"
-    found = []
-    if one.changed:
-        found.append(
-            f"{start} the stored templates of {one.changed} of {one.canaries} are not those that were enrolled, in "
-            f"{', '.join(one.changed_in)}; their checksums do not see it; restore from a backup of before"
+def problems_of(watched: Watched) -> list[str]:
+    """The problems of a column, one sentence each."""
+    start = _start(watched)
+    problems = []
+    if watched.changed:
+        problems.append(
+            f"{start} the stored templates of {watched.changed} of {watched.canaries} have changed since enrolment, in "
+            f"{', '.join(watched.changed_in)}; their checksums do not show this; restore from an earlier backup"
         )
-    if one.miscomputed:
-        found.append(
-            f"{start} {one.miscomputed} of {one.found} found with a similarity that is not that of the stored rows; search on "
-            "another machine, and trust no answer of this one until then"
+    if watched.miscomputed:
+        problems.append(
+            f"{start} {watched.miscomputed} of {watched.found} were found with a similarity that differs from that of the stored rows; "
+            "search on another machine, and do not trust this machine until then"
         )
-    if one.alarm:
-        where = ", ".join(f"{place} ({lost} of {there})" for place, lost, there in one.lost_in[:8])
-        by = "1:1 verification accepts" if one.column == "all" else "numpy finds among the stored rows"
-        sure = f"; {one.certain} of them with nothing left to chance, too" if one.certain else ""
-        found.append(
-            f"{start} {one.found} of {one.canaries} found, expected at least {one.expected_min} (p = {one.p_lost:.2g}); the search "
-            f"loses {one.lost} that {by}{sure}: {where}; trust no `unique` of this machine, and run this again on another: if it says the same, the search is at "
-            "fault and not the processor"
+    if watched.alarm:
+        where = ", ".join(f"{place} ({lost} of {count})" for place, lost, count in watched.lost_in[:8])
+        reference = "1:1 verification accepts" if watched.column == "all" else "numpy finds among the stored rows"
+        certain = f"; a miss risk of zero does not find {watched.certain} of them either" if watched.certain else ""
+        problems.append(
+            f"{start} {watched.found} of {watched.canaries} found, expected at least {watched.expected_min} (p = {watched.p_lost:.2g}); the "
+            f"search loses {watched.lost} that {reference}{certain}: {where}; do not trust `unique` of this machine, and run the test on "
+            "another machine: if the result is the same, the search is at fault and not the processor"
         )
-    return found
+    return problems
+
+
+def _start(watched: Watched) -> str:
+    return f"canaries {'by all their columns' if watched.column == 'all' else watched.column}:"
 
 
 def vanished(now: Standing, known: Canaries | None, version: int) -> list[str]:
-    """Of subjects that should be there. version: of the gallery."""
-    found = []
+    """The problems of canaries whose subjects should be enrolled, but are not. version: of the gallery."""
+    problems = []
     if known is not None and known.version > version:
-        found.append(
-            f"canaries: they were looked through at version {known.version:,}, and the gallery is at {version:,}: it was taken back to an "
+        problems.append(
+            f"canaries: they were last checked at version {known.version:,}, but the gallery is at {version:,}: it was taken back to an "
             f"earlier state, in which {len(now.ahead)} of their subjects are not enrolled; if a backup was restored on purpose, {REMAKE}"
         )
     if now.lost:
-        found.append(
-            f"canaries: {len(now.lost)} subjects are in no segment any more, and nothing was removed since they were last seen; "
-            "restore from a backup of before"
+        problems.append(
+            f"canaries: {len(now.lost)} subjects are no longer in any segment, although nothing was removed since the last check; "
+            "restore from an earlier backup"
         )
     if now.misfiled:
-        found.append(
-            f"canaries: {len(now.misfiled)} subjects' rows are there and not found by their ids; run `biodedup doctor --repair`"
+        problems.append(
+            f"canaries: the rows of {len(now.misfiled)} subjects exist, but their ids do not lead to them; run `biodedup doctor --repair`"
         )
-    return found
+    return problems
 
 
-def of_themselves(made: int, now: Standing, known: Canaries | None, is_kept: bool, searched: Canaries) -> list[str]:
-    """What became of the canaries themselves."""
+def changes_of(made: int, now: Standing, known: Canaries | None, is_kept: bool, searched: Canaries) -> list[str]:
+    """The sentences on new and deleted canaries. made: number of new canaries; searched: the canaries after the run."""
     lines = []
     if made:
         lines.append(f"canaries: {made} {'made' if known is None else 'more made'}, {len(searched.each)} subjects now")
     if now.removed:
-        lines.append(f"canaries: {len(now.removed)} dropped, whose subjects were removed")
+        lines.append(f"canaries: {len(now.removed)} deleted, because their subjects were removed")
     if now.gone and known is not None:
         share = len(now.gone) / max(len(known.each), 1)
         lines.append(
-            f"canaries: {len(now.gone)} dropped, whose subjects are in no segment any more: removed and merged away, or lost, of which no "
-            f"record tells; it is {share:.1%} of the canaries, to be compared with the share of subjects removed since version {known.version:,}"
+            f"canaries: {len(now.gone)} deleted, because their subjects are no longer in any segment: they were removed, or lost, which "
+            f"cannot be distinguished. These are {share:.1%} of the canaries: compare this with the share of subjects that were removed since "
+            f"version {known.version:,}"
         )
     if not is_kept:
-        lines.append("canaries: they could not be written beside the gallery, and were searched for all the same")
+        lines.append(
+            "canaries: their file could not be written beside the gallery; they were searched for nevertheless"
+        )
     return lines

@@ -1,6 +1,6 @@
 """`doctor`: checks the installed models and a gallery, and repairs a gallery.
 
-Owns the list of checks. `gallery/care/verify.py` and `repair.py` do the work on a gallery; `canaries.py` searches.
+Owns the list of checks. Never reads or writes a file of a gallery: `gallery/care/verify.py` and `repair.py` do, and `canaries.py` searches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from biodedup.config import Config
 from biodedup.embed.cards import shipped_cards
 from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
-from biodedup.gallery.care.exposure import exposed, tighten, told
+from biodedup.gallery.care.exposure import advice_on_exposure, exposed, tighten
 from biodedup.gallery.care.repair import repair
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
@@ -28,8 +28,9 @@ from biodedup.jobs.shared.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Report(Described):
-    """checked: what is sound; problems: what is damaged; mended: what was repaired; canaries: None where they were not searched for; notes:
-    what is odd and not damaged, such as ids that look alike; exposed: files that other users of the machine can reach, not damage either."""
+    """The result of a check, in sentences. checked: sound parts; problems: remaining damage; mended: repaired damage; exposed: files that other
+    users of the machine can read; notes: unusual facts that are no damage, such as ids that look alike. canaries: None if they were not
+    searched for."""
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
@@ -45,7 +46,7 @@ class Report(Described):
         return self.canaries
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. Canaries keep the names of the first version, `sentinels`."""
+        """The report, JSON-ready. In JSON, canaries keep their name of earlier releases, `sentinels`."""
         document = asdict(self)
         canaries = document.pop("canaries")
         for column in canaries["columns"] if canaries else ():
@@ -64,11 +65,11 @@ def examine(
     clock: Callable[[], float] = time.time,
     sentinels: bool | None = None,
 ) -> Report:
-    """Verifies the digest of every shipped model and, with a gallery, every page, every checksum and every invariant.
+    """Verifies the digest of every shipped model and, if a gallery is given, every database page, checksum and invariant.
 
-    mend: rebuild derived files and counters, close files to other users, and take damaged exact files (or, where the database is lost,
-    everything) from a backup. canaries: also search for the gallery's canaries, unless it is damaged. sentinels: the deprecated name of
-    canaries. The report's problems are those that remain. Raises what reading a gallery raises: NotAGallery, StorageUnavailable, GalleryBusy.
+    mend: rebuilds derived files and counters, removes other users' access to files, and restores damaged exact files from `backup` (or
+    everything, if the database is lost). canaries: also searches for the gallery's canaries, unless the gallery is damaged. sentinels: the
+    deprecated name of canaries. Raises the errors of reading a gallery: NotAGallery, StorageUnavailable, GalleryBusy.
     """
     if sentinels is not None:
         renamed("examine(sentinels=...)", "examine(canaries=...)")
@@ -90,12 +91,12 @@ def examine(
         if mend:
             mended = repair(storage, gallery, backup)
             if count := tighten(gallery):
-                mended.append(f"gallery {gallery}: {count} files and folders closed to other users")
-        found = inspect(storage, gallery)
-        if open_ones := exposed(gallery):
-            reachable.append(told(gallery, open_ones))
-        if found:
-            problems.extend(f"gallery {gallery}: {problem}" for problem in found)
+                mended.append(f"gallery {gallery}: removed other users' access to {count} files and folders")
+        damage = inspect(storage, gallery)
+        if exposed_files := exposed(gallery):
+            reachable.append(advice_on_exposure(gallery, exposed_files))
+        if damage:
+            problems.extend(f"gallery {gallery}: {problem}" for problem in damage)
         else:
             with Engine.open(gallery, config, read_only=True) as engine:
                 checked.append(

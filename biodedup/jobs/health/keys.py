@@ -1,6 +1,6 @@
-"""Makes a register's key, and turns galleries into encrypted ones and back.
+"""Makes a register's key, encrypts and decrypts galleries, and rotates their keys.
 
-Owns the file of a new key. `gallery/care/encrypting.py` does the rest.
+Owns the file of a new key, and the approval of a change. `gallery/care/encrypting.py` changes the gallery.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ def rotate_key(
     by: str = "",
     sign: Path | None = None,
 ) -> KeyStatus:
-    """Wraps the gallery's key by another register's key, at once; processes that have the gallery open go on. The old key opens it no more, but
-    opens backups that were made before. config: says who may do it; by: the person; sign: the file of its private key. Where the policy
-    asks for two people, no other process may write meanwhile. Raises KeyMismatch, GalleryDamaged, NotAllowed, ApprovalNeeded,
-    StorageUnavailable."""
-    new = fetched(after)  # once: the key that is approved is the one that is taken
+    """Wraps the gallery's key with another register's key, immediately. Processes that have the gallery open are not affected.
+
+    before, after: sources of the old and the new key. The old key no longer opens the gallery, but opens earlier backups. config: has the
+    identities; by: the person; sign: the file of the person's private key. If the policy requires two people, no other process may write
+    meanwhile. Raises KeyMismatch, GalleryDamaged, NotAllowed, ApprovalNeeded, StorageUnavailable.
+    """
+    new = fetched(after)  # fetched only once, so that the approved key is the key that is used
     new_id = Key(new).key_id
-    if key_status(folder).register_key_id not in (None, new_id):  # otherwise a run that was repeated, or a mistake
+    if key_status(folder).register_key_id not in (
+        None,
+        new_id,
+    ):  # otherwise the gallery is not encrypted, or has the new key already
         _approved(folder, before, config, Actor(by, sign), {"rotate": new_id})
     return encrypting.rotate(folder, before, lambda: new)
 
@@ -51,12 +56,15 @@ def rotate_key(
 def encrypt(
     folder: Path, keys: KeySource, config: Config | None = None, *, by: str = "", sign: Path | None = None
 ) -> KeyStatus:
-    """Turns a gallery in the clear into an encrypted one. Needs free space of its size, and no writer. Done already, it only removes what
-    an interrupted run left. config, by, sign: as in `rotate_key`. Raises KeyMismatch, GalleryBusy, GalleryDamaged, NotAllowed,
-    ApprovalNeeded, StorageUnavailable; then the gallery is as it was."""
+    """Encrypts a gallery. Needs free disk space of its size; no other process may write. If the gallery is already encrypted, only removes files
+    that an interrupted run left.
+
+    config, by, sign: as in `rotate_key`. Raises KeyMismatch, GalleryBusy, GalleryDamaged, NotAllowed, ApprovalNeeded, StorageUnavailable; then
+    the gallery is unchanged.
+    """
     if key_status(folder).encrypted:
         return encrypting.encrypt(folder, keys)
-    key = fetched(keys)  # once, as in `rotate_key`
+    key = fetched(keys)  # fetched only once, as in `rotate_key`
     _approved(folder, None, config, Actor(by, sign), {"encrypt": Key(key).key_id})
     return encrypting.encrypt(folder, lambda: key)
 
@@ -65,7 +73,7 @@ def encrypt(
 def decrypt(
     folder: Path, keys: KeySource, config: Config | None = None, *, by: str = "", sign: Path | None = None
 ) -> KeyStatus:
-    """Turns an encrypted gallery into one in the clear, as `encrypt`."""
+    """Decrypts a gallery. Arguments and errors as in `encrypt`."""
     if (status := key_status(folder)).encrypted:
         _approved(folder, keys, config, Actor(by, sign), {"decrypt": status.register_key_id})
     return encrypting.decrypt(folder, keys)
@@ -74,7 +82,8 @@ def decrypt(
 def _approved(
     folder: Path, keys: KeySource | None, config: Config | None, actor: Actor, facts: Mapping[str, Any]
 ) -> None:
-    """Returns once the key may be changed. Raises NotAllowed, ApprovalNeeded, GalleryBusy."""
+    """Checks that the person may change the key, and stores the approval if the policy requires two people. Raises NotAllowed, ApprovalNeeded,
+    GalleryBusy."""
     config = config or Config()
     actor.principal(config, "administer")
     storage = LocalStorage(keys)
@@ -89,11 +98,10 @@ def _approved(
 
 @checked
 def make_register_key(file: Path) -> str:
-    """Writes a new key, 32 random bytes in hexadecimal, and returns its id. Raises InvalidInput where the file exists,
-    StorageUnavailable."""
+    """Writes a new key, 32 random bytes in hexadecimal. Returns its id. Raises InvalidInput if the file exists, StorageUnavailable."""
     key = new_key()
     if file.exists():
-        raise InvalidInput(f"{file} exists, and a key is never replaced; name a new file")
+        raise InvalidInput(f"{file} exists, and a key file is never overwritten; name a new file")
     with translated(f"writing {file}"):
         make_private_folder(file.parent)
         with open_private(file, exclusive=True) as opened:

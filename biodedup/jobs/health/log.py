@@ -1,6 +1,6 @@
-"""Verifies the hash chain of a gallery, and signs checkpoints of it that are kept outside.
+"""Verifies the hash chain of a gallery's commits, and signs checkpoints of the chain, which an auditor keeps on another system.
 
-Owns the form of a checkpoint. `gallery.care.log` checks the chain, `jobs.shared.signing` signs.
+Owns the format of a checkpoint. `gallery.care.log` verifies the chain, and `jobs.shared.signing` signs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FIELDS = {"format": int, "gallery_id": str, "number": int, "commit": int, "chai
 
 @dataclass(frozen=True)
 class Checkpoint(Described):
-    """commit, chain: the value of the chain (hexadecimal) at a commit; number: of its link; time: seconds since 1970; signed_by: the public key,
-    hexadecimal."""
+    """A signed value of the hash chain. chain: the value, hexadecimal; commit: the number of commits that it covers; number: of the chain's link;
+    time: seconds since 1970; signed_by: the public key, hexadecimal."""
 
     gallery_id: str
     number: int
@@ -46,9 +46,11 @@ class Checkpoint(Described):
 def verify_log(
     gallery: Path, config: Config | None = None, *, checkpoint: Path | None = None, public_key: Path | None = None
 ) -> LogReport:
-    """Checks the chain of a gallery, the rows of its database, and the heads of its files. checkpoint: an earlier one, which has to be in this
-    chain; public_key: PEM, of the key that signed it; without it the signature proves only that the file is whole. Raises InvalidInput,
-    NotAGallery, KeyMismatch, StorageUnavailable."""
+    """Verifies the chain of a gallery, the rows of its database, and the headers of its files.
+
+    checkpoint: an earlier checkpoint, which must be in this chain; public_key: PEM file of its signer, without which the signature only proves
+    that the file is complete. Raises InvalidInput, NotAGallery, KeyMismatch, StorageUnavailable.
+    """
     storage = LocalStorage(None if config is None else config.keys)
     public_keys = {} if config is None else config.public_keys
     if checkpoint is None:
@@ -61,7 +63,7 @@ def verify_log(
         signer = document["signed_by"]
         notes = (
             *notes,
-            f"no public key was stated; the checkpoint is signed by {signer}: compare it with the auditor's",
+            f"no public key was given; the checkpoint is signed by {signer}: compare this with the auditor's public key",
         )
     return replace(report, problems=(*([wrong] if wrong else []), *report.problems), notes=notes)
 
@@ -76,17 +78,20 @@ def log_checkpoint(
     url: str | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Checkpoint:
-    """Verifies the chain, and signs its newest value. key: an Ed25519 private key, PEM; url: gets the document by POST, too. Raises InvalidInput
-    where `out` exists, GalleryDamaged where the log is not sound, and then writes nothing; StorageUnavailable, also where the address
-    did not take the document, which is in `out` nevertheless."""
+    """Verifies the chain, and signs its newest value in the new file `out`.
+
+    key: an Ed25519 private key, PEM; url: an address to which the document is also sent by POST. Raises InvalidInput if `out` exists,
+    GalleryDamaged if the log is not valid (then nothing is written), StorageUnavailable. If the address does not accept the document, this is
+    also StorageUnavailable, and the document is in `out`.
+    """
     if out.exists():
-        raise InvalidInput(f"{out} exists, and a checkpoint is never replaced; name a new file")
+        raise InvalidInput(f"{out} exists, and a checkpoint is never overwritten; name a new file")
     if url is not None and not url.startswith(("https://", "http://")):
-        raise InvalidInput(f"the address {url!r} is not one of HTTP; begin it with https://")
+        raise InvalidInput(f"the address {url!r} is not an HTTP address; begin it with https://")
     report = verify_chain(LocalStorage(None if config is None else config.keys), gallery)
     mark = report.mark
     if report.problems or mark is None:
-        raise GalleryDamaged(f"the log of {gallery} is not sound: {report.problems[0]}; nothing was signed")
+        raise GalleryDamaged(f"the log of {gallery} is not valid: {report.problems[0]}; nothing was signed")
     values = (1, mark.gallery_id, mark.number, mark.commits, mark.value, round(float(clock()), 3))
     document = sign_document(_TITLE, dict(zip(_FIELDS, values, strict=True)), key)
     content = json.dumps(document, indent=2).encode() + b"\n"
@@ -97,10 +102,10 @@ def log_checkpoint(
 
 
 def _read(path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
-    """(the checkpoint, what is wrong with its signature). Raises InvalidInput."""
+    """(the fields of the checkpoint, the problem of its signature or ''). Raises InvalidInput."""
     document, wrong = read_signed(_TITLE, path, public_key)
     if document.get("format") != 1 or any(type(document.get(name)) is not kind for name, kind in _FIELDS.items()):
-        raise InvalidInput(f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`")
+        raise InvalidInput(f"{path} is not a checkpoint of this format; name a file of `biodedup log checkpoint`")
     return document, wrong
 
 
@@ -110,5 +115,7 @@ def _post(url: str, content: bytes, out: Path) -> None:
         with urllib.request.urlopen(request, timeout=_POST_S_MAX):
             return
     except (OSError, ValueError) as error:
-        what = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        raise StorageUnavailable(f"{url} did not take the checkpoint ({what}); it is in {out}: send it again") from None
+        reason = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        raise StorageUnavailable(
+            f"{url} did not accept the checkpoint ({reason}); it is in {out}: send it again"
+        ) from None

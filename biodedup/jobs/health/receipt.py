@@ -1,6 +1,6 @@
-"""Writes signed receipts of decisions, and checks them without the gallery.
+"""Writes signed receipts of decisions, and verifies receipts without the gallery.
 
-Owns the file of a receipt. `engine.receipt` says what it holds, `jobs.shared.signing` signs.
+Owns the file of a receipt. `engine.receipt` defines its fields, and `jobs.shared.signing` signs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _TITLE, _FORMAT = "receipt", 1
 
 @dataclass(frozen=True)
 class ReceiptCheck(Described):
-    """receipt: the fields of the file, as they were signed; problems: what is wrong with it, empty for nothing; notes: what the signature does
-    not prove."""
+    """The result of a verification. receipt: the signed fields; problems: empty if the receipt is valid; notes: facts that the signature does not
+    prove."""
 
     receipt: dict[str, Any]
     problems: tuple[str, ...]
@@ -34,10 +34,10 @@ class ReceiptCheck(Described):
 def write_receipt(
     engine: Engine, encounter_id: str, key: Path, out: Path, *, clock: Callable[[], float] = time.time
 ) -> dict[str, Any]:
-    """Signs the receipt of a decision, of a case as it stands now. key: an Ed25519 private key, PEM. Returns the document. Raises InvalidInput
-    for an unknown encounter, and where `out` exists; StorageUnavailable."""
+    """Signs the receipt of a decision in the new file `out`, and returns the document. The receipt of a case has its present state. key: an
+    Ed25519 private key, PEM. Raises InvalidInput for an unknown encounter or if `out` exists, StorageUnavailable."""
     if out.exists():
-        raise InvalidInput(f"{out} exists, and a receipt is never replaced; name a new file")
+        raise InvalidInput(f"{out} exists, and a receipt is never overwritten; name a new file")
     fields = {"format": _FORMAT, **engine.receipt(encounter_id).to_dict(), "issued_at": round(float(clock()), 3)}
     document = sign_document(_TITLE, fields, key)
     replace_private(out, json.dumps(document, indent=2).encode() + b"\n")
@@ -45,14 +45,14 @@ def write_receipt(
 
 
 def verify_receipt(file: Path, public_key: Path | None = None) -> ReceiptCheck:
-    """Checks the signature of a receipt, without the gallery. public_key: PEM, of the key that signed it; without it the signature proves only
-    that the file is whole. Raises InvalidInput for what is no receipt."""
+    """Verifies the signature of a receipt, without the gallery. public_key: PEM file of its signer, without which the signature only proves that
+    the file is complete. Raises InvalidInput if the file is not a receipt."""
     document, wrong = read_signed(_TITLE, file, public_key)
     if document.get("format") != _FORMAT or not {"gallery_id", "encounter_id", "outcome", "chain"} <= document.keys():
-        raise InvalidInput(f"{file} is no receipt of this format; name a file of `biodedup receipt`")
+        raise InvalidInput(f"{file} is not a receipt of this format; name a file of `biodedup receipt`")
     notes = []
     if public_key is None and not wrong:
-        notes.append(f"no public key was stated; the receipt is signed by {document['signed_by']}")
+        notes.append(f"no public key was given; the receipt is signed by {document['signed_by']}")
     if document["chain"] is None:
-        notes.append("the receipt has no place in a hash chain")
+        notes.append("the receipt states no place in a hash chain")
     return ReceiptCheck(document, (wrong,) if wrong else (), tuple(notes))

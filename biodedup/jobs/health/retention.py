@@ -1,6 +1,6 @@
-"""Erases the decisions and cases that the policy keeps no longer, verifies that they are gone, and signs a receipt.
+"""Erases decisions and cases whose retention period has ended, verifies that they are gone, and signs a receipt.
 
-Owns the verification and the receipt. `gallery/care/retention.py` says what is due and erases it.
+Owns the verification and the receipt. `gallery/care/retention.py` selects and erases the records.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TITLE, _FORMAT = "retention", 1
 
 @dataclass(frozen=True)
 class RetentionPlan(Described):
-    """refused, cases: encounter_ids of refused decisions and of closed cases that are due; waiting: of open cases that are older than
-    `Policy.keep_cases_days`, which are kept until a person judges them."""
+    """The records that are due to be erased. refused, cases: encounter_ids of refused decisions and of closed cases; waiting: encounter_ids of
+    open cases older than `Policy.keep_cases_days`, which are kept until a person judges them."""
 
     refused: tuple[str, ...]
     cases: tuple[str, ...]
@@ -39,8 +39,9 @@ class RetentionPlan(Described):
 
 @dataclass(frozen=True)
 class Retained(Described):
-    """What a run erased. refused, cases: how many; segments: written anew; number: of the run in the gallery's log, None where nothing was
-    due; erased: SHA-256 of the encounter_ids; problems: what was still there when the gallery was read again, empty for nothing."""
+    """The result of a run. refused, cases: numbers of erased records; segments: number of segments that were written again; number: of the run
+    in the gallery's log, None if nothing was due; erased: SHA-256 of the erased encounter_ids; problems: records that the verification still
+    found, empty if there are none."""
 
     gallery_id: str
     refused: int
@@ -60,7 +61,7 @@ class Retained(Described):
 def retention_plan(
     gallery: Path, config: Config | None = None, *, clock: Callable[[], float] = time.time
 ) -> RetentionPlan:
-    """What is due now by the gallery's policy; erases nothing. Raises NotAGallery, GalleryDamaged, StorageUnavailable."""
+    """The records that are due now by the gallery's policy. Erases nothing. Raises NotAGallery, GalleryDamaged, StorageUnavailable."""
     with Engine.open(gallery, config, read_only=True, clock=clock) as engine:
         found = engine.retention_due()
     return RetentionPlan(found.refused, found.cases, found.waiting)
@@ -75,23 +76,23 @@ def run_retention(
     clock: Callable[[], float] = time.time,
     by: str = "",
 ) -> Retained:
-    """Erases what is due, and reads the gallery again to see that it is gone. Interrupted, the next run goes on.
+    """Erases the records that are due, and reads the gallery again to verify that they are gone. The next run resumes an interrupted run.
 
-    key, receipt: an Ed25519 private key (PEM) and the new file for the signed receipt, which names no encounter. by: the person, one of
-    `Config.identities` where these are configured, with the role `administer`. Backups that were made before keep what was erased, until
-    they are brought up to date. Raises InvalidInput, NotAGallery, NotAllowed, GalleryBusy, StorageUnavailable.
+    key, receipt: an Ed25519 private key (PEM), and the new file of the signed receipt, which names no encounter. by: the person, who needs the
+    role `administer` if identities are configured. Backups keep the records until they are updated. Raises InvalidInput, NotAGallery,
+    NotAllowed, GalleryBusy, StorageUnavailable.
     """
     actor = Actor(by)
     actor.principal(config or Config(), "administer")
     if (key is None) != (receipt is None):
         raise InvalidInput(
-            "key and receipt go together: name the private key that signs, and the new file of the receipt"
+            "key and receipt must be given together: name the signer's private key, and the new file of the receipt"
         )
     if receipt is not None and receipt.exists():
-        raise InvalidInput(f"{receipt} exists, and a receipt is never replaced; name a new file")
+        raise InvalidInput(f"{receipt} exists, and a receipt is never overwritten; name a new file")
     if key is not None:
-        sign_document(_TITLE, {}, key)  # a wrong key is told before anything is erased
-    Engine.open(gallery, config, read_only=True, clock=clock).close()  # raises where there is none
+        sign_document(_TITLE, {}, key)  # raises for a wrong key before anything is erased
+    Engine.open(gallery, config, read_only=True, clock=clock).close()  # raises NotAGallery before a gallery is created
     with Engine.open(gallery, config, clock=clock) as engine:
         due, segments, number, link = actor.engine(engine).run_retention()
         version, gallery_id = engine.gallery_version, engine.info()["gallery_id"]
@@ -109,7 +110,7 @@ def run_retention(
         commit=None if link is None else link.commits,
         chain=None if link is None else link.value.hex(),
         run_at=round(float(clock()), 3),
-        problems=tuple(_still_there(gallery, config, clock, due)),
+        problems=tuple(_remaining(gallery, config, clock, due)),
     )
     if key is not None and receipt is not None:
         document = sign_document(_TITLE, {"format": _FORMAT, **result.to_dict()}, key)
@@ -117,18 +118,16 @@ def run_retention(
     return result
 
 
-def _still_there(gallery: Path, config: Config | None, clock: Callable[[], float], due: Due) -> list[str]:
-    """Reads the gallery from the disk, and the names of its files."""
+def _remaining(gallery: Path, config: Config | None, clock: Callable[[], float], due: Due) -> list[str]:
+    """Reads the gallery and the names of its files from the disk. Returns a sentence for each kind of remaining records."""
     problems: list[str] = []
     with Engine.open(gallery, config, read_only=True, clock=clock) as engine:
         if found := engine.retention_due():
             problems.append(f"{len(found.refused) + len(found.cases)} encounters are still due; run it again")
         if known := sum(engine.decision(name) is not None for name in due.cases):
-            problems.append(f"{known} erased cases are still answered; run `biodedup doctor`")
+            problems.append(f"{known} erased cases still have a decision; run `biodedup doctor`")
     with connected(LocalStorage((config or Config()).keys), gallery) as catalogue:
         named = {file_name(entry.number, kind) for entry in catalogue.segments() for kind in entry.files}
     if left := [path.name for path in (gallery / SEGMENT_FOLDER).iterdir() if path.name not in named]:
-        problems.append(
-            f"{len(left)} replaced files are still there, such as {left[0]}; open the gallery for writing once"
-        )
+        problems.append(f"{len(left)} replaced files still exist, such as {left[0]}; open the gallery for writing once")
     return problems

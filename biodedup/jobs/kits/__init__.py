@@ -1,1 +1,1 @@
-"""Field kits: batch files that a team captures offline and the centre ingests."""
+"""Packs the captures of field kits (teams without a network) into signed batch files, and ingests these at the centre."""

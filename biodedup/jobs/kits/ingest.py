@@ -1,16 +1,16 @@
-"""`kit ingest`: enrols the records of batch files, and reports the outcome of every record.
+"""`kit ingest`: enrols the records of field kits' batch files at the centre, and reports the outcome of every record.
 
-Owns the job from files to outcomes, and the check of what a kit's key may send. `batch_file.py` owns bytes and signatures, `trust.py` trust,
-the engine decisions, and `ledger.py` bookkeeping.
+Owns the job from files to outcomes, and the check of a key's rights. `batch_file.py` owns bytes and signatures, `trust.py` trusted keys,
+`ledger.py` bookkeeping, and the engine decides.
 
-1. Nothing of a file is accepted unless a trusted kit signed it; of a file that was cut off every whole record is accepted.
-2. Each record is enrolled under an id that is bound to its kit's key (`names.py`): a record that comes twice is enrolled once, and no kit can
-   take an id of another kit or of the centre.
-3. A file beyond the limits of its key is refused whole; a record of a group that its key may not write is refused by itself.
-4. A kit's clock is reported, and decides nothing.
-5. A run that was interrupted and started again with the same batches resumes, and ends with the same bytes: records are decided in chunks
-   that depend on the files alone, each against everything before it. Two things may differ: a row's embedding is rounded to eight bits when
-   it is sealed in the background, which can move a score by hundredths of a decibel; and a key may expire in between.
+1. A file is accepted only if a trusted kit signed it. If a file was cut off, its complete records are accepted.
+2. Each record is enrolled under an id that is bound to its kit's key (`names.py`). So a record that arrives twice is enrolled once, and no kit
+   can use an id of another kit or of the centre.
+3. A file that exceeds the limits of its key is refused as a whole. A record of a group that its key may not write is refused alone.
+4. A kit's clock is reported, but decides nothing.
+5. An interrupted run that is started again with the same batches resumes, and ends with the same bytes: records are decided in chunks that
+   depend only on the files, each chunk after all earlier ones. Two things may differ: scores by hundredths of a decibel, because sealing in
+   the background rounds embeddings to eight bits; and a key may expire meanwhile.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def examine_batch(
     allow_unencrypted: bool = False,
     now: float | None = None,
 ) -> Examined:
-    """Checks every signature of a file, and what its key may bring. What is wrong with it is in `state` and `problem`; raises
-    StorageUnavailable alone. now: seconds since 1970; None: by this machine's clock."""
+    """Checks every signature of a file, and the rights of its key. Problems are in `state` and `problem` of the result. centre: the private keys
+    that open encrypted files; now: seconds since 1970, None takes this machine's clock. Raises only StorageUnavailable."""
     entries: list[Entry] = []
     last_packed_at: float | None = None
     public: TrustedKey | None = None
@@ -123,12 +123,12 @@ def ingest_batches(
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> IngestResult:
-    """Takes batch files into a gallery and writes `out` (.parquet or .csv), a row a record, with a summary and an HTML report beside it. Where
-    every file was refused, results of an earlier run stay as they are.
+    """Enrols the records of batch files in a gallery. Writes `out` (.parquet or .csv) with one row for each record, and a summary and an HTML
+    report beside it. If every file is refused, results of an earlier run are not overwritten.
 
-    trusted: a folder of the kits' .pub files, and of the centre's records of them (`trust.py`). centre: the keys that batches are
-    encrypted to. allow_unencrypted: take files of version 1, too. A file that cannot be taken is in the result, and stops no other.
-    Raises InvalidInput (no trusted keys), GalleryBusy, GalleryDamaged, StorageUnavailable.
+    trusted: the folder with the kits' .pub files and the centre's records of them (`trust.py`). centre: the private keys that open the batches.
+    allow_unencrypted: files of version 1 are accepted. A refused file is in the result, and does not stop the other files. Raises InvalidInput
+    (no trusted keys), GalleryBusy, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
     keys = load_trusted(trusted)
@@ -188,13 +188,13 @@ class _Ingest:
                 names = {entry.sequence: entry.encounter_id for entry in file.entries}
                 before = self.ledger.arrived(key, kit_id, names, file.void)
                 reused += [Reused(kit_id, n, names[n], name) for n, name in sorted(before.items())]
-                outcomes += self._taken(number, file)
+                outcomes += self._enrolled(number, file)
             batches.append(described(file, first, self.received_at))
         gaps = [Gap(kit_id, key[:16], *span) for key, kit_id in keys.items() for span in self.ledger.absent(key)]
         return IngestResult(tuple(batches), tuple(outcomes), tuple(gaps), tuple(reused), self.received_at)
 
     def _within_limits(self, file: Examined) -> Examined:
-        """The file as it is, or refused whole for what the ledger knows of its key."""
+        """The file, unchanged, or refused if it exceeds a limit of its key, as counted by the ledger."""
         if file.public is None or not file.entries:
             return file
         key, trust = file.public, file.public.trust
@@ -219,10 +219,11 @@ class _Ingest:
         return replace(file, state="refused", problem=problem, entries=(), void=())
 
     def _is_new(self, encounter_id: str) -> bool:
-        """Whether no run took an encounter before; what this run took already counts as today's."""
+        """Whether no run has accepted the encounter. Encounters that this run accepted before an interruption count as today's."""
         return self.engine.decision(encounter_id) is None and self.ledger.taker(encounter_id) is None
 
-    def _taken(self, number: int, file: Examined) -> Iterator[Outcome]:
+    def _enrolled(self, number: int, file: Examined) -> Iterator[Outcome]:
+        """Enrols the records of a file, and yields their outcomes in order. number: of the file in this run."""
         assert file.public is not None, "a batch with records has a key"
         kit_id, batch = file.public.kit_id, file.path.name
         previous: float | None = None
@@ -245,15 +246,16 @@ class _Ingest:
                 else:
                     taker = self.ledger.taker(name)
                     here = taker is not None and (taker.run, taker.file, taker.place) == (self.run, number, place)
-                    told = partial(decided_outcome, received, taker, here)
-                    outcome = self._with_subject(_under(record, name), told(next(decisions)), told)
+                    outcome_of = partial(decided_outcome, received, taker, here)
+                    outcome = self._with_subject(_under(record, name), outcome_of(next(decisions)), outcome_of)
                     yield self._first_answer(number, place, outcome)
                 previous = record.captured_at if record.captured_at is not None else previous
                 self.done += 1
                 self.progress("enrolling", self.done, self.total)
 
     def _first_answer(self, number: int, place: int, outcome: Outcome) -> Outcome:
-        """What this run said of a record before it was interrupted: a later file may have brought the repaired encounter since."""
+        """The outcome of a record before this run was interrupted. Meanwhile a later file may have brought the same encounter with new captures,
+        so that the refused record is now in conflict with it."""
         if outcome.outcome == "refused":
             self.ledger.note_refused(self.run, number, place, json.dumps(asdict(outcome)))
         elif outcome.outcome == "conflict" and (before := self.ledger.refused(self.run, number, place)):
@@ -261,12 +263,12 @@ class _Ingest:
         return outcome
 
     def _chunks(self, file: Examined) -> Iterator[tuple[int, list[Record]]]:
-        """(place of the first, records) that are decided and committed together: what is in a chunk depends on the file alfile."""
+        """(position of the first record, records) of each chunk that is decided and committed together. Chunks depend only on the file."""
         assert self.reader is not None, "set by the job"
         chunk: list[Record] = []
         byte_count = first = 0
         with self.reader(file.path) as batch:
-            # what was examined, and no more: the file may grow while it is read
+            # only the records that were examined: the file may grow meanwhile
             for record, _ in zip(batch, file.entries, strict=False):
                 chunk.append(record)
                 byte_count += record.byte_count
@@ -277,8 +279,8 @@ class _Ingest:
             yield first, chunk
 
     def _names(self, public: TrustedKey, records: Sequence[Record]) -> list[str]:
-        """The id under which the gallery knows each encounter, or will. It is bound to the kit's key, but for content that the gallery has
-        already under the kit's own id (from before ids were bound), or that another key brought under the same id (a copy)."""
+        """The id of each encounter in the gallery. The id is bound to the kit's key, with two exceptions: content that the gallery already has
+        under the kit's own id (from releases without bound ids), and content that another key brought under the same id (a copy)."""
         unbound: dict[int, str] = {}
         wanted: list[tuple[str, bytes, str]] = []
         for place, record in enumerate(records):
@@ -302,21 +304,24 @@ class _Ingest:
                 takers[name] = Taker(self.run, number, place, kit_id, entry.sequence)
         self.ledger.take(takers)
 
-    def _with_subject(self, encounter: Encounter, outcome: Outcome, told: Callable[[Decision], Outcome]) -> Outcome:
-        """Of an encounter whose subject_id is enrolled: a second visit of that person, or a case that a person rules on."""
+    def _with_subject(
+        self, encounter: Encounter, outcome: Outcome, outcome_of: Callable[[Decision], Outcome]
+    ) -> Outcome:
+        """The outcome of an encounter, which is compared with its subject if the subject_id is already enrolled. outcome_of: the outcome of a
+        decision on this record."""
         if outcome.outcome != "subject_exists":
             return outcome
         match verify_or_dispute(self.engine, encounter, encounter.subject_id or ""):
             case Verification():
                 return replace(outcome, reason="subject_exists: the same person")
             case Decision() as disputed:
-                return told(disputed)
+                return outcome_of(disputed)
         return replace(outcome, reason="subject_exists: cannot be compared")
 
 
 def _under(record: Record, name: str) -> Encounter:
-    """The encounter of a record, under the id that the gallery knows it by; one of templates alone says which captures could not become any.
-    What `--only-good` left out of a record of images was left out on the operator's word: it was not sent."""
+    """The encounter of a record, with its id in the gallery. If it has only templates, it also states the captures that the kit refused. If it has
+    images, captures that `--only-good` left out count as not sent."""
     encounter = replace(record.encounter, encounter_id=name)
     if any(not isinstance(capture, Missing) for capture in encounter.captures):
         return encounter

@@ -1,7 +1,7 @@
-"""Runs the quality gate on the captures that a field kit packs, and finds files that are no captures.
+"""Runs the quality gate on the captures that a field kit packs, and finds files that are not captures.
 
-Owns the reading of the files, each once, and the cache of verdicts: a folder beside the batch, so that packing again after a recapture
-extracts the recapture alone. Never packs.
+Owns the reading of each file, and a cache of verdicts in a folder beside the batch: if a manifest is packed again after a recapture, only the
+new captures are extracted. Never packs.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from biodedup.required import keep_better
 from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, Template
 
 PASSED = ""
-"""The reason of a capture's verdict that is no refusal."""
+"""The reason in the verdict on a capture that passed the gate."""
 _NO_CAPTURE = frozenset(
     ("not_an_image", "pixel_format", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "too_many_scans", "too_complex", *FAILURES)
 )  # fmt: skip
-"""Verdicts on a file that the decoders could not open: an image that breaks off, or a file that is something else."""
+"""Reasons that mean that a decoder could not open the file: a truncated image, or not a capture at all."""
 Judged: TypeAlias = tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]
 _OTHER_BYTES_MAX = 1 << 20  # of a record, beside its images
 
 
 class Judge:
-    """What the extractor says of captures, remembered in a folder under their content and the gate's settings."""
+    """Judges captures with the extractor. Verdicts are cached in a folder, by a hash of the captures' content and the gate's settings."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._config = config
@@ -58,21 +58,21 @@ class Judge:
             self._extractor.close()
 
     def judged(self, chunk: Sequence[Planned]) -> Iterator[Judged]:
-        """(planned, captures as bytes, a verdict for each that is not missing, its best templates), in order."""
+        """(record, captures as bytes, a verdict for each capture that is not missing, its best templates) for each record, in order."""
         bytes_max = self._config.capture.bytes_max
         captures = [
             tuple(_in_memory(capture, bytes_max) for capture in planned.encounter.captures) for planned in chunk
         ]
-        paths = [self._path(own) for own in captures]
-        known = [_remembered(self._storage, path) for path in paths]
+        paths = [self._path(of_record) for of_record in captures]
+        known = [_cached(self._storage, path) for path in paths]
         fresh = [i for i, verdict in enumerate(known) if verdict is None]
         todo = [[c for c in captures[i] if not isinstance(c, Missing)] for i in fresh]
         if any(todo) and self._extractor is None:
             self._extractor = Extractor(self._config)
-        flat = [c for of_one in todo for c in of_one]
+        flat = [capture for of_record in todo for capture in of_record]
         results = iter(self._extractor.extract(flat) if self._extractor is not None and flat else ())
-        for i, of_one in zip(fresh, todo, strict=True):
-            extracted = [next(results) for _ in of_one]
+        for i, of_record in zip(fresh, todo, strict=True):
+            extracted = [next(results) for _ in of_record]
             verdicts = tuple(
                 result if isinstance(result, Refusal) else Refusal(result.column, PASSED) for result in extracted
             )
@@ -81,35 +81,34 @@ class Judge:
                 if isinstance(result, Template):
                     keep_better(best, result)
             known[i] = verdicts, best
-            if of_one and not any(
-                verdict.reason in FAILURES for verdict in verdicts
-            ):  # failures of the program say nothing about the captures
-                remembered = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
+            failed = any(verdict.reason in FAILURES for verdict in verdicts)
+            if of_record and not failed:  # a failure of the program is no verdict on the captures, and is not cached
+                cached = Record(Encounter("-", templates=best, encounter_id="-"), 0, None, 0.0, verdicts)
                 with translated(f"writing {paths[i]}"):
-                    write_whole(self._storage, paths[i], encode(remembered))
-        for planned, own, judged in zip(chunk, captures, known, strict=True):
-            assert judged is not None, "every one was judged"
-            yield planned, own, *judged
+                    write_whole(self._storage, paths[i], encode(cached))
+        for planned, of_planned, judged in zip(chunk, captures, known, strict=True):
+            assert judged is not None, "every record was judged"
+            yield planned, of_planned, *judged
 
     def _path(self, captures: Sequence[Capture]) -> Path:
         digest = digest_of(Encounter("-", captures, encounter_id="-"))
         return self._folder / f"{hashlib.sha256(self._settings + digest).hexdigest()}.record"
 
 
-def _remembered(storage: LocalStorage, path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
+def _cached(storage: LocalStorage, path: Path) -> tuple[tuple[Refusal, ...], Mapping[str, Template]] | None:
     try:
         if path.stat().st_size > 2 * RECORD_BYTES_MAX:
             return None
         with whole(storage, path) as content:
             record = decode(content[:], 1)
     except (OSError, GalleryDamaged, ValueError, TypeError, KeyError, struct.error, pa.ArrowException):
-        return None  # never judged, or its file was lost to a power cut
+        return None  # not judged before, or its file was lost in a power cut
     templates = {c: given for c, given in record.encounter.templates.items() if isinstance(given, Template)}
     return record.refusals, templates
 
 
 def _in_memory(capture: Capture, bytes_max: int) -> Capture:
-    """A capture that is judged and packed from the very same bytes. A file that cannot be read is empty, which the gate refuses."""
+    """The capture as bytes, so that the same bytes are judged and packed. A file that cannot be read gives no bytes, which the gate refuses."""
     if isinstance(capture, Missing):
         return capture
     assert isinstance(capture.data, Path), "the manifest names files"
@@ -121,15 +120,15 @@ def _in_memory(capture: Capture, bytes_max: int) -> Capture:
 
 
 def no_record(planned: Planned, captures: Sequence[Capture], verdicts: Sequence[Refusal]) -> Broken | None:
-    """Why a record is not packed: a file of it is no capture that the decoders open, or it is too large. captures: as bytes, of which
-    those that are not missing have a verdict each."""
+    """The reason why a record cannot be packed: a file is not a capture that the decoders can open, or the record is too large. None if it can be
+    packed. captures: as bytes; verdicts: one for each capture that is not missing."""
     images = [
         (capture, row)
         for capture, row in zip(captures, planned.capture_rows, strict=True)
         if not isinstance(capture, Missing)
     ]
     problems = [
-        f"row {row}: its file is no {verdict.column} capture that can be opened ({verdict.reason}); name an image or a minutiae record"
+        f"row {row}: its file cannot be opened as a {verdict.column} capture ({verdict.reason}); name an image or a minutiae record"
         for (_, row), verdict in zip(images, verdicts, strict=True)
         if verdict.reason in _NO_CAPTURE
     ]

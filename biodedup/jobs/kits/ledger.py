@@ -1,8 +1,7 @@
-"""The centre's ledger of field kits: which sequences and batches came, and which file brought a record first.
+"""Keeps the centre's ledger of field kits: the sequences and batches that arrived, and the file that brought each record first.
 
-Owns `kits.sqlite3` in the gallery's folder, mode 600. Never holds biometric data. It is bookkeeping: the gallery's journal is authoritative.
-If the ledger is lost nothing is enrolled twice; the record of what came when begins anew, and with it the counts of a day and of void
-sequences.
+Owns `kits.sqlite3` in the gallery's folder, mode 0600. Never holds biometric data. The gallery's journal is authoritative: if the ledger is lost,
+no record is enrolled twice, but the counts of arrivals, of a day's encounters and of void sequences start again.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ CREATE TABLE IF NOT EXISTS refused (run INTEGER, file INTEGER, place INTEGER, ou
 
 @dataclass(frozen=True)
 class Taker:
-    """Where a record was taken from first. file: which of the run's files; place: its position in that."""
+    """The place from which a record was first enrolled. file: number of the file in the run; place: position of the record in the file."""
 
     run: int
     file: int
@@ -46,7 +45,7 @@ class Taker:
 
 
 class Ledger:
-    """One open ledger. Raises GalleryDamaged, StorageUnavailable."""
+    """An open ledger. All methods raise GalleryDamaged, StorageUnavailable."""
 
     def __init__(self, gallery: Path, keys: KeySource | None = None) -> None:
         self._path = gallery / LEDGER_NAME
@@ -59,7 +58,7 @@ class Ledger:
         self._sql.close()
 
     def run(self, digests: Sequence[str], now: float) -> tuple[int, float]:
-        """(run, received_at): the run over these very batches that was interrupted, or a new one."""
+        """(run, received_at) of the interrupted run with exactly these batches, or of a new run."""
         name = " ".join(digests)
         with self._writing():
             found = self._sql.execute(
@@ -75,33 +74,34 @@ class Ledger:
             self._sql.execute("UPDATE runs SET finished = 1 WHERE run = ?", (run,))
 
     def first_received(self, digest: str, kit_id: str, key: str, name: str, run: int, now: float) -> float | None:
-        """When an earlier run had this batch, or None."""
+        """The time at which an earlier run received this batch; None if this run is the first."""
         with self._writing():
             self._sql.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", (digest, kit_id, key, name, run, now))  # fmt: skip
             first, received_at = self._sql.execute("SELECT run, received_at FROM batches WHERE digest = ?", (digest,)).fetchone()  # fmt: skip
         return None if first == run else float(received_at)
 
     def take(self, takers: Mapping[str, Taker]) -> None:
-        """Encounter_id -> from where it is about to be taken; what stood there before is replaced."""
+        """Stores the places from which encounters are about to be enrolled, by encounter_id. Replaces earlier entries."""
         rows = [(name, t.run, t.file, t.place, t.kit_id, t.sequence) for name, t in takers.items()]
         self._many("INSERT OR REPLACE INTO takers VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def names_of(self, wanted: Sequence[tuple[str, bytes, str]]) -> dict[tuple[str, bytes], str]:
-        """Of each (the kit's encounter_id, digest of the content, id bound to its key): the id under which that content came first."""
+        """(kit's encounter_id, digest of the content) -> the id under which this content first arrived. wanted: (kit's encounter_id, digest of the
+        content, id bound to the key)."""
         self._many("INSERT OR IGNORE INTO contents VALUES (?, ?, ?)", wanted)
         query = "SELECT name FROM contents WHERE encounter_id = ? AND digest = ?"
         with self._writing():
             return {(own, digest): self._sql.execute(query, (own, digest)).fetchone()[0] for own, digest, _ in wanted}
 
     def taken_since(self, prefix: str, since: float) -> int:
-        """How many encounters whose ids begin so were taken by runs after a moment, in seconds."""
+        """The number of encounters with this prefix of their ids that runs enrolled since a time, in seconds since 1970."""
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         query = "SELECT count(*) FROM takers JOIN runs USING (run) WHERE encounter_id >= ? AND encounter_id < ? AND received_at > ?"
         with self._writing():
             return int(self._sql.execute(query, (prefix, end, since)).fetchone()[0])
 
     def void_with(self, key: str, void: Iterable[int]) -> int:
-        """How many sequences of a key are void, once these are, too."""
+        """The number of void sequences of a key, if these sequences become void, too."""
         known = dict(self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ?", key))
         return len({n for n, name in known.items() if not name} | (set(void) - known.keys()))
 
@@ -113,7 +113,7 @@ class Ledger:
         return None if row is None else Taker(*row)
 
     def note_refused(self, run: int, file: int, place: int, outcome: str) -> None:
-        """Of a record whose captures were refused, what was told of it: repaired captures may come in a later file of the run."""
+        """Stores the outcome of a record whose captures were refused, since a later file of the run may bring new captures of it."""
         self._many("INSERT OR REPLACE INTO refused VALUES (?, ?, ?, ?)", [(run, file, place, outcome)])
 
     def refused(self, run: int, file: int, place: int) -> str | None:
@@ -124,17 +124,17 @@ class Ledger:
         return None if found is None else str(found[0])
 
     def arrived(self, key: str, kit_id: str, sequences: Mapping[int, str], void: Iterable[int]) -> dict[int, str]:
-        """Notes sequences (-> encounter_id) and those that never will come; returns the encounters that had these numbers before,
-        where they are others."""
+        """Stores arrived sequences (-> encounter_id) and void sequences. Returns sequence -> earlier encounter_id, for sequences that arrived
+        before with another encounter."""
         self._many("INSERT OR IGNORE INTO sequences VALUES (?, ?, ?, ?)", [(key, n, kit_id, name) for n, name in sequences.items()])  # fmt: skip
-        # an arrival counts more than the note that it will not come
+        # a record that arrives replaces the note that its sequence is void
         self._many("UPDATE sequences SET encounter_id = ? WHERE key = ? AND sequence = ? AND encounter_id = ''", [(name, key, n) for n, name in sequences.items()])  # fmt: skip
         self._many("INSERT OR IGNORE INTO sequences VALUES (?, ?, ?, '')", [(key, n, kit_id) for n in void])
         stored = dict(self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ?", key))
         return {n: stored[n] for n, name in sequences.items() if stored[n] != name}
 
     def absent(self, key: str) -> list[tuple[int, int]]:
-        """(first, last) of sequences below the highest that came, which neither came nor were voided."""
+        """(first, last) of each range of sequences below the highest that neither arrived nor are void."""
         return gaps([n for n, _ in self._rows("SELECT sequence, encounter_id FROM sequences WHERE key = ? ORDER BY sequence", key)])  # fmt: skip
 
     @contextmanager
@@ -146,7 +146,7 @@ class Ledger:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                     raise
                 raise GalleryDamaged(
-                    f"{self._path} is damaged; it is bookkeeping alone: move it away and start again"
+                    f"{self._path} is damaged; it is only bookkeeping: move it away and start again"
                 ) from error
 
     def _rows(self, query: str, *values: object) -> list[tuple[int, str]]:

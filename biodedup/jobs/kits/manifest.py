@@ -1,10 +1,10 @@
-"""Reads the manifest of a field kit's batch: rows of captures become planned records, and mistakes are reported by row.
+"""Reads the manifest of a field kit's batch: turns its rows into planned records, and reports mistakes by row.
 
-Owns the reading of the table, and which files it may name. `manifests/fields.py` parses the cells. Never opens a capture.
+Owns the reading of the table, and the rule which files it may name. `manifests/fields.py` parses the cells. Never opens a capture.
 
-1. A record is everything of one encounter_id or, where rows have none, of one subject_id. A mistake in one row leaves out that record and no
-   other.
-2. A manifest names files below its own folder alone: no absolute path, no `..`, and no symbolic link that leads out.
+1. A record has all rows with the same encounter_id; or, without encounter_ids, with the same subject_id. A mistake in a row excludes only its
+   record.
+2. A manifest may only name files below its own folder: no absolute path, no `..`, and no symbolic link that leads out of the folder.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _ROWS_MAX, _BYTES_MAX = 1_000_000, 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """encounter: captures are paths; encounter_id None where the manifest names none. rows: of the manifest, from 1; capture_rows: the row
-    of each of the encounter's captures."""
+    """A record to be packed. encounter: its captures are paths; its encounter_id is None if the manifest states none. rows: its rows in the
+    manifest, from 1; capture_rows: the row of each capture."""
 
     encounter: Encounter
     captured_at: float | None
@@ -52,7 +52,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Broken:
-    """A record that cannot be packed as the manifest has it."""
+    """A record that cannot be packed."""
 
     rows: tuple[int, ...]
     subject_id: str
@@ -61,6 +61,8 @@ class Broken:
 
 @dataclass(eq=False)
 class _Draft:
+    """The rows of a record that were read so far."""
+
     subject_ids: dict[str, None] = field(default_factory=dict)
     encounter_id: str | None = None
     captures: dict[tuple[object, ...], tuple[Capture, int]] = field(default_factory=dict)
@@ -74,12 +76,11 @@ class _Draft:
 def read_manifest(
     manifest: Path, *, bytes_max: int, options: TableOptions = DEFAULT_OPTIONS
 ) -> tuple[list[Planned], list[Broken]]:
-    """The records of a CSV or Parquet manifest, in its order.
+    """The records of a CSV or Parquet manifest, in order. Returns (usable records, records with mistakes).
 
-    Columns: subject_id; path (relative to the manifest), position (`face` where empty), dpi; or, with no path, missing: why the
-    capture at this position cannot be had; encounter_id, captured_at (ISO 8601, UTC where it names no zone, or seconds), groups
-    (`a;b`, or a list). Parquet may have ready templates as columns named by position: lists of float32, or minutiae records.
-    Raises InvalidInput for what is no manifest at all.
+    Columns: subject_id; path (relative to the manifest), position (empty means `face`) and dpi; or, without a path, missing: the reason why a
+    capture is impossible; encounter_id; captured_at (ISO 8601 or seconds; UTC without a zone); groups (`a;b`, or a list). Parquet may have
+    templates in columns named by position: lists of float32, or minutiae records. Raises InvalidInput if the file is not a manifest.
     """
     _check_size(manifest, 0)
     table = TableFile(manifest, options)
@@ -112,7 +113,7 @@ def read_manifest(
         except InvalidInput as error:
             draft.problems.append(f"row {number}: {error}")
     if not drafts:
-        raise InvalidInput(f"{manifest} has no rows; write one row a capture")
+        raise InvalidInput(f"{manifest} has no rows; write one row for each capture")
     records = [_planned(draft) for draft in drafts.values()]
     return (
         [record for record in records if isinstance(record, Planned)],
@@ -121,11 +122,11 @@ def read_manifest(
 
 
 def check_kit_manifest(manifest: Path, config: Config, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
-    """A manifest as `pack_batch` reads it; a record counts as one row. Touches nothing. Raises InvalidInput."""
+    """Checks a manifest as `pack_batch` reads it. A record counts as one row. Changes nothing. Raises InvalidInput."""
     planned, broken = read_manifest(manifest, bytes_max=config.capture.bytes_max, options=options)
     refused = [
-        RefusedRow(one.rows[0], one.subject_id or None, Refusal("encounter", "invalid_input", one.problem))
-        for one in broken
+        RefusedRow(record.rows[0], record.subject_id or None, Refusal("encounter", "invalid_input", record.problem))
+        for record in broken
     ]
     return Checked(str(manifest), len(planned) + len(broken), tuple(refused))
 
@@ -142,7 +143,7 @@ def _check_size(manifest: Path, rows: int) -> None:
 def _fill(
     draft: _Draft, row: Mapping[str, Any], ready: Sequence[str], folder: Path, bytes_max: int, date_format: str | None
 ) -> None:
-    subject_of(row), id_of(row, "encounter_id")  # raise
+    subject_of(row), id_of(row, "encounter_id")  # raise Unusable for wrong ids
     if problem := unusable_id(draft.encounter_id or ""):
         raise InvalidInput(problem)
     draft.groups.update(groups_of([row]))
@@ -167,14 +168,14 @@ def _fill(
             )
         draft.captures.setdefault((path, capture.position, capture.dpi), (capture.capture(file), draft.rows[-1]))
     elif not any(row[column] is not None for column in ready):
-        raise InvalidInput("it has no path; name the capture's file, or say in `missing` why there is none")
+        raise InvalidInput("it has no path; name the capture's file, or state in `missing` why there is none")
 
 
 def _below(folder: Path, path: str) -> Path:
-    """The file of a path, links resolved. Raises InvalidInput unless it lies below the folder."""
+    """The file of a path, with links resolved. Raises InvalidInput if it is not below the folder."""
     if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
         raise InvalidInput(
-            f"{path!r} leads out of the manifest's folder; name files below it, by their path from there"
+            f"{path!r} leads out of the manifest's folder; name files below that folder, by relative paths"
         )
     try:
         file = (folder / path).resolve()
@@ -194,8 +195,8 @@ def _planned(draft: _Draft) -> Planned | Broken:
         named = " and ".join(repr(name) for name in subject_ids[:3])
         draft.problems.append(f"encounter_id {draft.encounter_id!r} is given to subjects {named}; give each its own")
     if not draft.problems:
-        # in the order of positions: what two kits pack of one encounter is the same, however their manifests are sorted
-        captures = sorted(draft.captures.values(), key=_place)
+        # sorted by position, so that the order of the manifest's rows does not change the record
+        captures = sorted(draft.captures.values(), key=_position_order)
         try:
             encounter = Encounter(
                 subject_ids[0],
@@ -210,7 +211,7 @@ def _planned(draft: _Draft) -> Planned | Broken:
     return Broken(rows, ", ".join(subject_ids[:3]), "; ".join(dict.fromkeys(draft.problems)))
 
 
-def _place(capture: tuple[Capture, int]) -> tuple[bool, int]:
+def _position_order(capture: tuple[Capture, int]) -> tuple[bool, int]:
     return isinstance(capture[0], Missing), COLUMNS.index(capture[0].column)
 
 

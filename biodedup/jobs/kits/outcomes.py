@@ -1,4 +1,4 @@
-"""The outcomes of batches and records of field kits: the rows, the table, the page.
+"""Describes the outcomes of field kits' batches and records, and writes them as a table, a summary and a page.
 
 Owns the words of the result, and the checks of a kit's clock. Never decides, and never reads a batch file.
 """
@@ -32,7 +32,7 @@ RecordOutcome: TypeAlias = Literal[
     "enrolled", "duplicate", "review", "refused", "already_taken", "conflict", "subject_exists"
 ]
 CLOCK_TOLERANCE_S = 300.0
-"""Two clocks that are set by hand differ by minutes."""
+"""Tolerated difference of two clocks, which differ by minutes if people set them."""
 _OF_DECISION: dict[str, RecordOutcome] = {"unique": "enrolled", "duplicate": "duplicate", "review": "review", "refused": "refused"}  # fmt: skip
 _LABELLED_AS: dict[str, str] = {"conflict": "refused", "subject_exists": "refused"}
 _OF_REFUSAL: dict[str, RecordOutcome] = {"encounter_conflict": "conflict", "subject_exists": "subject_exists"}
@@ -41,7 +41,7 @@ _DAY_S = 86_400.0
 
 @dataclass(frozen=True)
 class Entry:
-    """A record that a batch file holds. refused: why it is not taken whatever its captures show; empty where it may be."""
+    """A record in a batch file. refused: the reason why it is refused before its captures are examined, or ''."""
 
     sequence: int
     encounter_id: str
@@ -50,7 +50,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Examined:
-    """A batch file before anything is taken. entries: its records, in order; last_packed_at: by the kit's clock."""
+    """A batch file whose signatures were checked. entries: its records, in order; void: void sequences; last_packed_at: the latest time at which
+    a record was packed, by the kit's clock."""
 
     path: Path
     state: BatchState
@@ -64,7 +65,8 @@ class Examined:
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """What became of a file. state `refused`: no batch, or of an unknown kit; `repeated`: the same file was taken before."""
+    """The outcome of a batch file. state: `whole`; `cut`: incomplete; `damaged`: not as it was signed; `refused`: not a batch, or not allowed;
+    `repeated`: the same file was ingested before."""
 
     batch: str
     kit_id: str
@@ -79,9 +81,9 @@ class BatchOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a record. encounter_id: as the gallery knows it, bound to the kit's key; kit_encounter_id: as the kit named it;
-    decision, candidate, score_db: of the journal, also where the record was taken before; first_from: the kit and sequence that brought
-    it first; clock: why the kit's clock is doubtful."""
+    """The outcome of a record. encounter_id: id in the gallery, bound to the kit's key; kit_encounter_id: the kit's id; decision, candidate,
+    score_db: of the journal, also if the record was enrolled before; first_from: the kit and sequence that first brought the record; clock:
+    reasons to doubt the kit's clock."""
 
     batch: str
     kit_id: str
@@ -114,7 +116,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Reused:
-    """A sequence that came with two encounters: the kit's state was lost, or its key is on two machines."""
+    """A sequence that arrived with two encounters: the kit's state was lost, or its key is on two machines."""
 
     kit_id: str
     sequence: int
@@ -124,8 +126,8 @@ class Reused:
 
 @dataclass(frozen=True)
 class IngestResult(Described):
-    """Everything that happened to some batch files. trust_problems: files of the trusted folder that are no sound keys or records;
-    written: False where an earlier result was left as it is."""
+    """The result of an ingest. gaps: sequences that never arrived; trust_problems: unusable files in the trusted folder; written: False if an
+    earlier result was not overwritten."""
 
     batches: tuple[BatchOutcome, ...]
     outcomes: tuple[Outcome, ...]
@@ -136,7 +138,7 @@ class IngestResult(Described):
     written: bool = True
 
     def summary(self) -> dict[str, Any]:
-        """Counts, JSON-ready."""
+        """The counts, JSON-ready."""
         counts = Counter(outcome.outcome for outcome in self.outcomes)
         return {
             "batches": len(self.batches),
@@ -157,7 +159,7 @@ class IngestResult(Described):
 def received_outcome(
     batch: str, kit_id: str, record: Record, encounter_id: str, received_at: float, doubts: Sequence[str]
 ) -> Outcome:
-    """Of a record that is not decided. encounter_id: as the gallery knows it; doubts: what speaks against the kit's clock."""
+    """The preliminary outcome of a record before its decision. encounter_id: id in the gallery; doubts: reasons to doubt the kit's clock."""
     return Outcome(
         batch=batch,
         kit_id=kit_id,
@@ -180,12 +182,14 @@ def received_outcome(
 
 
 def decided_outcome(received: Outcome, taker: Taker | None, here: bool, decision: Decision) -> Outcome:
-    """here: this very record is the one that was taken, now or before this run was interrupted."""
-    # what a caller's mistake refuses is not in the journal, and is refused again each time
+    """The outcome of a record after its decision. here: this record, and no copy of it, was enrolled, now or before an interruption of this run."""
+    # a refusal for a caller's mistake is not in the journal, and is repeated each time
     journalled = all(refusal.column != "encounter" for refusal in decision.refusals)
     reasons = [refusal.reason for refusal in decision.refusals]
     outcome = next((_OF_REFUSAL[reason] for reason in reasons if reason in _OF_REFUSAL), _OF_DECISION[decision.outcome])
-    taken = journalled and decision.final  # repaired captures are taken under the same encounter_id
+    taken = (
+        journalled and decision.final
+    )  # a decision that is not final allows new captures under the same encounter_id
     if taken and not here:
         outcome = "already_taken"
     first_from = ""
@@ -207,8 +211,7 @@ def decided_outcome(received: Outcome, taker: Taker | None, here: bool, decision
 
 
 def clock_doubts(record: Record, public: PublicKey, previous: float | None, received_at: float) -> list[str]:
-    """What speaks against the kit's clock; nothing where a record has no time to check. previous: captured_at of the record before
-    this one in its batch."""
+    """The reasons to doubt the kit's clock, if a record states captured_at. previous: captured_at of the previous record in the batch."""
     captured_at, doubts = record.captured_at, list[str]()
     if captured_at is None:
         return doubts
@@ -232,16 +235,18 @@ def _reason(column: str, reason: str) -> str:
 
 
 def cut_text(path: Path, public: PublicKey | None, entries: Sequence[Entry]) -> str:
+    """The problem of a file that was cut off."""
     kit = "the kit" if public is None else f"kit {public.kit_id}"
     if not entries:
         return f"{path} breaks off before its first record; copy it from {kit} again"
     return (
-        f"{path} breaks off: {len(entries)} records were whole, of an unknown number, up to sequence {entries[-1].sequence}; ask {kit} for the "
-        "rest: copy the file again, what was taken already will not be doubled"
+        f"{path} breaks off: {len(entries)} records were whole, up to sequence {entries[-1].sequence}; the number of missing records is unknown. "
+        f"Copy the file from {kit} again; records that were enrolled are not enrolled twice"
     )
 
 
 def described(file: Examined, first_received_at: float | None, received_at: float) -> BatchOutcome:
+    """The outcome of a batch file. first_received_at: the time of an earlier ingest of the same file, or None."""
     sequences = [entry.sequence for entry in file.entries]
     ahead = None if file.last_packed_at is None else (file.last_packed_at - received_at) / _DAY_S
     return BatchOutcome(
@@ -258,8 +263,8 @@ def described(file: Examined, first_received_at: float | None, received_at: floa
 
 
 def write_result(result: IngestResult, out: Path, report: Path | None, labels: LabelConfig) -> IngestResult:
-    """Writes the table, the summary and the page, and returns the result. A run of which every file was refused leaves the results of an
-    earlier run as they are."""
+    """Writes the table, the summary and the page. Returns the result. If every file was refused, the results of an earlier run are not
+    overwritten."""
     page, summary = report or out.with_suffix(".html"), out.with_name(f"{out.stem}.summary.json")
     nothing_taken = not result.outcomes and all(batch.state != "whole" for batch in result.batches)
     if nothing_taken and any(path.exists() for path in (out, page, summary)):
@@ -269,7 +274,7 @@ def write_result(result: IngestResult, out: Path, report: Path | None, labels: L
         try:
             return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
         except (ValueError, OverflowError, OSError):
-            return None  # a clock that is beyond any calendar
+            return None  # the kit's clock is outside the range of dates
 
     times = ("captured_at", "packed_at", "received_at")
     rows = [

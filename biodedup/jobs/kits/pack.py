@@ -1,12 +1,12 @@
-"""`kit pack`: packs what a team captured offline into one batch file, signed by the kit and encrypted to the centre.
+"""`kit pack`: packs the captures of a team without a network into a batch file, signed by the kit and encrypted for the centre.
 
 Owns the job from a manifest to the batch file and its report. `batch_file.py` owns the bytes, `manifest.py` the rows, `judge.py` the captures,
-`state.py` the sequence numbers, and the engine the comparisons.
+and `state.py` the sequence numbers. Never compares templates: the engine does.
 
-1. A record keeps its sequence and its encounter_id when it is packed again into another batch; no two records share one.
-2. The state file is replaced before the batch file appears, so that a kit killed between them assigns the same numbers again.
+1. A record keeps its sequence number and its encounter_id if it is packed again into another batch. No two records share a number or an id.
+2. The state file is replaced before the batch file appears, so that a kit that is killed between them assigns the same numbers again.
 3. A batch file is never replaced by one that lacks its records.
-4. Only what the decoders open as an image or a minutiae record is packed, whatever files the manifest names.
+4. Only files that the decoders open as images or minutiae records are packed, whatever the manifest names.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from biodedup.values import Capture, Encounter, Face, Finger, Float32, Missing, 
 
 @dataclass(frozen=True)
 class PackedRecord:
-    """What became of a planned record. sequence, encounter_id: None where it was left out; refusals: to be captured again."""
+    """The outcome of a planned record. sequence, encounter_id: None if it was left out; refusals: captures to take again."""
 
     rows: tuple[int, ...]
     subject_id: str
@@ -66,7 +66,7 @@ class PackedRecord:
 
 @dataclass(frozen=True)
 class Double:
-    """Two records of one batch that look like one person; score_db is None where they only share their subject_id."""
+    """Two records of a batch that seem to be of the same person. score_db: None if they only share their subject_id."""
 
     subject_ids: tuple[str, str]
     encounter_ids: tuple[str, str]
@@ -75,7 +75,8 @@ class Double:
 
 @dataclass(frozen=True)
 class PackResult(Described):
-    """A batch file, and what the team should know before the citizens have left. void: sequences that no batch will bring."""
+    """A packed batch, and the problems that the team can solve before the citizens leave: recaptures and duplicates (`doubles`). unsearched:
+    records that were not searched for duplicates; void: sequence numbers that no batch has any more."""
 
     kit_id: str
     out: Path
@@ -97,7 +98,7 @@ class PackResult(Described):
         return tuple(record for record in self.records if record.refusals)
 
     def summary(self) -> dict[str, Any]:
-        """Counts, JSON-ready."""
+        """The counts, JSON-ready."""
         sequences = [record.sequence for record in self.packed if record.sequence is not None]
         reasons = Counter(refusal.reason for record in self.records for refusal in record.refusals)
         return {
@@ -134,12 +135,12 @@ def pack_batch(
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> PackResult:
-    """Packs a manifest's records into `out`, encrypted to a centre, with a table, a summary and an HTML report (`report`) beside it.
+    """Packs the records of a manifest into `out`, encrypted for a centre. Writes a table, a summary and an HTML report (`report`) beside it.
 
-    centre: the centre's .pub file; None: `centre.pub` beside the kit's key. passphrase: of the kit's key, where it has one. only_good:
-    leave out refused captures, and records of which nothing is left; otherwise they are packed with the refusal noted. as_templates:
-    pack what the extractor made of the captures, and no images. A file that is no capture breaks its record. The same manifest again
-    leaves the same output as it is. Raises InvalidInput, GalleryBusy (this kit packs already), StorageUnavailable.
+    key: the kit's private key; passphrase: of the key, if it has one. centre: the centre's .pub file; None takes `centre.pub` beside the kit's
+    key. only_good: refused captures, and records without any other capture, are left out; otherwise they are packed with their refusals.
+    as_templates: packs templates instead of images. A record with a file that is not a capture is not packed. Packing the same manifest again
+    does not change the output. Raises InvalidInput, GalleryBusy (another process packs with this key), StorageUnavailable.
     """
     config = (config or Config(isolation=IsolationConfig())).with_policy()
     kit = load_key(key, passphrase)
@@ -224,7 +225,7 @@ class _Packing:
         )
 
     def _added(self, writer: BatchWriter, judged: Iterable[Judged]) -> list[Encounter]:
-        """Writes some records; returns what is to be searched for doubles."""
+        """Writes judged records to the batch. Returns their templates as encounters, for the search for duplicates."""
         searched: list[Encounter] = []
         for planned, captures, verdicts, templates in judged:
             unusable = no_record(planned, captures, verdicts)
@@ -250,14 +251,14 @@ class _Packing:
         return tuple((r.sequence, r.encounter_id or "", r.subject_id) for r in self._records if r.sequence is not None)
 
     def _void(self, before: Packed | None) -> list[int]:
-        """Sequences of the file that is replaced, which this one does not bring."""
+        """The sequence numbers of the replaced file that the new file does not have."""
         if before is None:
             return []
         sequences = replaced_sequences(before, self._out, self._kit, self._sent)
         return sorted(sequences - {record.sequence for record in self._records})
 
     def _put(self, temporary: Path, before: Packed | None, packed: Packed) -> None:
-        """Replaces the output, unless it holds the very same records."""
+        """Replaces the output, unless it has exactly the same records."""
         with translated(f"writing {self._out}"):
             if before is not None and before.digest == packed.digest:
                 temporary.unlink()
@@ -275,7 +276,7 @@ def _content(
     only_good: bool,
     as_templates: bool,
 ) -> Encounter:
-    """What is sent of a record."""
+    """The encounter that is packed for a record."""
     missing = [capture for capture in captures if isinstance(capture, Missing)]
     images = [capture for capture in captures if isinstance(capture, Face | Finger)]
     given: dict[str, Float32 | bytes | Template] = {**planned.encounter.templates}
@@ -287,25 +288,25 @@ def _content(
 
 
 def _import(engine: Engine, encounters: Sequence[Encounter]) -> int:
-    """Adds records to the working gallery; returns how many it could not take."""
+    """Adds records to the working gallery. Returns the number of refused records."""
     try:
         return sum(decision.outcome == "refused" for decision in engine.import_captures(encounters))
     except CallerError:
         if len(encounters) < 2:
             return len(encounters)
-        return sum(_import(engine, [one]) for one in encounters)
+        return sum(_import(engine, [encounter]) for encounter in encounters)
 
 
 def _doubles(
     engine: Engine, threshold_db: float, subject_of: Mapping[str, str], progress: Progress
 ) -> tuple[Double, ...]:
-    """Pairs that score as one person, strongest first; then encounters that share a subject_id and do not."""
+    """Pairs that score as the same person, the highest scores first; then other pairs that share a subject_id."""
     clusters = engine.find_duplicates(
         threshold_db=threshold_db, progress=lambda done, total: progress("comparing", done, total)
     )
     found = {link.subject_ids: link.score_db for cluster in clusters for link in cluster.links}
-    # not every pair of a large cluster is there
-    crowd_of = {
+    # a large cluster does not list all its pairs
+    large_cluster_of = {
         name: number
         for number, cluster in enumerate(clusters)
         if cluster.links_left_out
@@ -316,8 +317,8 @@ def _doubles(
     pairs: list[tuple[tuple[str, str], float | None]] = [*ranked]
     for encounter_id, subject_id in subject_of.items():
         pair = (first.setdefault(subject_id, encounter_id), encounter_id)
-        in_crowd = pair[0] in crowd_of and crowd_of[pair[0]] == crowd_of.get(encounter_id)
-        if pair[0] != encounter_id and pair not in found and pair[::-1] not in found and not in_crowd:
+        in_cluster = pair[0] in large_cluster_of and large_cluster_of[pair[0]] == large_cluster_of.get(encounter_id)
+        if pair[0] != encounter_id and pair not in found and pair[::-1] not in found and not in_cluster:
             pairs.append((pair, None))
     return tuple(Double((subject_of[a], subject_of[b]), (a, b), score_db) for (a, b), score_db in pairs)
 

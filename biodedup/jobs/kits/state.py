@@ -1,7 +1,7 @@
-"""The state of a field kit: the sequence numbers that it assigned, and what its batch files hold.
+"""Keeps the state of a field kit: the sequence numbers that it has assigned, and the content of its batch files.
 
-Owns `NAME.state.json` beside the kit's key, and `batches.json` in the working folder of a batch file. A batch file is encrypted to the
-centre, so the kit cannot read it again: its content is noted beside it, by the SHA-256 of the file.
+Owns `NAME.state.json` beside the kit's key, and `batches.json` in the working folder of a batch file. A batch file is encrypted for the centre,
+so that the kit cannot read it: `batches.json` has its content, by the SHA-256 of the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOTES = "batches.json"
 
 @dataclass(frozen=True)
 class Packed:
-    """What a batch file holds. digest: of its records; entries: (sequence, encounter_id, subject_id); void: sequences."""
+    """The content of a batch file. digest: of its records; entries: (sequence, encounter_id, subject_id); void: void sequences."""
 
     digest: str
     entries: tuple[tuple[int, str, str], ...]
@@ -36,11 +36,12 @@ class Packed:
 
 
 def save_state(state: dict[str, Any], kit: KitKey) -> None:
-    """Raises StorageUnavailable."""
+    """Writes the state file. Raises StorageUnavailable."""
     replace_private(kit.state, json.dumps(state).encode())
 
 
 def load_state(kit: KitKey) -> dict[str, Any]:
+    """Reads the state file. Raises InvalidInput."""
     try:
         state = json.loads(kit.state.read_text())
         if state["kit_id"] == kit.public.kit_id and state["next_sequence"] > max(
@@ -50,13 +51,13 @@ def load_state(kit: KitKey) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError):
         pass
     raise InvalidInput(
-        f"{kit.state} is missing or is not the state of kit {kit.public.kit_id}, and sequence numbers must not be given out twice; "
+        f"{kit.state} is missing or is not the state of kit {kit.public.kit_id}, and sequence numbers must not be assigned twice; "
         "restore it, or make new keys with `biodedup kit keys` and send the new .pub file to the centre"
     )
 
 
 def numbered(state: dict[str, Any], content: Encounter, clock: Callable[[], float]) -> tuple[int, float]:
-    """(sequence, packed_at) of a record: what it had before, or the next."""
+    """(sequence, packed_at) of a record: its earlier ones if it was packed before, otherwise new ones."""
     digest = digest_of(replace(content, encounter_id=content.encounter_id or "-"))
     name = hashlib.sha256(digest + (content.encounter_id or "").encode()).hexdigest()
     if name not in state["records"]:
@@ -73,7 +74,7 @@ def file_digest(path: Path) -> str:
 
 
 def packed_before(out: Path, work: Path, kit: KitKey) -> Packed | None:
-    """What the batch file that is to be replaced holds; None where there is none. Raises InvalidInput for another file of that name."""
+    """The content of the batch file that will be replaced; None if there is none. Raises InvalidInput if `out` is another file."""
     if not out.exists():
         return None
     try:
@@ -87,12 +88,12 @@ def packed_before(out: Path, work: Path, kit: KitKey) -> Packed | None:
             return Packed(batch.digest.hex(), found, batch.void)
     except (BiodedupError, ValueError, TypeError, KeyError, OSError):
         raise InvalidInput(
-            f"{out} exists and is not a sound batch of this kit, as {work / _NOTES} knows them; name another file"
+            f"{out} exists, but {work / _NOTES} does not list it as a batch of this kit; name another file"
         ) from None
 
 
 def note_packed(new: Path, out: Path, work: Path, kit: KitKey, packed: Packed) -> None:
-    """Notes what a file holds that is about to become `out`; what is known of the present one stays known. Raises StorageUnavailable."""
+    """Stores the content of the new file that will replace `out`. The entry of the present file is kept. Raises StorageUnavailable."""
     with translated(f"reading {out}"):
         known = _notes(work)
         present = {file_digest(out): None} if out.exists() else {}
@@ -107,8 +108,7 @@ def note_packed(new: Path, out: Path, work: Path, kit: KitKey, packed: Packed) -
 
 
 def replaced_sequences(before: Packed, out: Path, kit: KitKey, planned: Sequence[Planned]) -> set[int]:
-    """Sequences of the batch file that is to be replaced, and those that it had voided itself. Raises InvalidInput where it holds records
-    that would be lost."""
+    """The sequence numbers of the batch file that will be replaced, and its void ones. Raises InvalidInput if records of it would be lost."""
     own = f"{kit.public.kit_id}-{kit.public.fingerprint.hex()[:6]}-"
     subjects = {record.encounter.subject_id for record in planned if record.encounter.encounter_id is None}
     encounters = {record.encounter.encounter_id for record in planned}
@@ -118,7 +118,7 @@ def replaced_sequences(before: Packed, out: Path, kit: KitKey, planned: Sequence
     )
     if lost:
         raise InvalidInput(
-            f"{out} holds {lost} records that this manifest does not name, or names in broken rows; they would be lost: name another file"
+            f"{out} holds {lost} records that this manifest does not name, or names in unusable rows; they would be lost: name another file"
         )
     return {sequence for sequence, _, _ in before.entries} | set(before.void)
 

@@ -1,17 +1,17 @@
-"""The keys of kits that the centre trusts, each with its groups, limits, dates and revocation.
+"""Manages the field kits' keys that the centre trusts, with the groups, limits, dates and revocation of each.
 
-Owns the trusted folder: `NAME.pub`, the public key of a kit as the kit made it, and `FINGERPRINT.toml`, the centre's own record of that key,
-named by the first 16 digits of its fingerprint, so that it holds for every copy of the key. Never reads a batch file.
+Owns the trusted folder. `NAME.pub` is the public key that a kit made. `FINGERPRINT.toml` is the centre's record of the key; its name is the first
+16 digits of the fingerprint, so that it applies to every copy of the key. Never reads a batch file.
 
-1. A key without a record may send encounters of no group, within the default limits.
-2. A record that cannot be read bars its key, and no other. A public key that cannot be read bars none.
-3. A revoked key stays revoked, under whatever name its file comes back.
+1. A key without a record may only send encounters without groups, within the default limits.
+2. An unreadable record bars only its own key. An unreadable public key does not bar any other key.
+3. A revoked key stays revoked, even if its file returns under another name.
 
     # 3f2a90bb12345678.toml
-    groups = ["north"]              # that its encounters may belong to; ["*"]: any
+    groups = ["north"]              # the groups that its encounters may have; ["*"]: any
     encounters_batch_max = 2000
-    encounters_day_max = 2000       # of 24 hours, by the centre's clock
-    void_max = 100                  # sequence numbers that it may declare void, in all
+    encounters_day_max = 2000       # in 24 hours, by the centre's clock
+    void_max = 100                  # the number of sequence numbers that it may declare void, in total
     not_before = 2026-11-01T00:00:00Z
     not_after = 2027-11-01T00:00:00Z
 """
@@ -42,7 +42,8 @@ _COUNTS = ("encounters_batch_max", "encounters_day_max", "void_max")
 
 @dataclass(frozen=True)
 class Trust:
-    """What a key may do. Times: seconds since 1970. not_after None: until the key itself expires. broken: why its record cannot be read."""
+    """The rights of a key. Times: seconds since 1970. not_after: None means until the key expires. broken: the reason why its record cannot be
+    read, or ''."""
 
     groups: tuple[str, ...] = ()
     encounters_batch_max: int = 5_000
@@ -56,7 +57,7 @@ class Trust:
     broken: str = ""
 
     def forbidden(self, groups: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of some groups that the key may not write."""
+        """The given groups that the key may not write."""
         return () if "*" in self.groups else tuple(group for group in groups if group not in self.groups)
 
 
@@ -67,7 +68,7 @@ class TrustedKey(PublicKey):
     trust: Trust = field(default_factory=Trust)
 
     def barred(self, now: float) -> str:
-        """Why nothing of this key is taken at this time; empty where it may send."""
+        """The reason why the key may not send at this time; '' if it may."""
         trust, until = self.trust, self.expires_at if self.trust.not_after is None else self.trust.not_after
         if trust.broken:
             return trust.broken
@@ -81,7 +82,7 @@ class TrustedKey(PublicKey):
 
 
 class Trusted(Mapping[bytes, TrustedKey]):
-    """Fingerprint -> key. problems: files of the folder that are no sound keys or records, told by name."""
+    """fingerprint -> key. problems: a sentence for each unusable file in the folder."""
 
     def __init__(self, keys: Mapping[bytes, TrustedKey], problems: tuple[str, ...] = ()) -> None:
         self._keys = dict(keys)
@@ -98,9 +99,9 @@ class Trusted(Mapping[bytes, TrustedKey]):
 
 
 def load_trusted(source: Path) -> Trusted:
-    """The keys of a folder's `*.pub` files, or of one such file. A kit may have several keys, old and new.
+    """Loads the keys of a folder's `*.pub` files, or of one such file. A kit may have several keys, old and new.
 
-    Raises InvalidInput where none of them is sound.
+    Raises InvalidInput if there is no usable key.
     """
     require_cryptography()
     folder = source if source.is_dir() else source.parent
@@ -115,17 +116,17 @@ def load_trusted(source: Path) -> Trusted:
         known = keys.get(key.fingerprint)
         if known is not None and known.kit_id != key.kit_id:
             problems.append(
-                f"{path} is the key of kit {known.kit_id} under the name {key.kit_id}; it counts as {known.kit_id}'s"
+                f"{path} is the key of kit {known.kit_id} under the name {key.kit_id}; it counts as a key of {known.kit_id}"
             )
         if known is None:
             keys[key.fingerprint] = TrustedKey(**_own(key), trust=_record(_path(folder, key)))
     if not keys:
-        told = "; ".join(problems) or "copy there the .pub file of every kit that may send batches"
-        raise InvalidInput(f"{source} holds no .pub files that can be used: {told}")
+        reason = "; ".join(problems) or "copy the .pub file of every kit that may send batches to it"
+        raise InvalidInput(f"{source} holds no .pub files that can be used: {reason}")
     if source.is_dir():
         named = {_path(folder, key).name for key in keys.values()}
         problems += [
-            f"{path} is not used: it is no record of a key that is here; a record is named by its key's fingerprint, as {min(named)}"
+            f"{path} is not used: it is not the record of a key in this folder; a record is named by its key's fingerprint, such as {min(named)}"
             for path in sorted(folder.glob("*.toml"))
             if path.name not in named and not _is_name(path.stem)
         ]
@@ -134,21 +135,23 @@ def load_trusted(source: Path) -> Trusted:
 
 
 def set_trust(key: Path | str, trusted: Path, **changes: Any) -> TrustedKey:
-    """Writes what a key may do; what is not among the changes stays. key: a .pub file, which is copied into the folder, or the kit id or
-    fingerprint of one that is there. Raises InvalidInput (a revoked key, too), StorageUnavailable."""
+    """Changes the rights of a key (fields of `Trust`), and trusts it. key: a .pub file, which is copied into the folder, or the kit id or
+    fingerprint of a key in the folder. Raises InvalidInput, also for a revoked key, and StorageUnavailable."""
     public = _found(key, trusted)
     path = _path(trusted, public)
     before = _record(path)
     if before.broken:
         raise InvalidInput(before.broken)
     if before.revoked_at is not None:
-        raise InvalidInput(f"the key of kit {public.kit_id} was revoked; it stays so: make new keys on the kit")
+        raise InvalidInput(f"the key of kit {public.kit_id} was revoked, which is permanent; make new keys on the kit")
     trust = replace(before, **changes)
     trust = _checked(trust)
     with translated(f"writing {trusted}"):
         trusted.mkdir(mode=0o700, parents=True, exist_ok=True)
     _write(path, trust, public)
-    if not any(known.fingerprint == public.fingerprint for known in _keys(trusted)):  # then it is a file's
+    if not any(
+        known.fingerprint == public.fingerprint for known in _keys(trusted)
+    ):  # then `key` is a file outside the folder
         replace_private(trusted / f"{public.kit_id}-{public.fingerprint.hex()[:8]}.pub", Path(key).read_bytes())
     return TrustedKey(**_own(public), trust=trust)
 
@@ -156,9 +159,9 @@ def set_trust(key: Path | str, trusted: Path, **changes: Any) -> TrustedKey:
 def revoke(
     key: Path | str, trusted: Path, *, by: str, reason: str, clock: Callable[[], float] = time.time
 ) -> TrustedKey:
-    """Bars a key for good; batches that were taken stay. Revoked again, the first entry stays. A record that cannot be read is replaced.
+    """Revokes a key permanently. Enrolled batches remain. If the key is already revoked, nothing changes. An unreadable record is replaced.
 
-    Raises InvalidInput, StorageUnavailable.
+    by: the person; reason: a printable text. Raises InvalidInput, StorageUnavailable.
     """
     check_id(by, "by")
     if not reason.strip() or len(reason) > 500 or not reason.isprintable():
@@ -207,17 +210,17 @@ def _found(key: Path | str, trusted: Path) -> PublicKey:
         return found[0]
     if not found:
         raise InvalidInput(
-            f"{name} is no .pub file, and no kit id or fingerprint (8 digits or more) of a key in {trusted}"
+            f"{name} is neither a .pub file, nor the kit id or fingerprint (8 digits or more) of a key in {trusted}"
         )
-    told = ", ".join(key_of_kit.fingerprint.hex()[:_NAME_DIGITS] for key_of_kit in found)
-    raise InvalidInput(f"kit {name} has {len(found)} keys in {trusted}; name one by its fingerprint: {told}")
+    fingerprints = ", ".join(key_of_kit.fingerprint.hex()[:_NAME_DIGITS] for key_of_kit in found)
+    raise InvalidInput(f"kit {name} has {len(found)} keys in {trusted}; name one by its fingerprint: {fingerprints}")
 
 
 # records ----------------------------------------------------------------------------------------------------------
 
 
 def _record(path: Path) -> Trust:
-    """The centre's record of a key; the default where there is none."""
+    """The centre's record of a key; the default rights if there is none."""
     try:
         content = tomllib.loads(read_bounded(path, _RECORD_BYTES_MAX).decode())
         unknown = content.keys() - {field.name for field in fields(Trust)} - {"kit_id"} | content.keys() & {"broken"}
@@ -230,12 +233,12 @@ def _record(path: Path) -> Trust:
         return Trust()
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return Trust(
-            broken=f"{path} is no sound record of a key ({error}); nothing of that key is taken until it is mended"
+            broken=f"{path} is not a valid record of a key ({error}); batches of this key are refused until it is repaired"
         )
 
 
 def _checked(trust: Trust) -> Trust:
-    """With groups as a tuple. Raises InvalidInput."""
+    """The rights, validated, with groups as a tuple. Raises InvalidInput."""
     for name in _COUNTS:
         value = getattr(trust, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -249,7 +252,7 @@ def _checked(trust: Trust) -> Trust:
 
 
 def _write(path: Path, trust: Trust, key: PublicKey) -> None:
-    """TOML, whose strings are written as JSON's are."""
+    """Writes a record as TOML."""
     lines = [f"# The centre's record of a key of kit {key.kit_id}, fingerprint {key.fingerprint.hex()}"]
     lines.append(f"kit_id = {json.dumps(key.kit_id)}")
     for name, value in asdict(trust).items():
@@ -262,13 +265,13 @@ def _write(path: Path, trust: Trust, key: PublicKey) -> None:
 
 
 def _seconds(moment: object, *, late: bool = False) -> float:
-    """late: a date alone means its end."""
+    """A TOML date or time as seconds since 1970. late: a date without a time means the end of the day."""
     if isinstance(moment, date) and not isinstance(moment, datetime):
         moment = datetime(
             moment.year, moment.month, moment.day, 23 if late else 0, 59 if late else 0, 59 if late else 0
         )
     if not isinstance(moment, datetime):
-        raise InvalidInput(f"{moment!r} is no time; write 2027-11-01T00:00:00Z")
+        raise InvalidInput(f"{moment!r} is not a time; write it such as 2027-11-01T00:00:00Z")
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 

@@ -25,6 +25,7 @@ _ENCODINGS = {
     "utf-16": "UTF-16",
     "utf-16-le": "UTF-16",
     "utf-16-be": "UTF-16",
+    "utf-32": "UTF-32",
     "cp1252": "Windows-1252",
 }
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
@@ -144,10 +145,13 @@ def check_roll(roll: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
 
 
 def _absent(number: int, subject_id: str | None, paths: Iterable[Any]) -> RefusedRow | None:
-    """The refusal of a row of which a file does not exist; None if all files exist."""
+    """The refusal of a row of which a file does not exist, or is not a regular file; None if all files are there."""
     for path in paths:
         if isinstance(path, Path) and not path.exists():
             return RefusedRow(number, subject_id, Refusal("encounter", "missing_file", f"{path} does not exist"))
+        if isinstance(path, Path) and not path.is_file():
+            detail = f"{path} is a folder" if path.is_dir() else f"{path} is no regular file"
+            return RefusedRow(number, subject_id, Refusal("encounter", "not_a_file", detail))
     return None
 
 

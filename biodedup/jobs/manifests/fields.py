@@ -296,6 +296,7 @@ _NAMES = {
     # abbreviations: `RI`, `R Index`
     **{f"{hand[0]}{name[0]}": f"{hand}_{name}" for hand in ("right", "left") for name in _FINGERS},
     **{f"{hand[0]}{name}": f"{hand}_{name}" for hand in ("right", "left") for name in _FINGERS},
-    **{f"{hand}{name}": f"{hand}_little" for hand in ("right", "left") for name in ("pinky", "pinkie")},
+    **{f"{hand}{name}": f"{hand}_little" for hand in ("right", "left") for name in ("pinky", "pinkie", "small")},
+    **{f"{hand}fore": f"{hand}_index" for hand in ("right", "left")},
     "portrait": "face",
 }

@@ -22,7 +22,15 @@ from biodedup.errors import InvalidInput
 
 SEPARATORS = ",;\t|"
 GUESSED_LINES_MIN = 5
-_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_MARKED = {"utf-16": ("utf-16-le", "utf-16-be"), "utf-32": ("utf-32-le", "utf-32-be")}
+"""Encodings that begin with a mark, and what they are without one."""
 _CANDIDATES = ["cp1252", "cp1250", "cp1251", "cp1254", "mac_roman", "cp850", "gb18030", "shift_jis"]
 _TURKISH = frozenset(b"\xd0\xdd\xde\xf0\xfd\xfe")
 """The bytes that mean different letters in Windows-1252 (Icelandic) and Windows-1254 (Turkish)."""
@@ -57,6 +65,8 @@ def text_form(path: Path, encoding: str | None = None) -> TextForm:
     guessed = False
     if encoding is None:
         encoding, guessed = detected(path)
+    elif (both := _MARKED.get(codecs.lookup(encoding).name)) is not None:
+        encoding = _ordered(path, encoding, *both)
     with open_text(path, encoding) as file:
         first = [file.readline(_HEADER_BYTES) for _ in range(_TITLES_MAX)]
     sep = _SEP_LINE.fullmatch(first[0])
@@ -71,6 +81,15 @@ def text_form(path: Path, encoding: str | None = None) -> TextForm:
             before = headers[0]
     header = first[before].removeprefix("\ufeff").rstrip("\r\n")
     return TextForm(encoding, _delimiter(header) if sep is None else sep[1], header, before, guessed, titles)
+
+
+def _ordered(path: Path, encoding: str, little: str, big: str) -> str:
+    """A declared encoding of two or four bytes a character as the file has it: with a mark, or in the order that its zeros show."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if any(head.startswith(mark) for mark, _ in _MARKS):
+        return encoding
+    return big if head[:1] == b"\0" else little
 
 
 def _is_title(line: str) -> bool:

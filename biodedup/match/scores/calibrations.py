@@ -237,6 +237,7 @@ def from_embeddings(vectors: Float32) -> Calibration:
         mean = float(cosines.mean())
         sd = max(float(cosines.std()), float(np.quantile(cosines, 0.999) - mean) / float(stdtrit(_TAIL_FREEDOM, 0.999)))
     score = np.linspace(-1.0, 1.0, 201)
+    sd = max(sd, float(score[1] - score[0]))  # embeddings that are all alike have none
     z = (score - mean) / sd
     impostors = -(_TAIL_FREEDOM + 1) / 2 * np.log1p(z**2 / _TAIL_FREEDOM) - np.log(sd)
     llr = 10 / np.log(10) * (-0.5 * ((score - _MATED_MEAN) / _MATED_SD) ** 2 - np.log(_MATED_SD) - impostors)

@@ -1,1 +1,1 @@
-"""Searches in several columns at once: face and fingers together."""
+"""Searches in several columns at once, such as the face and fingers."""

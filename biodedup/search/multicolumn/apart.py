@@ -1,6 +1,6 @@
-"""Estimates the miss risk of searching several columns one after the other: a mate may be among the best candidates of no column.
+"""Estimates the miss risk of a search of several columns one after the other: a mate may be among the best candidates of no column.
 
-Owns this estimate, by drawn mates. Never searches and never plans.
+Owns this estimate, from randomly drawn mates. Never searches and never plans.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ _MATES, _SEED, _PROBES = 200_000, 20_265, 64
 
 @dataclass(frozen=True)
 class ApartPlan:
-    """columns: searched one after the other; candidates: rows that each of them finds; drawn: mates that reach the review threshold;
-    missed: of these, those that are among the candidates of no column; correlation: between the captures of a subject, as assumed."""
+    """A search of columns one after the other.
+
+    candidates: rows that each column finds. drawn: number of drawn mates that reach the review threshold. missed: number of these that are
+    among the candidates of no column. correlation: assumed correlation between the captures of a subject.
+    """
 
     columns: tuple[str, ...]
     candidates: int
@@ -44,17 +47,18 @@ def apart(
     threshold_llr_db: float,
     correlation: float,
 ) -> ApartPlan:
-    """columns: name -> (its largest part, its rows in all); threshold_llr_db: that mates have to reach by their sum."""
+    """The plan with its miss risk. columns: name -> (its largest part, its rows in all parts). threshold_llr_db: the sum of llr_db that counts as
+    the review threshold."""
     rng = np.random.default_rng(_SEED)
     common = sqrt(correlation) * rng.standard_normal(_MATES)
-    llr_db, seen = np.zeros(_MATES), np.zeros(_MATES, bool)
+    llr_db, is_candidate = np.zeros(_MATES), np.zeros(_MATES, bool)
     for name, (column, rows) in columns.items():
         quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
         similarity = calibrations[name].mated_similarities(quantiles)
         llr_db += calibrations[name].llr_db(similarity)
         population = population_of(column)
         reached = population.reached_by(population.sample[:_PROBES], min(candidates / max(rows, 1), 1.0))
-        seen |= similarity >= float(np.median(reached))
+        is_candidate |= similarity >= float(np.median(reached))
     reaching = llr_db >= threshold_llr_db
-    missed = int(np.count_nonzero(reaching & ~seen))
+    missed = int(np.count_nonzero(reaching & ~is_candidate))
     return ApartPlan(tuple(columns), candidates, int(np.count_nonzero(reaching)), missed, correlation)

@@ -2,11 +2,10 @@
 
 Owns the exact comparison of rows that have no codes yet. Never reads the disk.
 
-1. The llr_db of all columns that a row and the probe share are added up. The k rows with the largest sums are returned, and all that reach
-   the floor.
-2. A row with a finger that agrees although its other captures do not is returned too, if that finger reaches `lone_db`: at most k rows a
-   probe.
-3. Rows that have fewer than two of the columns are left to the search column by column.
+1. The llr_db of all columns that a row and the probe share are added up. The result has the k rows with the largest sums, and all rows that
+   reach the floor.
+2. It also has rows with a lone finger: a finger that reaches `lone_db` although the other captures disagree; at most k rows per probe.
+3. Rows with fewer than two of the columns are left out. They are searched column by column.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from biodedup.search.native.scanner import Scanner
 from biodedup.values import BIT, Float32
 
 _PIECE_ROWS = 2_048
-"""Rows that a thread compares at a time: some milliseconds."""
+"""Rows in a thread's unit of work: some milliseconds."""
 
 
 @dataclass(frozen=True)
 class JointPlan:
-    """How many rows of the journal are compared in these columns at once. lone_rows: of impostors, that are candidates for each finger;
-    missed: of fingers that agree alone and reach the duplicate threshold, the share whose rows are no candidates."""
+    """The plan for the rows of the journal. rows: their number. lone_rows: expected number of impostors' rows that are candidates because of
+    each finger alone. missed: of lone fingers that reach the duplicate threshold, the share whose rows are not candidates."""
 
     columns: tuple[str, ...]
     rows: int
@@ -41,7 +40,7 @@ class JointPlan:
 
 
 class JointHits(NamedTuple):
-    """As `MultiColumnHits`, of one part. scanned: rows compared."""
+    """As `MultiColumnHits`, of a single part. scanned: number of compared rows."""
 
     which: Int64
     rows: Int64
@@ -53,7 +52,7 @@ class JointHits(NamedTuple):
 def search(
     scanner: Scanner, snapshot: Snapshot, part: Part, probes: Mapping[str, Float32], query: MultiColumnQuery
 ) -> JointHits:
-    """probes: for each column of the query float32 (q, d), unit rows."""
+    """The hits in a part of the journal. probes: column -> float32 (q, d), unit rows."""
     first, _ = part.position_range(query.from_row, part.end_row)
     presence = part.presence(first, part.count)
     compared = np.bitwise_count(presence & np.uint16(sum(BIT[column] for column in query.columns))) > 1
@@ -67,11 +66,11 @@ def search(
     def work(low: int) -> None:
         piece = slice(low, low + _PIECE_ROWS)
         for name, column in columns.items():
-            least_db = np.float32(query.lone_db.get(name, np.inf))
-            places, vectors = _cells(column, first + low, min(first + low + _PIECE_ROWS, part.count))
+            from_db = np.float32(query.lone_db.get(name, np.inf))
+            positions, vectors = _cells(column, first + low, min(first + low + _PIECE_ROWS, part.count))
             table = query.llr_tables[name].llr_db
             sums_db, lone = llr_db[:, piece], lone_db[:, piece]
-            _add(vectors, places, probes[name], table, least_db, sums_db=sums_db, lone_db=lone)
+            _add(vectors, positions, probes[name], table, from_db, sums_db=sums_db, lone_db=lone)
 
     pieces = range(0, len(compared), _PIECE_ROWS)
     if len(pieces) > 1:
@@ -86,23 +85,24 @@ def search(
 
 
 def _cells(column: Column, low: int, high: int) -> tuple[Int64, Float32]:
-    """(places, vectors) of a column's cells in rows [low, high) of the part; places are counted from low."""
+    """(positions, vectors) of a column's cells in rows [low, high) of the part. positions: of their rows, from low on."""
     first, last = column.cell_range(low, high)
     return column.positions(first, last) - low, column.vectors(first, last)
 
 
 def _largest(values: Float32, k: int) -> NDArray[np.bool_]:
-    """The k largest values of each row, and those that equal the last of them; none of minus infinity. values: float32 (q, n)."""
+    """A mask of the k largest values of each row, and of values equal to the k-th; minus infinity is never set. values: float32 (q, n)."""
     count = values.shape[1]
     if not k or not count:
         return np.zeros(values.shape, bool)
-    least = np.partition(values, count - k, axis=1)[:, count - k, None] if k < count else -np.inf
-    return (values >= least) & (values > -np.inf)
+    kth = np.partition(values, count - k, axis=1)[:, count - k, None] if k < count else -np.inf
+    return (values >= kth) & (values > -np.inf)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _add(vectors: Any, places: Any, probes: Any, table: Any, least_db: Any, sums_db: Any, lone_db: Any) -> None:
-    """Adds the llr_db of a column's cells to their rows' sums. sums_db, lone_db: float32 (q, n)."""
+def _add(vectors: Any, positions: Any, probes: Any, table: Any, from_db: Any, sums_db: Any, lone_db: Any) -> None:
+    """Adds the llr_db of a column's cells to the sums of their rows, and writes llr_db of at least from_db into lone_db. sums_db, lone_db:
+    float32 (q, n)."""
     last = table.shape[0] - 1
     half = np.float32(last) / np.float32(2)
     for i in range(vectors.shape[0]):
@@ -112,6 +112,6 @@ def _add(vectors: Any, places: Any, probes: Any, table: Any, least_db: Any, sums
                 similarity += vectors[i, j] * probes[probe, j]
             at = int(np.rint((similarity + np.float32(1)) * half))
             llr_db = table[min(max(at, 0), last)]
-            sums_db[probe, places[i]] += llr_db
-            if llr_db >= least_db:
-                lone_db[probe, places[i]] = max(lone_db[probe, places[i]], llr_db)
+            sums_db[probe, positions[i]] += llr_db
+            if llr_db >= from_db:
+                lone_db[probe, positions[i]] = max(lone_db[probe, positions[i]], llr_db)

@@ -1,16 +1,14 @@
-"""Chooses how a search compares face and fingers together, in rows that have several of the captures that the probe has.
+"""Plans a search in several columns at once, such as the face and fingers.
 
-Owns the plan of a multi-column search, the groups of rows that it applies to, and what it may miss. Never scans
-(`scan.py`).
+Owns the plan of a multi-column search, the groups of rows that it applies to, and its miss risk. Never scans (`scan.py`).
 
-Why several at once: a mate whose face has aged and whose finger is dry is far down in either column, but hardly any
-unrelated row is as near in both. One pass over some signs of all columns needs less arithmetic than one column by
-itself, and loses fewer mates.
+Reason: a mate with an aged face and a dry finger has a low rank in each column, but hardly any unrelated row is as similar in both. One pass
+over some signs of all columns takes less arithmetic than a search of a single column, and loses fewer mates.
 
-How: `choose` draws mates from the columns' calibrations, sends them through the measured distribution of sums of signs,
-and takes the cheapest plan that loses no more than the miss risk of those that would reach the decision threshold.
+Method: `choose` draws mates at random from the columns' calibrations, and predicts their sums of signs by the measured distribution. It takes
+the cheapest plan that loses at most a share of `miss_risk` of the mates that reach the decision threshold.
 
-Invariant: rows are grouped by which of the columns they have, so that a missing capture is never evidence.
+Invariant: rows are grouped by the columns that they have, so that a missing capture is never evidence.
 """
 
 from __future__ import annotations
@@ -41,16 +39,16 @@ from biodedup.search.native.signs import GROUP
 from biodedup.values import BIT, COLUMNS, Float32
 
 ROWS_MIN = 1 << 14
-"""A group of fewer rows is searched column by column."""
-_MATES = 160_000  # drawn; half choose the plan, half confirm it
-_FEW_MATES = 16_384  # of these, that tell which group of signs says least
-_SHARE_LEAST = 1e-5  # of unrelated rows that pass
+"""A smaller group of rows is searched column by column."""
+_MATES = 160_000  # number of drawn mates; a half chooses the plan, the other half confirms it
+_FEW_MATES = 16_384  # number of mates that rank the groups of signs
+_SHARE_MIN = 1e-5  # minimum share of unrelated rows that pass
 _SEED = 2_011
 
 
 @dataclass(frozen=True)
 class LlrTable:
-    """llr_db of one column, float32 (n,), at similarities 2 / (n - 1) apart, from -1 to 1."""
+    """The llr_db of a column, float32 (n,), at n evenly spaced similarities from -1 to 1."""
 
     llr_db: Float32
 
@@ -67,14 +65,14 @@ class LlrTable:
 _GRID = np.linspace(-1, 1, 20_001)
 
 
-@lru_cache(maxsize=64)  # each decision asks for it, and a calibration never changes
+@lru_cache(maxsize=64)  # each decision needs it, and a calibration never changes
 def _llr_table(calibration: Calibration) -> LlrTable:
     return LlrTable(calibration.llr_db(_GRID).astype(np.float32))
 
 
 @lru_cache(maxsize=512)
 def llr_of_score(calibration: Calibration, score_db: float) -> float:
-    """The llr_db of the least similarity that scores score_db; infinite if none does."""
+    """The llr_db of the lowest similarity that scores score_db; infinite if no similarity does."""
     scores_db = calibration.score_db(_GRID)
     at = int(np.searchsorted(scores_db, score_db))
     return float(_llr_table(calibration).llr_db[at]) if at < len(scores_db) else np.inf
@@ -82,15 +80,14 @@ def llr_of_score(calibration: Calibration, score_db: float) -> float:
 
 @dataclass(frozen=True)
 class MultiColumnPlan:
-    """How rows with these columns are searched.
+    """The plan of a search of rows with these columns.
 
-    groups: of each column, how many groups of GROUP sign tables are looked up; signs: how many signs these know;
-    weights: of each column's signs; share: of unrelated rows that pass. cost: relative to a search of one column by
-    itself.
+    For each column, groups: number of groups of GROUP sign tables that are looked up; signs: number of signs that these tables cover; weights:
+    weight of the signs. share: share of unrelated rows that pass. cost: relative to a search of a single column.
 
-    correlation: between the captures of a subject, as assumed; drawn: mates that would reach the threshold and were set
-    aside to confirm the plan; missed: of these. Of all mates, whatever they reach: joint, the share that is missed;
-    single, for each column the share that all its signs alone would miss, if as many unrelated rows passed.
+    correlation: assumed correlation between the captures of a subject. drawn: number of drawn mates that reach the threshold and were set
+    aside to confirm the plan. missed: number of these that the plan misses. joint: share of all drawn mates that the plan misses. single:
+    for each column, the share that all its signs alone would miss if as many unrelated rows passed.
     """
 
     columns: tuple[str, ...]
@@ -113,11 +110,10 @@ class MultiColumnPlan:
 
 @dataclass(frozen=True)
 class MultiColumnQuery:
-    """What a shard is asked for: for each probe the k rows with the most evidence, and all rows of at least
-    floor_llr_db. It covers the rows whose columns have a plan; llr_tables: of each column.
+    """The query to a shard in several columns: for each probe the k rows with the most evidence, and all rows of at least floor_llr_db.
 
-    joint: it also covers the rows of the journal that have several of the columns (`joint.py`). lone_db: of each finger the llr_db from
-    which such a row is wanted whatever its other captures say.
+    It covers the rows whose columns have a plan. llr_tables: of each column. joint: it also covers rows of the journal that have several of the
+    columns (`joint.py`). lone_db: for each finger the llr_db from which such a row is wanted although its other captures disagree.
     """
 
     plans: Mapping[frozenset[str], MultiColumnPlan]
@@ -136,8 +132,8 @@ class MultiColumnQuery:
 
 @dataclass(frozen=True)
 class MultiColumnHits:
-    """Rows found: probe number, row and sum of llr_db of each, (n,). rows_scanned: for each probe; passed: pairs of a
-    probe and a row that the signs let through. lone: bool (n,), which rows are wanted for one finger; None for none."""
+    """The rows that were found. which, rows, llr_db: probe number, row and sum of llr_db of each hit, (n,). rows_scanned: for each probe.
+    passed: number of pairs of a probe and a row that passed the signs. lone: bool (n,), hits because of a single finger; None: no hits."""
 
     which: Int64
     rows: Int64
@@ -152,8 +148,8 @@ class MultiColumnHits:
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """The rows of a part that have the same of a probe's columns. positions: of its members, ascending, or None for all
-    rows of the part; bits: the presence masks of its rows."""
+    """The rows of a part that have the same of the searched columns. positions: positions of its members in the part, ascending, or None for
+    all rows of the part. bits: the presence masks of its rows."""
 
     part: Part
     columns: tuple[str, ...]
@@ -172,12 +168,12 @@ class RowGroup:
         return cells
 
     def first_from(self, row: int) -> int:
-        """The first member whose row is at least this one."""
+        """The first member whose row number is at least `row`."""
         low, _ = self.part.position_range(row, self.part.end_row)
         return low if self.positions is None else int(np.searchsorted(self.positions, low))
 
 
-# Kept for as long as the part lives: the values must not hold the part itself.
+# entries live as long as their part, so that values must not refer to the part
 _positions: WeakKeyDictionary[Part, dict[tuple[int, ...], Int64 | None]] = WeakKeyDictionary()
 _positions_lock = threading.Lock()
 
@@ -200,7 +196,7 @@ def row_groups_of(part: Part, columns: Collection[str]) -> Iterator[RowGroup]:
                 known[key] = None if all_rows else np.flatnonzero(np.isin(part.presence(0, part.count), key))
             positions = known[key]
             if positions is not None and len(positions) != count:
-                raise GalleryDamaged("rows have other templates than their segment says; run `biodedup doctor`")
+                raise GalleryDamaged("the templates of rows differ from their segment's entry; run `biodedup doctor`")
         yield RowGroup(part, names, positions, count, key)
 
 
@@ -214,13 +210,13 @@ def covered_presences(part: Part, query: MultiColumnQuery) -> frozenset[int]:
 
 
 def is_journal(part: Part, columns: Collection[str]) -> bool:
-    """Whether the part is the journal, with rows in these columns. Sealed columns of early releases have no codes either, but may be large,
-    and searched elsewhere."""
+    """Whether the part is the journal, with rows in these columns. (Sealed columns of early releases have no codes either, but may be large,
+    and may be searched in another process.)"""
     return isinstance(part, TailPart) and any(name in part.columns for name in columns)
 
 
 def largest_groups(snapshot: Snapshot, columns: Collection[str]) -> dict[frozenset[str], RowGroup]:
-    """The sets of these columns that rows can be searched in at once, and the largest group of each."""
+    """Set of columns -> the largest group of rows that can be searched in these columns at once."""
     largest: dict[frozenset[str], RowGroup] = {}
     for part in snapshot.parts:
         for group in row_groups_of(part, columns):
@@ -231,7 +227,7 @@ def largest_groups(snapshot: Snapshot, columns: Collection[str]) -> dict[frozens
 
 
 def codec_of(column: Column) -> Codec:
-    assert column.codec is not None, "only coded columns are searched at once"
+    assert column.codec is not None, "only columns with codes are searched at once"
     return column.codec
 
 
@@ -245,21 +241,20 @@ def choose(
     threshold_llr_db: float,
     correlation: float,
 ) -> MultiColumnPlan | None:
-    """The cheapest plan for rows like this group's that misses at most this share of the mates that reach the
-    threshold. correlation: between how well two captures of a subject match, as ranks on a normal scale. None if no
-    plan is cheaper than a scan of each column by itself."""
+    """The cheapest plan for rows like this group that misses at most a share of miss_risk of the mates that reach the threshold. correlation:
+    rank correlation between the scores of a subject's captures, on a normal scale. None if no plan is cheaper than a scan of each column."""
     draw = Draw(group, calibrations, miss_risk, threshold_llr_db, correlation)
     cost_of = costs.AVX2_MULTI_COLUMN_COSTS if INSTRUCTIONS == "avx2" else costs.MULTI_COLUMN_COSTS
     options, groups = [], draw.most
     while True:
-        for share in (max(share, _SHARE_LEAST) for share in draw.shares(groups)):
+        for share in (max(share, _SHARE_MIN) for share in draw.shares(groups)):
             cost = GROUP * sum(groups) + len(groups) * (cost_of.taken + cost_of.compared * share)
             options.append((cost, groups, share))
         fewer = [c for c, n in enumerate(groups) if n and sum(groups) > 1]
         if not options or not fewer:
             break
-        least = fewer[int(np.argmin([draw.share_without(groups, c) for c in fewer]))]
-        groups = (*groups[:least], groups[least] - 1, *groups[least + 1 :])
+        weakest = fewer[int(np.argmin([draw.share_without(groups, c) for c in fewer]))]
+        groups = (*groups[:weakest], groups[weakest] - 1, *groups[weakest + 1 :])
     for cost, groups, share in sorted(options):
         if cost < cost_of.one_column * len(groups) and draw.bound(groups, share) <= miss_risk:
             return draw.plan(groups, share, cost / cost_of.one_column)
@@ -267,7 +262,7 @@ def choose(
 
 
 class Draw:
-    """Mates and unrelated rows, drawn from what is known of each column."""
+    """Randomly drawn mates and the distribution of unrelated rows, by the statistics of each column."""
 
     def __init__(
         self,
@@ -283,15 +278,15 @@ class Draw:
         mates, unrelated = [], []
         common = sqrt(correlation) * rng.standard_normal(_MATES)
         with ThreadPoolExecutor(thread_name_prefix="biodedup-plan") as pool:  # a column takes a quarter of a second
-            laws = list(pool.map(lambda column: signs_of(column).groups, self._columns.values()))
-        for name, law in zip(self._columns, laws, strict=True):
+            by_column = list(pool.map(lambda column: signs_of(column).groups, self._columns.values()))
+        for name, sums in zip(self._columns, by_column, strict=True):
             quantiles = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
             similarity = calibrations[name].mated_similarities(quantiles)
             llr_db += calibrations[name].llr_db(similarity)
-            mates.append(np.cumsum(law.mated(similarity, rng), axis=0).astype(np.float32))
-            unrelated.append(law.unrelated)
-        self.most = tuple(len(sums) for sums in mates)
-        # Fisher's linear discriminant: what separates mates from unrelated rows best, column by column
+            mates.append(np.cumsum(sums.mated(similarity, rng), axis=0).astype(np.float32))
+            unrelated.append(sums.unrelated)
+        self.most = tuple(len(of_column) for of_column in mates)
+        # Fisher's linear discriminant: the weights that best separate mates from unrelated rows
         weights = [(m[-1].mean() - u[-1, 0]) / (m[-1].var() + u[-1, 1]) for m, u in zip(mates, unrelated, strict=True)]
         self._weights = tuple(float(max(w, 1e-6) / max(weights)) for w in weights)
         self._mates = [
@@ -308,8 +303,8 @@ class Draw:
         self._without: tuple[tuple[int, ...], Float32] = (), np.zeros(0, np.float32)
 
     def share_without(self, groups: tuple[int, ...], column: int) -> float:
-        """About the share of unrelated rows that has to pass with one group of this column less, from some of the mates: it tells which
-        group says least."""
+        """The approximate share of unrelated rows that must pass if a group of this column is dropped. It ranks the groups, and is computed from
+        a part of the mates."""
         if self._without[0] != groups:
             self._without = (
                 groups,
@@ -329,8 +324,8 @@ class Draw:
         return np.asarray((sums - mean) / np.sqrt(variance), np.float32)
 
     def _shares(self, groups: tuple[int, ...]) -> list[float]:
-        """Shares of unrelated rows that have to pass so that no more mates are lost than the risk, and safer ones;
-        ascending. Empty if there are too few mates to tell."""
+        """Shares of unrelated rows that must pass to keep the miss risk: the exact share and safer shares, ascending. Empty if there are too
+        few mates."""
         if self._may_lose < 0:
             return []
         lost = sorted({self._may_lose, self._may_lose * 2 // 3, self._may_lose // 3}, reverse=True)
@@ -338,7 +333,7 @@ class Draw:
         return [float(ndtr(-z[n])) for n in lost]
 
     def bound(self, groups: tuple[int, ...], share: float) -> float:
-        """The upper bound of the share of mates that is lost, from those set aside (MultiColumnPlan.miss_bound)."""
+        """The upper bound of the share of lost mates, from the mates that were set aside (MultiColumnPlan.miss_bound)."""
         return float(upper_bound(self._lost(groups, share), len(self._to_confirm)))
 
     def _lost(self, groups: tuple[int, ...], share: float) -> int:

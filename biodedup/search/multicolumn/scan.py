@@ -1,13 +1,12 @@
-"""Compares face and fingers together, in the rows of one shard that have several of the captures that the probe has.
+"""Searches the rows of a shard in several columns at once, such as the face and fingers.
 
-Owns the scan of one group of rows, and the exact comparison of its best. Never chooses how far a scan goes (`plan.py`).
+Owns the scan of a group of rows, and the exact comparison of the best rows. Never plans (`plan.py`).
 
-1. Signs of all columns, some of each (`signs.py`), are summed, weighted by what a column is worth; a share of about
-   3e-4 of the rows passes.
-2. The rows that pass are compared by the high nibbles of all columns while these are in the cache. Their log-likelihood
-   ratios add up; rows among a probe's best so far, or above a floor, are kept.
-3. The best are compared exactly, and so is every row above the floor.
-4. Rows of the journal have no signs: they are all compared exactly (`joint.py`).
+1. Some signs of each column (`signs.py`) are summed with the weights of the columns. About 3e-4 of the rows pass.
+2. Rows that pass are compared by the high nibbles of all columns while these are in the cache. The log-likelihood ratios of the columns are
+   added. Rows among a probe's best so far, or above a floor, are kept.
+3. The best rows, and all rows above the floor, are compared exactly.
+4. Rows of the journal have no signs. They are all compared exactly (`joint.py`).
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ from biodedup.search.native.table_tile import TableKind
 from biodedup.search.native.tables import limits_of, rounding_variance, tables_of
 from biodedup.values import Float32
 
-_PAIRS_PER_UNIT = 1 << 24  # pairs of a probe and a row that a thread takes on at once
-_UNIT_ROWS = 1 << 13  # of a few columns take longer than to hand them over
-_SAMPLE_BLOCKS = 64  # of a group, from which the signs of unrelated rows are measured
-_RELEASE_PAIRS = 50_000  # compared; after more, the memory of what was read is released
+_PAIRS_PER_UNIT = 1 << 24  # greatest number of pairs of a probe and a row in a thread's unit of work
+_UNIT_ROWS = 1 << 13  # smallest unit: with fewer rows, handing the unit to a thread takes longer than its scan
+_SAMPLE_BLOCKS = 64  # blocks of a group in which the signs of unrelated rows are measured
+_RELEASE_PAIRS = 50_000  # after the comparison of more pairs, the memory that holds the read cells is released
 _SLACK = 3.5  # standard deviations
 
-# Kept for as long as the part lives: the values must not hold the part itself.
+# entries live as long as their part, so that values must not refer to the part
 _cells: WeakKeyDictionary[Part, dict[tuple[tuple[int, ...], tuple[str, ...]], NDArray[np.int32]]] = WeakKeyDictionary()
 _moments: WeakKeyDictionary[Part, dict[tuple[object, ...], tuple[Float32, Float32]]] = WeakKeyDictionary()
 
@@ -59,14 +58,14 @@ _moments: WeakKeyDictionary[Part, dict[tuple[object, ...], tuple[Float32, Float3
 def search(
     scanner: Scanner, snapshot: Snapshot, parts: Sequence[Part], probes: Mapping[str, Float32], query: MultiColumnQuery
 ) -> MultiColumnHits:
-    """probes: for each column of the query float32 (q, d), unit rows."""
+    """The hits in some parts. probes: column -> float32 (q, d), unit rows."""
     pieces = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))]
     scanned, groups = 0, []
     for part in parts:
         if query.joint and is_journal(part, query.columns):
-            found = joint.search(scanner, snapshot, part, probes, query)
-            pieces.append((found.which, found.rows, found.llr_db, found.lone))
-            scanned += found.scanned
+            hits = joint.search(scanner, snapshot, part, probes, query)
+            pieces.append((hits.which, hits.rows, hits.llr_db, hits.lone))
+            scanned += hits.scanned
             continue
         for group in row_groups_of(part, query.columns):
             plan = query.plans.get(frozenset(group.columns))
@@ -80,28 +79,28 @@ def search(
     return MultiColumnHits(which, rows, llr_db, scanned, sum(group.passed for group in groups), lone)
 
 
-_Found = tuple[Int64, Int64, Float32, NDArray[np.bool_]]
-"""Probe, row and llr_db of each pair, and whether it agrees in one column alone."""
+_Hits = tuple[Int64, Int64, Float32, NDArray[np.bool_]]
+"""Probe number, row and llr_db of each hit, and whether it is a hit because of a lone finger."""
 
 
-def _search_groups(scanner: Scanner, groups: Sequence[_GroupScan], query: MultiColumnQuery) -> list[_Found]:
-    """Scans all groups for the best of all."""
+def _search_groups(scanner: Scanner, groups: Sequence[_GroupScan], query: MultiColumnQuery) -> list[_Hits]:
+    """Scans all groups, and compares the best rows of all groups exactly."""
     floor = min(group.floor for group in groups)
-    start = -np.inf if query.k else floor  # without k, rows below the floor are not wanted
+    start = -np.inf if query.k else floor  # with k = 0 only rows above the floor are wanted
     collected = Collected(np.full(len(groups[0]), start, np.float32), 2 * query.k, floor)
-    units = [(number, low) for number, group in enumerate(groups) for low in group.units(scanner.threads)]
+    units = [(number, span) for number, group in enumerate(groups) for span in group.units(scanner.threads)]
     scanner.run(lambda unit: groups[unit[0]].scan(*unit, collected), units)
-    hits, found = collected.best(), []
+    hits, pieces = collected.best(), []
     for number, group in enumerate(groups):
-        mine = hits.number == number
-        if mine.any():
-            which, members, llr_db = group.compare(scanner, hits.which[mine], hits.cell[mine])
-            found.append((which, group.rows(members), llr_db, np.zeros(len(which), bool)))
-    return found
+        of_group = hits.number == number
+        if of_group.any():
+            which, members, llr_db = group.compare(scanner, hits.which[of_group], hits.cell[of_group])
+            pieces.append((which, group.rows(members), llr_db, np.zeros(len(which), bool)))
+    return pieces
 
 
 class _GroupScan:
-    """The scan of one group of rows for a batch of probes. floor: the estimated evidence from which on every row is kept."""
+    """The scan of a group of rows for a batch of probes. floor: the estimated evidence from which every row is kept."""
 
     def __init__(
         self,
@@ -118,7 +117,6 @@ class _GroupScan:
         self._cells = _cells_of(group, plan.columns)
         self._signed = self._signed_probes(plan)
         self._first = group.first_from(query.from_row)
-        self._size = max(_PAIRS_PER_UNIT // len(self._signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
         self.rows = group.rows
         self.floor = query.floor_llr_db - _slack_db(self._columns, query.llr_tables)
         self.passed = 0
@@ -152,15 +150,16 @@ class _GroupScan:
             kind=TableKind.SIGNS,
         )
 
-    def units(self, threads: int) -> range:
-        """Where the pieces begin that threads take on."""
-        shared = max(-(-self._group.count // (4 * threads)), _UNIT_ROWS) // BLOCK_ROWS * BLOCK_ROWS
-        self._size = min(self._size, shared)
-        return range(self._first // self._size * self._size, self._group.count, self._size)
+    def units(self, threads: int) -> list[tuple[int, int]]:
+        """The units of work for this many threads: (first member, end) of each."""
+        by_pairs = max(_PAIRS_PER_UNIT // len(self._signed) // BLOCK_ROWS, 16) * BLOCK_ROWS
+        by_threads = max(-(-self._group.count // (4 * threads)), _UNIT_ROWS) // BLOCK_ROWS * BLOCK_ROWS
+        size, count = min(by_pairs, by_threads), self._group.count
+        return [(low, min(low + size, count)) for low in range(self._first // size * size, count, size)]
 
-    def scan(self, number: int, low: int, collected: Collected) -> None:
-        """Scans the members of one piece. number: of this group."""
-        high = min(low + self._size, self._group.count)
+    def scan(self, number: int, unit: tuple[int, int], collected: Collected) -> None:
+        """Scans the members of a unit, and adds the hits to `collected`. number: of this group."""
+        low, high = unit
         members, stored = None, []
         if self._cells is None:
             stored = [column.scanned(low, high) for column in self._columns.values()]
@@ -192,8 +191,8 @@ class _GroupScan:
                 self.passed += passed
 
     def compare(self, scanner: Scanner, which: NDArray[np.int32], members: Int64) -> tuple[Int64, Int64, Float32]:
-        """Compares pairs of a probe and a member exactly: probe, member and llr_db of each."""
-        order = np.argsort(members, kind="stable")  # as they lie on the disk
+        """Compares pairs of a probe and a member exactly: (probe, member, llr_db) of each."""
+        order = np.argsort(members, kind="stable")  # the order on the disk
         which, members = which[order], members[order]
         exact = np.zeros(len(members), np.float32)
 
@@ -211,8 +210,7 @@ class _GroupScan:
 
 
 def _cells_of(group: RowGroup, columns: Sequence[str]) -> NDArray[np.int32] | None:
-    """The cells of the group's members in each column, int32 (columns, n), or None if they are the members' own
-    numbers."""
+    """The cells of the group's members in each column, int32 (columns, n), or None if member i has cell i in each column."""
     held = [group.part.columns[name] for name in columns]
     if group.positions is None and all(column.full for column in held):
         return None
@@ -225,8 +223,7 @@ def _cells_of(group: RowGroup, columns: Sequence[str]) -> NDArray[np.int32] | No
 
 
 def _sign_moments(group: RowGroup, plan: MultiColumnPlan) -> tuple[Float32, Float32]:
-    """Mean (n,) and covariance (n, n) of the signs that a plan looks at, of all its columns, over a sample of the
-    group."""
+    """Mean (n,) and covariance (n, n), over a sample of the group, of the signs that the plan uses in all its columns."""
     known = _moments.setdefault(group.part, {})
     key = (group.bits, plan.columns, plan.groups)
     if key not in known:
@@ -245,14 +242,13 @@ def _sign_moments(group: RowGroup, plan: MultiColumnPlan) -> tuple[Float32, Floa
 
 
 def tables_by_column(group: RowGroup, plan: MultiColumnPlan) -> list[int]:
-    """How many sign tables of each column the plan looks at."""
+    """The number of sign tables that the plan uses, for each column."""
     limits = [signs_of(group.part.columns[name]).tables for name in plan.columns]
     return [min(GROUP * groups, limit) for groups, limit in zip(plan.groups, limits, strict=True)]
 
 
 def _slack_db(columns: Mapping[str, Column], llr_tables: Mapping[str, LlrTable]) -> float:
-    """By how much the estimated evidence may be too low: the columns' errors, each where its table is steepest, added
-    up."""
+    """An upper bound of the error of the estimated evidence: the errors of all columns, each at the steepest part of its table."""
     variance = 0.0
     for name, column in columns.items():
         llr_db = llr_tables[name].llr_db

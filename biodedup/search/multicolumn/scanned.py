@@ -1,6 +1,6 @@
-"""Estimates how many mates a search misses if it scans only some of the captures, such as the face and not the fingers.
+"""Estimates the miss risk of a search that scans only some columns, such as the face and not the fingers.
 
-Owns this estimate, by drawn mates. Never searches and never plans.
+Owns this estimate, from randomly drawn mates. Never searches and never plans.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _MATES, _SEED = 200_000, 20_268
 
 @dataclass(frozen=True)
 class ScannedPlan:
-    """scanned: the columns of a probe whose every row is scanned, () if the setting names none of its columns; rescored: its other columns,
-    compared for the candidates alone; candidates: how many rows these are. correlation: between the captures of a subject, as assumed;
-    drawn: mates that reach the review threshold by all columns, 0 where a calibration has no mates; missed: of these, those that are no
-    candidates."""
+    """A search that scans only some columns of a probe.
+
+    scanned: columns that are scanned; () if `SearchConfig.scanned` names none of the probe's columns. rescored: the other columns, which are
+    compared for the candidates alone. candidates: number of candidates. correlation: assumed correlation between the captures of a subject.
+    drawn: number of drawn mates that reach the review threshold by all columns; 0 if a calibration has no mates. missed: number of these that
+    are not candidates.
+    """
 
     scanned: tuple[str, ...]
     rescored: tuple[str, ...]
@@ -34,7 +37,7 @@ class ScannedPlan:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """The columns that are not scanned beside scanned ones."""
+        """The columns that are not scanned; () if all columns are scanned."""
         return self.rescored if self.scanned else ()
 
     @property
@@ -49,10 +52,10 @@ def with_miss(
     threshold_llr_db: float,
     plan: ScannedPlan,
 ) -> ScannedPlan:
-    """The plan with its miss.
+    """The plan with its miss risk.
 
     calibrations: of all columns. candidate_llr_db: columns that are searched at once -> the sum of their llr_db from which a row is a
-    candidate. threshold_llr_db: that mates have to reach by the sum over all columns.
+    candidate. threshold_llr_db: the sum of llr_db over all columns that counts as the review threshold.
     """
     rng = np.random.default_rng(_SEED)
     common = sqrt(plan.correlation) * rng.standard_normal(_MATES)
@@ -61,8 +64,8 @@ def with_miss(
         quantiles = ndtr(common + sqrt(1 - plan.correlation) * rng.standard_normal(_MATES))
         llr_db[name] = calibration.llr_db(calibration.mated_similarities(quantiles))
     reaching = sum(llr_db.values()) >= threshold_llr_db
-    seen = np.zeros(_MATES, bool)
-    for names, least_db in candidate_llr_db.items():
-        seen |= sum(llr_db[name] for name in names) >= least_db
-    missed = int(np.count_nonzero(reaching & ~seen))
+    is_candidate = np.zeros(_MATES, bool)
+    for names, from_db in candidate_llr_db.items():
+        is_candidate |= sum(llr_db[name] for name in names) >= from_db
+    missed = int(np.count_nonzero(reaching & ~is_candidate))
     return replace(plan, drawn=int(np.count_nonzero(reaching)), missed=missed)

@@ -1,1 +1,1 @@
-"""The native index engine: a scan over quantised vectors, and exact refinement."""
+"""The kernels of the native index engine: scans over quantised vectors, and exact comparison."""

@@ -1,14 +1,12 @@
-"""Estimates similarities from two bits of each of a row's numbers, by look-up tables over the numbers in which a probe is largest.
+"""Estimates similarities from two bits (a class) of each of a row's numbers, by look-up tables for the largest numbers of a probe.
 
-The two bits are a number's class. Owns which numbers a probe looks at, the value that a class stands for, and the measured error of the
-estimates. Never scans
+Owns the choice of a probe's numbers, the value that a class stands for, and the measured error of the estimates. Never scans
 (`scan_kernel.py`).
 
-Method: four classes a number (Max, 1960), after a random rotation: its sign, and whether it is an outer number of its
-row, that is, a large one. A table looks at two numbers. A probe looks at those pairs of numbers in which its own are largest: half of
-the pairs hold 84 % of a normal vector's energy. So 32 tables of a probe of 128 numbers keep 87 % of the correlation,
-and 48 keep 92 %. Rows that pass are compared by their high nibbles. One margin serves both steps; it comes from pairs of
-which neither step may lose more than the miss risk.
+Method: a four-level quantiser (Max, 1960) after a random rotation. A number's class is its sign, and whether its size is large (an outer
+number). A table is for a pair of numbers. A probe has tables for the pairs in which its numbers are largest: a half of the pairs has 84 % of
+a normal vector's energy. So 32 tables of a probe of 128 numbers keep 87 % of the correlation, and 48 keep 92 %. Rows that pass are compared by
+their high nibbles. Both steps have the same margin, which is measured on pairs so that both steps together lose at most the miss risk.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ _PAIR = int(TableKind.CLASSES)
 
 
 class ClassValues:
-    """What the classes of a column's rows stand for. sample: float32 (n, D), unit rows that the codec has rotated; scanned: how many of the
-    D numbers a search reads, a multiple of 8. levels: float32 (ENTRIES, 2); mean, covariance: of the rows' values, float32 (scanned,) and
-    (scanned, scanned)."""
+    """The values that the classes of a column's rows stand for. sample: float32 (n, D), unit rows, rotated by the codec. scanned: number of the D
+    numbers that a search reads, a multiple of 8. levels: float32 (ENTRIES, 2), the values for each entry of a table. mean, covariance: of the
+    rows' values, float32 (scanned,) and (scanned, scanned)."""
 
     def __init__(self, sample: Float32, scanned: int) -> None:
         self.sample, self.scanned, self.root = sample, scanned, np.float32(sqrt(scanned))
@@ -46,7 +44,7 @@ class ClassValues:
         )
 
     def bits(self, vectors: Float32) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Outer bits and signs of vectors, (n, scanned)."""
+        """(outer bits, signs) of vectors, bool (n, scanned) each."""
         codes = quantise(vectors)[0]
         outer, positive = (
             np.unpackbits(bits(codes, self.scanned), axis=1, bitorder="little").view(np.bool_)
@@ -56,7 +54,7 @@ class ClassValues:
 
 
 class Classes(TableEstimator):
-    """The classes of a column's rows, of which each probe looks at some. tables: that a probe has."""
+    """The classes of a column's rows. tables: the number of a probe's tables."""
 
     def __init__(self, values: ClassValues, tables: int) -> None:
         self.tables, self.scanned, self.sample = min(tables, values.scanned // _PAIR), values.scanned, values.sample
@@ -64,20 +62,20 @@ class Classes(TableEstimator):
         self._values = values
 
     def _chosen(self, probes: Float32) -> tuple[NDArray[np.int32], Float32, Float32]:
-        """The pairs of numbers that probes look at, int32 (q, tables), the most telling one first of the first sum, the
-        next one of the second; their numbers, float32 (q, tables, 2); and the scale of estimates, float32 (q,)."""
+        """(the number pairs of probes' tables, int32 (q, tables); their numbers, float32 (q, tables, 2); the scale of estimates, float32 (q,)). The
+        pairs with the most energy are dealt out to the four sums in turn."""
         pairs = probes[:, : self.scanned].reshape(len(probes), -1, _PAIR)
         energy = np.einsum("qtb,qtb->qt", pairs, pairs)
         places = np.argsort(-energy, axis=1, kind="stable")[:, : self.tables]
         dealt = np.concatenate([np.arange(first, self.tables, SUMS_PER_ROW) for first in range(SUMS_PER_ROW)])
         places = places[:, dealt]
-        looked_at = np.take_along_axis(pairs, places[:, :, None], axis=1)
-        scale = self._values.root * np.maximum(np.einsum("qtb,qtb->q", looked_at, looked_at), np.float32(1e-9))
-        return np.asarray(places, np.int32), looked_at, np.asarray(scale, np.float32)
+        numbers = np.take_along_axis(pairs, places[:, :, None], axis=1)
+        scale = self._values.root * np.maximum(np.einsum("qtb,qtb->q", numbers, numbers), np.float32(1e-9))
+        return np.asarray(places, np.int32), numbers, np.asarray(scale, np.float32)
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """float32 (n, D) each -> float32 (n,): the dot product of the numbers that the probe looks at with what the
-        row's classes stand for, over the share of the probe that these numbers are."""
+        """The estimates of pairs, float32 (n,): the dot product of the probe's chosen numbers with the values of the row's classes, divided by the
+        scale. probes, vectors: float32 (n, D)."""
         places, numbers, scale = self._chosen(probes)
         outer, positive = (bits.reshape(len(vectors), -1, _PAIR) for bits in self._values.bits(vectors))
         entries = positive[..., 0] + 2 * positive[..., 1] + 4 * outer[..., 0] + 8 * outer[..., 1]
@@ -87,19 +85,19 @@ class Classes(TableEstimator):
     def unrelated(self, probes: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the estimates of unrelated rows, float32 (q,) each."""
         places, numbers, scale = self._chosen(probes)
-        seen = np.zeros((len(probes), self.scanned // _PAIR, _PAIR), np.float32)
-        np.put_along_axis(seen, places[:, :, None], numbers, axis=1)
-        flat = seen.reshape(len(probes), -1)
+        chosen = np.zeros((len(probes), self.scanned // _PAIR, _PAIR), np.float32)
+        np.put_along_axis(chosen, places[:, :, None], numbers, axis=1)
+        flat = chosen.reshape(len(probes), -1)
         steps, _, padded = scales_of(numbers, self._values.levels)
         mean = np.asarray(product(flat, self._values.mean[:, None])[:, 0] / scale, np.float32)
         variance = np.einsum("ij,ij->i", product(flat, self._values.covariance), flat)
         return mean, np.sqrt(variance + rounding_variance(padded, steps)) / scale
 
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
-        """Probes with tables. probes: rotated; cuts: the estimates by classes that rows must reach, float32 (q,)."""
+        """The probes for the kernel, with tables. probes: rotated. cuts: the cut-offs of the estimates, float32 (q,)."""
         places, numbers, scale = self._chosen(probes)
         tables, steps, middles = tables_of(numbers, self._values.levels)
-        whole = np.zeros(tables.shape[:2], np.int32)  # what padding looks at counts nothing
-        whole[:, : self.tables] = places
+        padded = np.zeros(tables.shape[:2], np.int32)  # padding adds nothing
+        padded[:, : self.tables] = places
         limits, used = limits_of(cuts * scale, steps, middles), np.array([self.scanned // _PAIR])
-        return replace(untabled, tables=tables, places=whole, limits=limits, used=used, kind=TableKind.CLASSES)
+        return replace(untabled, tables=tables, places=padded, limits=limits, used=used, kind=TableKind.CLASSES)

@@ -1,8 +1,8 @@
-"""Estimates of similarities by look-up tables over a row's signs or classes: what all kinds of them share.
+"""Base class of estimators of similarity by look-up tables over a row's signs or classes.
 
-Owns the measured error laws of such estimates, and how many unrelated rows reach one. Never scans (`scan_kernel.py`).
+Owns the measured error distributions of the estimates, and the share of unrelated rows above a cut-off. Never scans (`scan_kernel.py`).
 
-One margin serves both steps of a scan, the tables and the high nibbles: it comes from pairs of which neither step may lose more than the
+The two steps of a scan, tables and high nibbles, have the same margin. It is measured on pairs so that both steps together lose at most the
 miss risk.
 """
 
@@ -24,7 +24,7 @@ _QUICK_PAIRS, _SEED = 500, 2_003
 
 
 def by_nibbles(scanned: int) -> Callable[[Float32, Float32], Float32]:
-    """Estimates of the similarity of pairs by the row's high nibbles, float32 (n, D) each -> float32 (n,)."""
+    """A function for the similarity of pairs by the row's high nibbles: (probes, rows), float32 (n, D) each -> float32 (n,)."""
 
     def estimates(probes: Float32, vectors: Float32) -> Float32:
         codes, norms = quantise(vectors)
@@ -35,15 +35,15 @@ def by_nibbles(scanned: int) -> Callable[[Float32, Float32], Float32]:
 
 
 def mean_and_covariance(rows: Float32) -> tuple[Float32, Float32]:
-    """Of rows float32 (n, D): (D,) and (D, D), by n - 1. In float32, ten times as fast as `np.cov`."""
+    """The mean, (D,), and the covariance, (D, D), of rows, float32 (n, D). Ten times as fast as `np.cov`, because it computes in float32."""
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     apart = rows - mean
     return mean, np.asarray(apart.T @ apart / np.float32(max(len(rows) - 1, 1)), np.float32)
 
 
 class TableEstimator(ABC):
-    """Estimates by look-up tables. tables: that a probe has; octets: bytes of a row that are read for them; scanned: how many of
-    the D numbers a search reads, a multiple of 8; sample: float32 (n, D), unit rows that the codec has rotated."""
+    """An estimator by look-up tables. tables: number of a probe's tables. octets: bytes of a row that the tables read. scanned: number of the D
+    numbers that a search reads, a multiple of 8. sample: float32 (n, D), unit rows, rotated by the codec."""
 
     tables: int
     octets: int
@@ -60,24 +60,22 @@ class TableEstimator(ABC):
 
     @abstractmethod
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
-        """Probes with tables. probes: rotated; cuts: the estimates by tables that rows must reach, float32 (q,)."""
+        """The probes for the kernel, with tables. probes: rotated. cuts: the cut-offs of the estimates by tables, float32 (q,)."""
 
     @cached_property
-    def laws(self) -> tuple[ErrorLaw, ErrorLaw]:
-        """The error laws of the estimate by tables and of the estimate by high nibbles, for pairs that neither step may
-        lose."""
+    def error_distributions(self) -> tuple[ErrorLaw, ErrorLaw]:
+        """(error distribution of the estimates by tables, of those by high nibbles), for pairs that neither step may lose."""
         rng = np.random.default_rng(_SEED)
         tables, nibbles = measured_laws((self.estimates, by_nibbles(self.scanned)), self.sample, "sample", rng)
         return tables, nibbles
 
     @cached_property
-    def quick_law(self) -> ErrorLaw:
-        """A rough error law from few pairs, to foresee costs."""
+    def quick_error_distribution(self) -> ErrorLaw:
+        """An approximate error distribution from few pairs, to predict costs."""
         rng = np.random.default_rng(_SEED)
         return measured_laws((self.estimates,), self.sample, "sample", rng, _QUICK_PAIRS)[0]
 
     def share_passing(self, cuts: Float32, probes: Float32) -> float:
-        """The share of unrelated rows that passes, averaged over the probes. cuts: estimates, float32 (q,); probes:
-        rotated."""
+        """The share of unrelated rows that reach the cut-offs, averaged over the probes. cuts: float32 (q,). probes: rotated."""
         mean, sd = self.unrelated(probes)
         return float(ndtr((mean - cuts) / sd).mean())

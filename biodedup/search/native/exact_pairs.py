@@ -1,4 +1,4 @@
-"""Re-ranking: exact similarities of the pairs of probe and row that a scan lets through, and their order.
+"""Computes exact similarities of pairs of a probe and a row, and ranks them (re-ranking).
 
 Owns the comparison by all eight bits, and the ranking. Never chooses pairs.
 """
@@ -16,8 +16,8 @@ from biodedup.values import Float32
 
 
 def compared(column: Column, cells: Int64, probes: Float32, which: NDArray[Any]) -> Float32:
-    """Similarities, float32 (n,). cells: int64 (n,), ascending; probes: float32 (q, D), rotated; which: probe of each
-    pair, (n,)."""
+    """The similarities of pairs, float32 (n,). cells: int64 (n,), ascending. probes: float32 (q, D), rotated. which: the probe of each pair,
+    (n,)."""
     first = np.diff(cells, prepend=-1) > 0
     codes, norms = column.codes_at(cells[first])
     similarity = np.empty(len(cells), np.float32)
@@ -26,10 +26,9 @@ def compared(column: Column, cells: Int64, probes: Float32, which: NDArray[Any])
 
 
 def ranked(which: NDArray[Any], value: Float32, rows: Int64, count: int) -> tuple[Int64, Int64]:
-    """The order by probe, then by value, the largest first, equal ones by row; and the rank of each within its
-    probe."""
+    """(order by probe, then by descending value, then by row; rank of each item of this order within its probe)."""
     key = which.astype(np.uint64) << np.uint64(32) | _descending(value)
-    order = np.argsort(key)  # one key sorts several times as fast as three
+    order = np.argsort(key)  # a single key sorts several times as fast as three
     key = key[order]
     same = key[1:] == key[:-1]
     if same.any():
@@ -40,7 +39,7 @@ def ranked(which: NDArray[Any], value: Float32, rows: Int64, count: int) -> tupl
 
 
 def _descending(value: Float32) -> NDArray[np.uint64]:
-    """Integers in the reverse order of the numbers."""
+    """Integers that sort in the reverse order of the values."""
     bits = (value + np.float32(0)).view(np.uint32)  # makes -0.0 and 0.0 equal
     return np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF)).astype(np.uint64)
 

@@ -1,6 +1,6 @@
-"""The kernel that compares the members of an LSH bucket with one another: by signs first, then by high nibbles.
+"""The kernel that compares the members of an LSH bucket with each other: first by signs, then by high nibbles.
 
-Owns the arithmetic, as `scan_kernel.py` does for probes. Its oracle in numpy is in tests/search/test_buckets.py.
+Owns this arithmetic. Never chooses buckets. tests/search/test_buckets.py has a reference in numpy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from biodedup.search.native.table_tile import (
 )
 
 _CHUNK = 256
-"""Members whose tables fit the second-level cache."""
+"""Number of members whose tables fit into the second-level cache."""
 
 _row_dot = make_row_dot()
 

@@ -1,11 +1,10 @@
-"""The scan kernel: table look-ups rule most rows out, and high nibbles estimate the rest.
+"""The scan kernel: table look-ups exclude most rows, and high nibbles estimate the similarity of the other rows.
 
-Owns the scan of rows for probes. Never knows what a sum, a limit or an evidence stands for (`tables.py`). Its oracle in
-numpy is in tests/search/test_scan.py.
+Owns the scan of rows for probes. Never makes tables or limits (`tables.py`). tests/search/test_scan.py has a reference in numpy.
 
-A few blocks of 64 rows are looked up in the probes' tables (`table_tile.py`). The high nibbles of rows whose sum
-reaches the probe's limit are compared; for few probes they are prefetched, and compared when the next blocks have been
-looked up. Without tables each row is compared with each probe.
+A few blocks of 64 rows are looked up in the probes' tables (`table_tile.py`). Rows whose sum reaches the probe's limit are compared by their high
+nibbles. For few probes the high nibbles are prefetched, and compared after the look-ups of the next blocks. Without tables each row is
+compared with each probe.
 """
 
 from __future__ import annotations
@@ -49,21 +48,21 @@ from biodedup.search.native.table_tile import (
 )
 from biodedup.values import Float32
 
-_LINE = 64  # bytes of memory that are fetched at once
-_FEW_PROBES = 48  # so few that most rows are compared with none of them
+_LINE = 64  # bytes of a cache line
+_FEW_PROBES = 48  # with at most so many probes, most rows are compared with no probe
 
 Int64 = NDArray[np.int64]
 
 _row_dot, _row_dots, _pair_dots = make_row_dot(), make_row_dots(), make_pair_dots()
 
 
-# What the kernels are given, as in C: numbers and addresses. numba would pass on each array as seven values, and count its uses.
+# The kernels' arguments are numbers and addresses, as in C. For an array numba would pass seven values, and count references.
 
 
-class Stored(NamedTuple):
-    """What is stored of rows. Addresses of int64 (columns,): of the addresses of each column's `ScannedRows`, and widths, the
-    bytes of a row's high nibbles. members: address of int32 (columns, rows), the cells of rows in each column, or 0 where rows
-    and cells are the same."""
+class StoredColumns(NamedTuple):
+    """The stored rows. signs, outer, high, norms: addresses of int64 (columns,), which hold the addresses of the arrays of each column's
+    `ScannedRows`. widths: address of int64 (columns,), the bytes of a row's high nibbles. members: address of int32 (columns, rows), the cells
+    of the rows in each column, or 0 if row i is cell i."""
 
     columns: int
     signs: int
@@ -76,19 +75,18 @@ class Stored(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which rows count: [first, last), of which bit r of block b of `live`, an address, says whether row 64 b + r does; all do if
-    it is 0."""
+    """The rows that count: rows [first, last) whose bit is set in `live`, an address: bit r of block b is for row 64 b + r. If it is 0, all rows
+    count."""
 
     live: int
     first: int
     last: int
 
 
-class Asked(NamedTuple):
-    """Probes; `ScanProbes` says what the fields are, whose addresses are given. octets_used: int32 (octets,), the octets of classes that
-    some table looks at. index_rows, signs_most: what `used` adds up to, and its largest. half: of `codes`. steps: of
-    `evidence`. bounds: float32 (2, q); no row reaches the probe's cut whose dot product is below the first plus its norm times
-    the second one."""
+class KernelProbes(NamedTuple):
+    """The probes, as addresses of the fields of `ScanProbes`. octets_used: int32 (octets,), the octets of classes that tables use. index_rows,
+    signs_most: the sum and the maximum of `used`. half: half the length of a code. steps: length of an evidence table. bounds: float32 (2, q):
+    a row whose dot product is below bounds[0] + its norm x bounds[1] does not reach the probe's cut-off."""
 
     kind: int
     octets_used: int
@@ -105,8 +103,8 @@ class Asked(NamedTuple):
     bounds: int
 
 
-class Found(NamedTuple):
-    """Where pairs that are found are written: int32, int64 and float32, with this much room."""
+class HitBuffers(NamedTuple):
+    """Addresses of the output arrays for hits, int32, int64 and float32. room: their length."""
 
     which: int
     cells: int
@@ -115,8 +113,8 @@ class Found(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Pairs of a probe and a row that are to be compared, int32, and room for what is computed of them: int32, int32 and float32. The
-    places behind the pairs that count name a probe and a row, too."""
+    """Addresses of the pairs of a probe and a row to compare (which, rows: int32), and of working memory (cells, dots: int32; totals: float32).
+    The entries after the last pair must be valid pairs, too."""
 
     which: int
     rows: int
@@ -127,7 +125,7 @@ class _Pairs(NamedTuple):
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _alive(span: Any, block: int) -> Any:
-    """The rows of a block that count."""
+    """The rows of a block that count, a bit for each."""
     alive = u64_at(span.live + 8 * block) if span.live else ~np.uint64(0)
     low, high = 64 * block, 64 * block + 64
     if span.first > low:
@@ -146,29 +144,28 @@ def _cell(stored: Any, column: int, row: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
-def _write(found: Any, at: int, which: Any, cell: Any, value: Any) -> None:
-    store(found.which + 4 * at, np.int32(which))
-    store(found.cells + 8 * at, np.int64(cell))
-    store(found.values + 4 * at, np.float32(value))
+def _write(out: Any, at: int, which: Any, cell: Any, value: Any) -> None:
+    store(out.which + 4 * at, np.int32(which))
+    store(out.cells + 8 * at, np.int64(cell))
+    store(out.values + 4 * at, np.float32(value))
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _similarity(dot: Any, norm: Any, parameters: int) -> Any:
-    """parameters: the address of a probe's two."""
+    """The estimate from a dot product. parameters: the address of the probe's two parameters."""
     return f32_at(parameters) * (np.float32(dot) - f32_at(parameters + 4)) / norm
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _may_reach(asked: Any, probes: int, p: Any, dot: Any, norm: Any) -> Any:
-    """False where a row does not reach the cut of probe p: a comparison takes less than a division."""
+    """False if a row does not reach the cut-off of probe p. It is faster than `_similarity`, because it needs no division."""
     first = asked.bounds + 4 * p
     return np.float32(dot) >= f32_at(first) + f32_at(first + 4 * probes) * norm
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _compute_dots(stored: Any, asked: Any, pairs: Any, number: int, cells: Any, place: tuple[int, int]) -> None:
-    """The dot products of the first pairs of a probe and a cell, and of up to three more. place: the column, and how many probes
-    there are."""
+    """Computes the dot products of the first pairs, and of up to three more pairs. place: (column, number of probes)."""
     column, probes = place
     high, width = i64_at(stored.high + 8 * column), i64_at(stored.widths + 8 * column)
     codes = asked.codes + 2 * asked.half * probes * column
@@ -178,7 +175,7 @@ def _compute_dots(stored: Any, asked: Any, pairs: Any, number: int, cells: Any, 
 
 @numba.njit(nogil=True, cache=True, forceinline=True, error_model="numpy")
 def _add_values(stored: Any, asked: Any, pairs: Any, number: int, place: tuple[int, int]) -> None:
-    """Adds what one column's high nibbles say of the first pairs: a similarity, or its evidence. place: as in `_compute_dots`."""
+    """Adds the similarity, or its evidence, by a column's high nibbles to the totals of the first pairs. place: as in `_compute_dots`."""
     column, probes = place
     for i in range(number + TOGETHER):
         row = np.int64(i32_at(pairs.rows + 4 * i))
@@ -198,7 +195,7 @@ def _add_values(stored: Any, asked: Any, pairs: Any, number: int, place: tuple[i
 
 @numba.njit(nogil=True, cache=True, forceinline=True, error_model="numpy")
 def _compare_one(stored: Any, asked: Any, pairs: Any, number: int, out: Any, written: tuple[int, int]) -> Any:
-    """As `_compare`, for similarities in one column."""
+    """As `_compare`, for similarities in a single column."""
     probes, found = written
     _compute_dots(stored, asked, pairs, number, pairs.rows, (0, probes))
     norms = i64_at(stored.norms)
@@ -215,8 +212,8 @@ def _compare_one(stored: Any, asked: Any, pairs: Any, number: int, out: Any, wri
 
 @numba.njit(nogil=True, cache=True)
 def _compare(stored: Any, asked: Any, pairs: Any, number: int, out: Any, written: tuple[int, int]) -> Any:
-    """Compares the first pairs by the high nibbles of all columns, and writes those that reach the cuts. written: how many probes
-    there are, and how many pairs `out` holds. Returns how many it holds then."""
+    """Compares the first pairs by the high nibbles of all columns, and writes the pairs that reach the cut-offs. written: (number of probes,
+    number of hits in `out`). Returns the new number of hits."""
     if stored.columns == 1 and asked.steps == 0 and stored.members == 0:
         return _compare_one(stored, asked, pairs, number, out, written)
     probes, found = written
@@ -244,7 +241,7 @@ def _prefetch_rows(stored: Any, rows: Any, number: int) -> None:
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _prefetch_blocks(stored: Any, block: int, blocks: int) -> None:
-    """Fetches the high nibbles of whole blocks."""
+    """Prefetches the high nibbles of whole blocks."""
     for c in range(stored.columns):
         octets = 64 * i64_at(stored.widths + 8 * c)
         begin = i64_at(stored.high + 8 * c) + octets * block
@@ -254,7 +251,7 @@ def _prefetch_blocks(stored: Any, block: int, blocks: int) -> None:
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _take_signs(stored: Any, column: int, block: int, some: int, taken: int) -> None:
-    """Reads the signs of the rows of a block, wherever their cells are. some: how many octets; taken: uint8 *, (some, 64)."""
+    """Gathers the signs of the rows of a block from their cells. some: number of octets. taken: uint8 *, (some, 64), the output."""
     octets, plane = i64_at(stored.widths + 8 * column) >> 2, i64_at(stored.signs + 8 * column)
     for r in range(min(64, stored.rows - 64 * block)):
         cell = _cell(stored, column, 64 * block + r)
@@ -265,8 +262,8 @@ def _take_signs(stored: Any, column: int, block: int, some: int, taken: int) -> 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _take_block(stored: Any, asked: Any, block: int, taken: int, indices: int) -> None:
-    """Writes the table indices of one block's rows, of all columns' tables one after another, each ROWS bytes long.
-    indices: the address of the first one."""
+    """Writes the table indices of a block's rows, for the tables of all columns in order, ROWS bytes for each table. indices: the address of
+    the first."""
     for c in range(stored.columns):
         octets = i64_at(stored.widths + 8 * c) >> 2
         start = 64 * octets * block
@@ -328,7 +325,7 @@ def _scan(stored: Any, asked: Any, tables: Any, span: Any, block: int, out: Any)
 
 @numba.njit(nogil=True, cache=True)
 def _collect(asked: Any, dots: Any, probes: tuple[int, int], row: tuple[int, Any], out: Any, found: int) -> Any:
-    """Writes the pairs of a row and of probes [first, last) that reach the cuts. dots: int32 *; row: its cell and its norm."""
+    """Writes the hits of a row with the probes [first, last). dots: int32 *. row: (its cell, its norm)."""
     for p in range(*probes):
         value = _similarity(i32_at(dots + 4 * (p - probes[0])), row[1], asked.parameters + 8 * p)
         if value >= f32_at(asked.cuts + 4 * p):
@@ -339,7 +336,7 @@ def _collect(asked: Any, dots: Any, probes: tuple[int, int], row: tuple[int, Any
 
 @numba.njit(nogil=True, cache=True)
 def _scan_all(stored: Any, asked: Any, tables: Any, span: Any, block: int, out: Any) -> tuple[int, int, int]:
-    """As `_scan`, of one column without tables."""
+    """As `_scan`, for a single column without tables."""
     end, probes, half = -(-span.last // 64), tables.probes, asked.half
     high, norms, width = i64_at(stored.high), i64_at(stored.norms), i64_at(stored.widths)
     dots, whole, apart = np.empty(TOGETHER, np.int32), probes // TOGETHER * TOGETHER, 4 * probes
@@ -424,7 +421,7 @@ class ScanProbes:
         return np.where(above, offset - np.float32(0.1), np.float32(-np.inf)), np.where(above, scale, 1), above
 
     def bounds(self, cuts: Float32) -> Float32:
-        """Of dot products that may reach the cuts of one column, float32 (2, q): as in `Asked`."""
+        """Of dot products that may reach the cuts of one column, float32 (2, q): as in `KernelProbes`."""
         first, scale, above = self._limits
         slope = np.where(above, cuts / scale, np.float32(0))
         return np.stack([first, slope - np.abs(slope) * np.float32(1e-6)]).astype(np.float32)  # what floats lose
@@ -435,9 +432,9 @@ class ScanProbes:
         return np.unique(self.places >> 2) if self.kind == TableKind.CLASSES else np.zeros(0, np.int32)
 
     @cached_property
-    def asked(self) -> Asked:
+    def asked(self) -> KernelProbes:
         """For the kernels, without cuts."""
-        return Asked(
+        return KernelProbes(
             kind=int(self.kind),
             octets_used=_address(self.octets_used),
             octets=len(self.octets_used),
@@ -492,11 +489,11 @@ def scan(
     ]
     given.append(np.array([column.high.shape[1] for column in columns], np.int64))
     rows = (0, 0) if members is None else (_address(members), members.shape[1])
-    stored = Stored(len(columns), *map(_address, given), *rows)
+    stored = StoredColumns(len(columns), *map(_address, given), *rows)
     bounds = probes.bounds(cuts)
     asked, tables = probes.asked._replace(cuts=_address(cuts), bounds=_address(bounds)), probes.for_look_ups
     where = Span(_address(live) if live.size else 0, *span)
-    to = Found(_address(out[0]), _address(out[1]), _address(out[2]), len(out[0]))
+    to = HitBuffers(_address(out[0]), _address(out[1]), _address(out[2]), len(out[0]))
     compiled = kernels[0] if tables.per_probe else kernels[1]
     number, block, passed = compiled(stored, asked, tables, where, start, to)
     return number, block, passed

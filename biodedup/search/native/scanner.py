@@ -1,16 +1,15 @@
 """Scans a column's rows with a pool of threads, and collects the rows that are similar enough to a probe.
 
-Owns the threads, the two kinds of scan, and how rows are cut into units of work. Never reads minutiae, and never
-decides how many rows are enough (`shards/native.py`).
+Owns the threads, the two kinds of scan, and the division of rows into units of work. Never reads minutiae, and never chooses cut-offs
+(`shards/native.py`).
 
-* `exact` compares every row as float32 with FAISS's k-nearest-neighbour kernel, in tiles that stay in a core's cache:
-  for the tail, small segments, and rows that must not be estimated.
-* `above` estimates every row by its high nibbles (`gallery/files/codes.py`) with this project's kernels, and keeps each
-  row whose estimate reaches the cut-off. The cut-off is known beforehand, so there is no heap; if too many rows pass,
-  it rises.
+* `exact` compares every row as float32 with FAISS's k-nearest-neighbour kernel, in tiles that fit a core's cache. It is for the tail, for
+  small segments, and for rows that must not be estimated.
+* `above` estimates every row by its high nibbles (`gallery/files/codes.py`) with compiled kernels, and keeps each row whose estimate reaches
+  the cut-off. The cut-off is known before the scan, so that there is no heap. If too many rows pass, the cut-off rises.
 
-Each thread computes alone, so that concurrent callers never take cores from each other. A caller has only a few units
-in the pool at a time, so that one probe does not wait for the whole pass of an earlier batch of a thousand.
+A thread never starts further threads, so that concurrent callers do not compete for cores. A caller has only a few units in the pool at a
+time, so that a single probe does not wait for the whole pass of an earlier batch of a thousand probes.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from biodedup.search.native.table_tile import ENTRIES, TableKind, aligned
 from biodedup.values import Float32
 
 _READERS = 8
-_EXACT_PROBES = 256  # the similarities of so many probes and a tile's rows stay in the cache
-_INLINE_PAIRS = 1 << 18  # so few pairs take no longer than handing them to another thread
+_EXACT_PROBES = 256  # number of probes whose similarities to a tile's rows fit into the cache
+_INLINE_PAIRS = 1 << 18  # number of pairs up to which handing them to another thread takes longer than the comparison
 _PROBES = 256
-"""Probes whose tables fit the second-level cache."""
+"""Number of probes whose tables fit into the second-level cache."""
 NO_EVIDENCE = np.zeros((1, 0), np.float32)
-"""For `ScanProbes` of a single column, whose estimates are similarities."""
+"""The evidence table of `ScanProbes` of a single column, whose estimates are similarities."""
 _ROOM = 1 << 15  # hits that a thread buffers
 
 Int64 = NDArray[np.int64]
@@ -54,8 +53,8 @@ _Done = TypeVar("_Done")
 
 @dataclass(frozen=True)
 class Tile:
-    """Some embeddings of one column. vectors(): float32 (n, D), rotated by the codec, or as they are without one;
-    rows(indices): the gallery's row of each, int64."""
+    """Some embeddings of a column. vectors(): float32 (n, D), rotated by the codec, or unchanged without a codec. rows(indices): the gallery
+    rows of these embeddings, int64."""
 
     count: int
     vectors: Callable[[], Float32]
@@ -65,8 +64,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Unit:
-    """Cells [first, last) of a coded column. number: of the column within the search; live: one bit a cell of the
-    column, or empty if all are live."""
+    """Cells [first, last) of a coded column. number: of the column in the search. live: a bit for each cell of the column, or empty if all cells
+    are live."""
 
     column: Column
     number: int
@@ -76,12 +75,10 @@ class Unit:
 
 
 def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
-    """Cuts columns at block boundaries into units that take a core some milliseconds, and keep all cores busy to the
-    end."""
+    """Divides columns at block boundaries into units that take a core some milliseconds, and that keep all cores busy until the end."""
     total = sum(unit.last - unit.first for unit in whole)
-    some_milliseconds = (
-        1 << 24 >> max(probes - 1, 7).bit_length()
-    )  # one probe is bound by memory, as eight are by arithmetic
+    # up to eight probes take the same time, because memory bandwidth is the limit
+    some_milliseconds = 1 << 24 >> max(probes - 1, 7).bit_length()
     cells = max(min(some_milliseconds, total // (4 * threads)) // BLOCK_ROWS, 64) * BLOCK_ROWS
     units = []
     for unit in whole:
@@ -91,8 +88,7 @@ def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
 
 
 class Probes:
-    """Probes as the kernels take them. rotated: float32 (q, D), by the codec; codes: int8 (q, scanned), rotated /
-    scale."""
+    """Probes in the form of the kernels. rotated: float32 (q, D), rotated by the codec. codes: int8 (q, scanned), rotated / scale."""
 
     def __init__(self, codec: Codec, vectors: Float32) -> None:
         self.codec = codec
@@ -100,18 +96,20 @@ class Probes:
         scanned = self.rotated[:, : codec.scanned]
         self.scales = np.maximum(np.abs(scanned).max(axis=1), 1e-9).astype(np.float32) / np.float32(127)
         self.codes = np.ascontiguousarray(np.rint(scanned / self.scales[:, None]).astype(np.int8))
-        self.middle = 7.5 * self.codes.sum(axis=1, dtype=np.float32)  # a nibble counts from 0 and stands for its middle
+        self.middle = 7.5 * self.codes.sum(
+            axis=1, dtype=np.float32
+        )  # a nibble starts from 0 and stands for the middle of its interval
         self.slack = 0.5 * np.abs(self.codes.astype(np.float32)).sum(axis=1)
-        """The most that low nibbles can add to a dot product."""
+        """The greatest contribution of low nibbles to a dot product."""
 
     def parameters(self, bounded: bool = False) -> Float32:
-        """float32 (q, 2): an estimate is the first times (dot product - the second) over the row's norm. bounded: not
-        an estimate, but the most that the similarity can be, whatever the low nibbles are."""
+        """The parameters (a, b) of each probe, float32 (q, 2): the estimate is a (dot product - b) / norm of the row. bounded: gives the greatest
+        possible similarity for any low nibbles in place of an estimate."""
         middle = self.middle - self.slack if bounded else self.middle
         return np.stack([16 * self.scales, middle], axis=1).astype(np.float32)
 
     def untabled(self, bounded: bool = False) -> ScanProbes:
-        """As the kernel takes them, without tables: all rows are compared."""
+        """The probes for the kernel, without tables: all rows are compared."""
         count, of_none = len(self.codes), np.zeros(1, np.int64)
         tables, places = np.zeros((count, 0, ENTRIES), np.uint8), np.zeros((count, 0), np.int32)
         compared = (paired([self.codes]), self.parameters(bounded)[None], NO_EVIDENCE)
@@ -125,8 +123,8 @@ class Probes:
 
 @dataclass
 class Hits:
-    """The cells that reached the cut-offs: probe, number of the column, cell and estimate of each, in no order. cuts:
-    float32 (q,), the final cut-offs, higher than the given ones if too many cells passed."""
+    """The cells that reached the cut-offs, unordered. which, number, cell, estimate: probe, number of the column, cell and estimate of each.
+    cuts: float32 (q,), the final cut-offs; they are higher than at the start if too many cells passed."""
 
     which: NDArray[np.int32]
     number: NDArray[np.int32]
@@ -140,16 +138,16 @@ def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
     octets)."""
     octets = max(-(-c.shape[1] // 2 // PROBE_ALIGNMENT) * PROBE_ALIGNMENT for c in codes)
     shape = len(codes), len(codes[0]), 2, octets
-    found: NDArray[np.int8] = aligned(int(np.prod(shape))).view(np.int8).reshape(shape)
-    for laid_out, some in zip(found, codes, strict=True):
-        halves = some.reshape(len(some), -1, 2, STEP // 2).transpose(0, 2, 1, 3)
-        laid_out[:, :, : some.shape[1] // 2] = halves.reshape(len(some), 2, -1)
-    return found
+    out: NDArray[np.int8] = aligned(int(np.prod(shape))).view(np.int8).reshape(shape)
+    for laid_out, of_column in zip(out, codes, strict=True):
+        halves = of_column.reshape(len(of_column), -1, 2, STEP // 2).transpose(0, 2, 1, 3)
+        laid_out[:, :, : of_column.shape[1] // 2] = halves.reshape(len(of_column), 2, -1)
+    return out
 
 
 def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Iterable[_Piece]) -> Iterator[_Done]:
-    """Yields the result of the work on each piece, as the pool's threads finish it. Only as many pieces are submitted
-    as keep the threads busy, so that the pieces of later callers get their turn in between."""
+    """Yields the result for each piece when a thread of the pool finishes it. It submits only as many pieces as keep the threads busy, so that
+    pieces of later callers are not delayed."""
     waiting: set[Future[_Done]] = set()
     try:
         for piece in pieces:
@@ -165,19 +163,21 @@ def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], piece
 
 
 class Scanner:
-    """A pool of threads that scan. Each engine has one."""
+    """A pool of threads for scans. Each engine has a scanner."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._alone = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, "biodedup-scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
-        self._readers = ThreadPoolExecutor(_READERS, "biodedup-read")  # these wait for the disk while the others scan
+        self._readers = ThreadPoolExecutor(
+            _READERS, "biodedup-read"
+        )  # they wait for the disk while the other threads scan
 
     def exact(self, tiles: Sequence[Tile], probes: Float32, k: int) -> tuple[Int64, Float32]:
         """The k most similar rows of each probe.
 
-        probes: float32 (q, d), unit rows. Returns rows int64 (q, k), -1 pads; similarity float32 (q, k), descending,
-        -inf pads. Ties: the lower row first.
+        probes: float32 (q, d), unit rows. Returns rows int64 (q, k), padded with -1, and similarity float32 (q, k), descending, padded with -inf.
+        Of equal similarities the lower row is first.
         """
         best = Best(len(probes), k)
         rotated_by = _rotated_by(tiles, probes)
@@ -213,8 +213,8 @@ class Scanner:
         return [piece for pieces in in_turn(self._pool, self.threads, scan, tiles) for piece in pieces]
 
     def above(self, whole: Sequence[Unit], probes: ScanProbes, cuts: Float32, *, most: int) -> Hits:
-        """Every cell of some columns that the probes' tables let through and whose estimate reaches the probe's
-        cut-off. most: cells a probe, about; beyond it the cut-off rises."""
+        """Every cell that passes the probes' tables and whose estimate reaches the probe's cut-off. most: approximate maximum of cells per probe;
+        beyond it the cut-off rises."""
         collected = Collected(cuts, most)
         batches = list(probes.pieces(_PROBES))
 
@@ -225,7 +225,7 @@ class Scanner:
             span = (unit.first - base * BLOCK_ROWS, unit.last - base * BLOCK_ROWS)
             room = max(_ROOM, *(2 * batch.room for _, batch in batches))
             out = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
-            for some, batch in batches:
+            for probes_of_batch, batch in batches:
                 block = 0
                 while block < len(rows.signs):
                     number, block, _ = scan_kernel.scan(
@@ -235,11 +235,11 @@ class Scanner:
                         span=span,
                         start=block,
                         probes=batch,
-                        cuts=collected.cuts[some],
+                        cuts=collected.cuts[probes_of_batch],
                         out=out,
                     )
                     if number:
-                        which, cells = out[0][:number] + some.start, out[1][:number] + base * BLOCK_ROWS
+                        which, cells = out[0][:number] + probes_of_batch.start, out[1][:number] + base * BLOCK_ROWS
                         collected.add(which, unit.number, cells, out[2][:number].copy())
 
         self.run(scan, units_of(whole, len(probes), self.threads))
@@ -247,17 +247,17 @@ class Scanner:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """FAISS computes in this thread with all threads of the scanner, for one caller at a time."""
+        """In this block FAISS computes with as many threads as the scanner has. Only one caller at a time is in the block."""
         with self._alone, index_codec.threads(self.threads):
             yield
 
     def run(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
-        """Computes on each piece in the scan threads, and waits."""
+        """Does the work on each piece in the scan threads, and waits."""
         for _ in in_turn(self._pool, self.threads, work, pieces):
             pass
 
     def each(self, work: Callable[[_Piece], None], pieces: Sequence[_Piece]) -> None:
-        """Does work that reads the disk on each piece, several at the same time, and waits."""
+        """Does work that reads the disk on each piece, several pieces at the same time, and waits."""
         if len(pieces) == 1:
             work(pieces[0])
             return
@@ -270,14 +270,14 @@ class Scanner:
 
 
 def _rotated_by(tiles: Sequence[Tile], probes: Float32) -> dict[Codec | None, Float32]:
-    """The probes as each codec rotates them: the few probes are rotated instead of the many rows."""
+    """Codec -> the probes as it rotates them: the few probes are rotated instead of the many rows."""
     codecs = {tile.codec for tile in tiles}
     return {codec: probes if codec is None else codec.rotate_probes(probes) for codec in codecs}
 
 
 class Collected:
-    """Collects the hits of all threads. A probe with too many hits keeps its best, and its cut-off rises to the worst
-    of these, but never above the floor: every hit above the floor is kept."""
+    """Collects the hits of all threads. A probe with too many hits keeps the best, and its cut-off rises to the worst of these, but not above
+    the floor: every hit above the floor is kept."""
 
     def __init__(self, cuts: Float32, most: int, floor: float = np.inf) -> None:
         self.cuts = cuts.astype(np.float32)
@@ -314,13 +314,13 @@ class Collected:
         return Hits(*self._joined(), self.cuts)
 
     def best(self) -> Hits:
-        """The hits, at most `most` a probe below the floor."""
+        """The hits, at most `most` per probe below the floor."""
         self._thin()
         return self.hits()
 
 
 class Best:
-    """The best k so far. The result does not depend on the order of the tiles."""
+    """The k best rows so far. The result does not depend on the order of the tiles."""
 
     def __init__(self, probes: int, k: int) -> None:
         self.rows = np.full((probes, k), -1, np.int64)
@@ -329,7 +329,7 @@ class Best:
         self._lock = threading.Lock()
 
     def add(self, tile: Tile, near: Int64, similarity: Float32) -> None:
-        # read without the lock: the k-th best only rises, so a tile below it now stays below it
+        # no lock is needed here: the k-th best only rises, so that a tile below it stays below it
         which = np.flatnonzero(similarity[:, 0] >= self.similarity[:, -1])
         if not len(which):
             return

@@ -1,10 +1,10 @@
-"""The signs of a column's rows, and how well a dot product with them estimates a similarity.
+"""Estimates similarities by the signs of a row's numbers, for searches in several columns and for joins.
 
-Owns the measured laws of sign estimates, for searches in several columns and for joins. Never scans.
+Owns the look-up tables of signs and the measured error of the estimates. Never scans.
 
-Method: one bit a number after a random rotation, as in RaBitQ (Gao and Long, SIGMOD 2024). The signs of a rotated
-vector keep 80 % of the correlation with a probe. Rows that pass are compared by their high nibbles. One margin serves
-both steps; it comes from pairs of which neither step may lose more than the miss risk.
+Method: a bit per number after a random rotation, as in RaBitQ (Gao and Long, SIGMOD 2024). The signs of a rotated vector keep 80 % of the
+correlation with a probe. Rows that pass are compared by their high nibbles. Both steps have the same margin, which is measured on pairs so that
+both steps together lose at most the miss risk.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from biodedup.search.native.table_tile import ENTRIES, TableKind
 from biodedup.search.native.tables import limits_of, products_at, rounding_variance, scales_of, tables_of
 from biodedup.values import Float32
 
-TABLES_MOST = 128
-"""With more tables the rounded sums would not fit a byte well."""
+TABLES_MAX = 128
+"""With more tables, rounded sums would lose too much precision in a byte."""
 GROUP = 4
-"""Tables of one group, which a multi-column plan takes or leaves as a whole: 16 numbers."""
+"""Number of tables in a group, for 16 numbers. A multi-column plan uses whole groups."""
 LEVELS = np.array([[entry >> b & 1 for b in range(TableKind.SIGNS)] for entry in range(ENTRIES)], np.float32) * 2 - 1
-"""What the entries of a table stand for: the signs of four numbers."""
+"""The signs of four numbers for each entry of a table."""
 _GROUP_PAIRS = 4_000
-"""At each similarity, from which the sums of groups of tables are measured."""
+"""Number of pairs at each similarity on which the sums of groups are measured."""
 _SEED = 2_002
 
 
 class Signs(TableEstimator):
-    """The signs of a column's rows. The first tables look at the first numbers, four each."""
+    """The signs of a column's rows. Table i is for the numbers 4 i to 4 i + 3."""
 
     def __init__(self, sample: Float32, scanned: int) -> None:
-        self.tables = min(scanned // TableKind.SIGNS, TABLES_MOST)
+        self.tables = min(scanned // TableKind.SIGNS, TABLES_MAX)
         self.octets, self.scanned, self.sample = -(-self.tables // 2), scanned, sample
         self._size = np.float32(sqrt(self.count(self.tables)))
 
@@ -48,23 +48,24 @@ class Signs(TableEstimator):
         return self.of_codes(quantise(vectors)[0], self.tables)
 
     def of_codes(self, codes: NDArray[np.uint8], tables: int) -> Float32:
-        """As `of`, from codes, of the first so many tables."""
+        """The signs from codes, for the first `tables` tables."""
         return np.where(codes[:, : self.count(tables)] >= 128, np.float32(1), np.float32(-1))
 
     def numbers(self, vectors: Float32, tables: int | None = None) -> Float32:
-        """The numbers that the tables look at, float32 (n, m); tables: only the first so many."""
+        """The numbers of the tables, float32 (n, m). tables: only of the first tables; None: of all."""
         return vectors[:, : self.count(self.tables if tables is None else tables)]
 
     def count(self, tables: int) -> int:
-        """How many numbers the first so many tables look at."""
+        """The number of numbers of the first `tables` tables."""
         return TableKind.SIGNS * tables
 
     @cached_property
-    def groups(self) -> GroupLaw:
-        return GroupLaw(self, self.sample)
+    def groups(self) -> GroupSums:
+        return GroupSums(self, self.sample)
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
-        """float32 (n, D) each -> float32 (n,): about the cosine of the probe's numbers and the row's signs."""
+        """The estimates of pairs, float32 (n,): approximately the cosine of the probe's numbers and the row's signs. probes, vectors: float32
+        (n, D)."""
         signs = (self.of(vectors) > 0).reshape(len(probes), -1, TableKind.SIGNS)
         entries = (signs << np.arange(TableKind.SIGNS)).sum(axis=2)
         return np.asarray(products_at(self._quads(probes), LEVELS, entries) / self._size, np.float32)
@@ -86,7 +87,7 @@ class Signs(TableEstimator):
 
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
         tables, steps, middles = tables_of(self._quads(probes), LEVELS)
-        places = np.minimum(np.arange(tables.shape[1], dtype=np.int32), self.tables - 1)  # padding counts nothing
+        places = np.minimum(np.arange(tables.shape[1], dtype=np.int32), self.tables - 1)  # padding adds nothing
         return replace(
             untabled,
             tables=tables,
@@ -97,12 +98,11 @@ class Signs(TableEstimator):
         )
 
 
-class GroupLaw:
-    """The distribution of what each group of tables adds up to: the dot product of a probe's numbers with a row's
-    signs.
+class GroupSums:
+    """The distribution of the sum of each group of tables: the dot product of a probe's numbers with a row's signs.
 
-    count: of groups. unrelated: float64 (count + 1, 2), for unrelated pairs mean and variance of the sum of the first
-    0, 1, ... groups.
+    count: number of groups. unrelated: float64 (count + 1, 2), mean and variance, over unrelated pairs, of the sum of the first 0, 1, ...
+    groups.
     """
 
     def __init__(self, signs: Signs, sample: Float32) -> None:
@@ -110,8 +110,8 @@ class GroupLaw:
         rng = np.random.default_rng(_SEED)
         edges = np.arange(0, TableKind.SIGNS * signs.tables, TableKind.SIGNS * GROUP)
 
-        def products(one: Float32, other: Float32) -> NDArray[np.float64]:
-            return np.add.reduceat((signs.numbers(one) * signs.of(other)).astype(np.float64), edges, axis=1)
+        def products(probes: Float32, rows: Float32) -> NDArray[np.float64]:
+            return np.add.reduceat((signs.numbers(probes) * signs.of(rows)).astype(np.float64), edges, axis=1)
 
         which = rng.integers(0, len(sample), (2, 16_384))
         which = which[:, which[0] != which[1]]
@@ -121,20 +121,20 @@ class GroupLaw:
         self._means: list[NDArray[np.float64]] = []
         self._roots: list[NDArray[np.float64]] = []
 
-        def measured(one: Float32, other: Float32) -> Float32:
-            found = products(one, other)
-            self._means.append(found.mean(axis=0))
-            values, axes = np.linalg.eigh(np.cov(found.T).reshape(self.count, -1))
+        def measure(probes: Float32, rows: Float32) -> Float32:
+            sums = products(probes, rows)
+            self._means.append(sums.mean(axis=0))
+            values, axes = np.linalg.eigh(np.cov(sums.T).reshape(self.count, -1))
             self._roots.append(axes * np.sqrt(np.maximum(values, 0)))
-            return np.zeros(len(one), np.float32)
+            return np.zeros(len(probes), np.float32)
 
-        measured_laws((measured,), sample, "sample", rng, _GROUP_PAIRS)
+        measured_laws((measure,), sample, "sample", rng, _GROUP_PAIRS)
 
     def mated(self, similarity: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-        """Random sums of each group for pairs at these similarities, float64 (count, n)."""
+        """Random sums of each group for mated pairs at these similarities, float64 (count, n)."""
         sums = np.array([np.interp(similarity, self._levels, mean) for mean in np.array(self._means).T])
         noise, nearest = rng.standard_normal((len(similarity), self.count)), np.clip(np.rint(similarity * 10), 0, 10)
         for level, root in enumerate(self._roots):
-            there = np.flatnonzero(nearest == level)
-            sums[:, there] += root @ noise[there].T
+            at_level = np.flatnonzero(nearest == level)
+            sums[:, at_level] += root @ noise[at_level].T
         return sums

@@ -1,1 +1,1 @@
-"""The self-join: every row of a gallery compared with every other."""
+"""The self-join of a gallery: finds all pairs of rows that score at least a threshold."""

@@ -1,7 +1,7 @@
-"""Bucket join: finds the pairs of rows that share an LSH bucket and may be similar enough.
+"""Finds the pairs of rows that share an LSH bucket and may be similar enough (bucket join).
 
-Owns one step of a self-join, from some buckets to pairs of rows that are worth an exact comparison. Never chooses
-buckets (`buckets.py`), and never compares exactly.
+Owns a step of a self-join: from some buckets to the pairs of rows for the exact comparison. Never chooses buckets (`buckets.py`), and never
+compares exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from biodedup.search.selfjoin.buckets import Buckets
 
 
 def rows_outside(snapshot: Snapshot, column: str, buckets: Buckets, rows: Int64) -> Int64:
-    """Of some rows, those of parts that the buckets do not cover; they are compared with all rows."""
+    """The rows that are in parts without buckets. They are compared with all rows."""
     covered = np.zeros(len(rows), bool)
     for part in parts_with_codec(snapshot, column, buckets.codec):
         covered |= (rows >= part.first_row) & (rows < part.end_row)
@@ -27,30 +27,30 @@ def rows_outside(snapshot: Snapshot, column: str, buckets: Buckets, rows: Int64)
 
 
 def parts_with_codec(snapshot: Snapshot, column: str, codec: Codec) -> list[Part]:
-    """Parts whose column has this codec: one set of buckets covers all of them."""
+    """The parts whose column has this codec. A set of buckets covers all of them."""
     parts = []
     for part in snapshot.parts:
-        own = part.columns[column].codec if column in part.columns else None
-        if own is not None and own.codec_id == codec.codec_id:
+        of_part = part.columns[column].codec if column in part.columns else None
+        if of_part is not None and of_part.codec_id == codec.codec_id:
             parts.append(part)
     return parts
 
 
 def join_buckets(
-    scanner: Scanner, snapshot: Snapshot, column: str, buckets: Buckets, some: slice
+    scanner: Scanner, snapshot: Snapshot, column: str, buckets: Buckets, step: slice
 ) -> tuple[Int64, Int64]:
-    """Pairs of live rows that share one of some buckets and may be as similar as the buckets are made for: (the lower
-    row, the higher row) of each, ascending; each pair once."""
+    """(lower rows, higher rows) of the pairs of live rows that share a bucket and may be similar enough, ascending, each pair once. step: the
+    buckets."""
     parts = parts_with_codec(snapshot, column, buckets.codec)
     columns = [part.columns[column] for part in parts]
     units = [
         Unit(c, i, 0, c.count, snapshot.live_bits(part, c))
         for i, (part, c) in enumerate(zip(parts, columns, strict=True))
     ]
-    probes = Probes(buckets.codec, buckets.directions[some])
+    probes = Probes(buckets.codec, buckets.directions[step])
     most = sum(c.count for c in columns)
-    hits = scanner.above(units, probes.untabled(), buckets.min_similarity[some], most=most)
-    # one sort key instead of three takes a tenth of the time
+    hits = scanner.above(units, probes.untabled(), buckets.min_similarity[step], most=most)
+    # a single sort key is ten times as fast as three
     members = np.sort((hits.which.astype(np.int64) << 48) | (hits.number.astype(np.int64) << 32) | hits.cell)
     numbers, cells = (members >> 32 & 0xFFFF).astype(np.int32), (members & 0xFFFFFFFF).astype(np.int32)
     edges = np.searchsorted(members, np.arange(len(probes.codes) + 1) << 48)

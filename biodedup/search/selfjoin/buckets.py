@@ -1,19 +1,18 @@
-"""LSH buckets for the self-join of a large gallery: only rows that share a bucket are compared.
+"""Chooses LSH buckets for the self-join of a large gallery: only rows that share a bucket are compared.
 
-Owns the choice of buckets, and what they may miss. Never scans (`native/`) and never reads a gallery's rows.
+Owns the choice of buckets, and their miss risk. Never scans (`native/`), and never compares rows.
 
 Method: spherical locality-sensitive filters (Becker, Ducas, Gama and Laarhoven, SODA 2016), a form of LSH (Indyk and
-Motwani, STOC 1998). A bucket is a direction, and the rows whose similarity to it is above a threshold that a given
-share of all rows reaches. Embeddings are spread nearly evenly over their sphere, so a search by one direction, or by
-the nearest of some, loses hard mates. But two mates that score high enough to decide share a tenth of the buckets that
-hold either, and two unrelated rows share hardly any: with some ten thousand buckets nearly every pair of mates shares
-one, though only a few of a hundred unrelated pairs do.
+Motwani, STOC 1998). A bucket is a direction and its members: the rows whose similarity to the direction is above a threshold. Embeddings
+are spread nearly evenly over their sphere, so that a few directions would lose mates. But two mates above the score threshold share a tenth
+of the buckets that contain one of them, and two unrelated rows share hardly any bucket. With about ten thousand buckets nearly every pair
+of mates shares a bucket, and only a few per cent of the unrelated pairs do.
 
-How many buckets: pairs are made from the column's own vectors, at similarities like those of the calibration's mates,
-and go through every step of the join; half of them choose the number, half confirm it.
+Number of buckets: pairs are made from the column's vectors, at similarities of mates by the calibration. They go through every step of the
+join. A half of them chooses the number, the other half confirms it.
 
-Invariant: every step but the last comparison reads high nibbles alone. Directions are probes of a scan, which finds a
-bucket's members; members are compared with each other by signs, then by high nibbles.
+Invariant: only the last comparison reads more than high nibbles. A scan with the directions as probes finds the members of the buckets.
+Members are compared with each other by signs, and then by high nibbles.
 """
 
 from __future__ import annotations
@@ -39,29 +38,29 @@ from biodedup.search.native.signs import Signs
 from biodedup.values import Float32
 
 BUCKETS_PER_STEP, BUCKETS_MOST = 64, 1 << 16
-"""Buckets of one step of a join, and of all."""
+"""Number of buckets in a step of a join, and greatest number of all buckets."""
 ROWS_MIN = 1 << 18
-"""Fewer rows are compared with each other sooner than buckets are chosen."""
+"""With fewer rows, comparing all pairs is faster than choosing buckets."""
 NEVER = 1 << 30
-_TRIED = 4096  # buckets, after which it is checked whether there are enough
+_TRIED = 4096  # buckets that are tried before their number is checked again
 _THRESHOLDS = (2.5, 2.7, 2.9, 3.1, 3.3, 3.5, 3.7)
-"""Where a bucket begins, in standard deviations of similarity above its mean."""
-_PAIRS = 40_000  # mates that are made: half choose the buckets, half confirm them
-_SAMPLE = 8_192  # vectors that they are made from
-_AT_ONCE = 512
+"""Tried thresholds of membership, in standard deviations above the mean similarity to a direction."""
+_PAIRS = 40_000  # number of made mates; a half chooses the buckets, the other half confirms them
+_SAMPLE = 8_192  # number of vectors from which they are made
+_BATCH = 512
 _SEED = 2_026
-_WORTH = 0.8  # buckets are used if they cost less than this share of comparing all pairs
+_WORTH = 0.8  # buckets are used if their cost is below this share of the cost of all pairs
 
 
 @dataclass(frozen=True, eq=False)
 class Buckets:
     """The buckets of a self-join.
 
-    directions: float32 (n, d), unit rows; min_similarity: float32 (n,), the estimated similarity to the direction that
-    members reach. signs: of the column; sign_cut, cut: estimates by signs and by high nibbles that a pair must reach.
+    directions: float32 (n, d), unit rows. min_similarity: float32 (n,), the estimated similarity to the direction that members reach. signs:
+    of the column. sign_cut, cut: estimates by signs and by high nibbles that a pair must reach.
 
-    share: of all pairs, those that are compared. drawn: mates that were set aside to confirm the choice; missed: of
-    these.
+    share: the share of all pairs that are compared. drawn: number of made mates that confirm the choice. missed: number of these that are
+    missed.
     """
 
     codec: Codec = field(repr=False)
@@ -78,7 +77,7 @@ class Buckets:
         return len(self.directions)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[slice, int]]:
-        """The buckets of each step, and how far from first to last the join is after it."""
+        """(the buckets of each step, the progress after it as a number from first to last)."""
         for low in range(0, len(self), BUCKETS_PER_STEP):
             high = min(low + BUCKETS_PER_STEP, len(self))
             yield slice(low, high), first + (last - first) * high // len(self)
@@ -92,8 +91,8 @@ class Buckets:
 def choose(
     column: Column, rows: int, calibration: Calibration, min_similarity: float, miss_risk: float
 ) -> Buckets | None:
-    """Buckets for a join of so many rows like this column's, which lose no more than miss_risk of the mates of at least
-    min_similarity, with 95 % confidence. None if this cannot be confirmed, or if comparing all pairs is cheaper."""
+    """The fastest buckets for a join of this number of rows of the column that lose at most a share of miss_risk of the mates of at least
+    min_similarity, with 95 % confidence. None if this cannot be confirmed, or if comparing all pairs is faster."""
     codec = column.codec
     if codec is None or rows < ROWS_MIN or not calibration.mates_measured or miss_risk <= 0:
         return None
@@ -114,7 +113,7 @@ def choose(
         return np.asarray(np.einsum("ij,ij->i", *known), np.float32)
 
     laws = measured_laws((by_signs, by_nibbles), codec.rotate(sample), "sample", rng)
-    # the margin is for mates at min_similarity; of more similar ones far fewer are lost
+    # the margin is for mates at min_similarity; far fewer of the more similar mates are lost
     z, _ = laws[0].margin(miss_risk)
     sign_cut, cut = (float(law.cut(np.array([min_similarity], np.float32), z)[0]) for law in laws)
     lost = (by_signs(left, right) < sign_cut) | (by_nibbles(left, right) < cut)
@@ -149,14 +148,14 @@ def choose(
 
 
 def from_high_nibbles(rotated: Float32) -> Float32:
-    """Rotated vectors as their high nibbles alone tell them, float32 (n, D)."""
+    """Rotated vectors as reconstructed from their high nibbles, float32 (n, D)."""
     codes, norms = quantise(rotated)
     return dequantise(codes & np.uint8(240) | np.uint8(8), norms)
 
 
 def _count(first: NDArray[np.int32], most: int, miss_risk: float) -> tuple[int, int]:
-    """How many buckets are enough, and how many of the pairs set aside they miss; 0 if all buckets are too few. first:
-    the first bucket that each pair shares."""
+    """(sufficient number of buckets, number of confirming pairs that they miss); (0, 0) if all buckets are too few. first: the first bucket
+    that each pair shares."""
     chosen, confirming = np.sort(first[::2]), first[1::2]
     missed = 0
     while upper_bound(missed + 1, len(chosen)) <= miss_risk:
@@ -169,7 +168,7 @@ def _count(first: NDArray[np.int32], most: int, miss_risk: float) -> tuple[int, 
 
 
 def _cost(count: int, threshold: float, rows: int) -> float:
-    """Nanoseconds a row of a join."""
+    """The cost of a join, in nanoseconds per row."""
     share = float(ndtr(-threshold))
     return count * (
         costs.BUCKET_DIRECTION_NS + share * costs.BUCKET_MEMBER_NS + share**2 * rows / 2 * costs.BUCKET_PAIR_NS
@@ -177,9 +176,8 @@ def _cost(count: int, threshold: float, rows: int) -> float:
 
 
 class _Trial:
-    """Tries pairs with one bucket after another. pairs: rotated, float32 (n, D) each; lost: those that another step
-    loses anyway. first: int32 (thresholds, n), for each pair the first bucket that holds both, NEVER until it is
-    found."""
+    """Finds, for pairs of vectors, the first bucket that contains both. pairs: rotated, float32 (n, D) each. lost: bool (n,), pairs that another
+    step of the join loses. first: int32 (thresholds, n), the first common bucket of each pair, or NEVER."""
 
     def __init__(
         self, column: Column, directions: Float32, pairs: tuple[Float32, Float32], lost: NDArray[np.bool_]
@@ -195,43 +193,43 @@ class _Trial:
         self._lost = lost
 
     def at_least(self, threshold: int, miss_risk: float) -> int:
-        """How many buckets are needed at least. Pairs that share no bucket yet share one ever more seldom, so that the
-        remainder declines ever more slowly."""
+        """A lower bound of the sufficient number of buckets. The share of pairs without a common bucket falls more and more slowly, so that
+        extrapolating its first fall is a lower bound."""
         left = float((self.first[threshold, ~self._lost] == NEVER).mean())
         return int(self.tried * max(log(miss_risk) / log(max(min(left, 1 - 1e-6), miss_risk)), 1))
 
     def try_more(self, thresholds: list[int]) -> None:
-        """Tries more buckets with the pairs that do not share one yet at one of these thresholds."""
-        some = slice(self.tried, self.tried + _TRIED)
+        """Tries more buckets for the pairs without a common bucket at one of these thresholds."""
+        tried = slice(self.tried, self.tried + _TRIED)
         waiting = np.flatnonzero((self.first[thresholds] == NEVER).any(axis=0) & ~self._lost)
-        for low in range(0, len(waiting), _AT_ONCE):
-            some_pairs = waiting[low : low + _AT_ONCE]
-            left, right = (pairs[some_pairs] @ self._directions[some].T for pairs in self._pairs)
-            first = self.first[:, some_pairs]
+        for low in range(0, len(waiting), _BATCH):
+            batch = waiting[low : low + _BATCH]
+            left, right = (pairs[batch] @ self._directions[tried].T for pairs in self._pairs)
+            first = self.first[:, batch]
             thresholds_sd = np.array(_THRESHOLDS, np.float32)
-            _try(left, right, self.mean[some], 1 / self.sd[some], thresholds_sd, tried=self.tried, first=first)
-            self.first[:, some_pairs] = first
+            _try(left, right, self.mean[tried], 1 / self.sd[tried], thresholds_sd, tried=self.tried, first=first)
+            self.first[:, batch] = first
         self.tried = min(self.tried + _TRIED, len(self._directions))
 
 
 @numba.njit(nogil=True, cache=True)
 def _try(left: Any, right: Any, mean: Any, scale: Any, thresholds: Any, tried: int, first: Any) -> None:
     for i in range(left.shape[0]):
-        met = 0
+        reached = 0
         for g in range(left.shape[1]):
-            while met < thresholds.shape[0] and first[met, i] != NEVER:
-                met += 1
+            while reached < thresholds.shape[0] and first[reached, i] != NEVER:
+                reached += 1
             both = (min(left[i, g], right[i, g]) - mean[g]) * scale[g]
-            while met < thresholds.shape[0] and both >= thresholds[met]:
-                first[met, i] = tried + g
-                met += 1
+            while reached < thresholds.shape[0] and both >= thresholds[reached]:
+                first[reached, i] = tried + g
+                reached += 1
 
 
 def _mates(
     sample: Float32, calibration: Calibration, min_similarity: float, rng: np.random.Generator
 ) -> tuple[Float32, Float32]:
-    """Pairs of unit rows, as similar as mates of at least min_similarity: a row of the sample, and the same row mixed
-    with another."""
+    """Pairs of unit rows with the similarities of mates of at least min_similarity. Each pair is a row of the sample, and a mixture of this
+    row with another row."""
     similarity = calibration.mated_similarities(rng.random(_PAIRS), min_similarity=min_similarity).astype(np.float32)[
         :, None
     ]

@@ -1,7 +1,7 @@
-"""Collects the pairs of one step of a self-join in bounded memory, however many records are alike.
+"""Collects the pairs of a step of a self-join in bounded memory, also if many records are similar to each other (a crowd).
 
-Owns which pairs of a crowd are kept while the step runs (`clusters.kept_links`). Never compares by itself: the pairs of a row with many of them
-are held as three numbers each, thinned, and those that are kept are compared once more.
+Owns the choice of the pairs of a crowd that are kept (`clusters.kept_links`). Never computes a score. The pairs of a row with many pairs are
+stored as four numbers each and thinned; the kept pairs are compared once more at the end.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ RowPair = tuple[int, Comparison]
 """A row, and its comparison with another row."""
 
 ROW_PAIRS_MAX = 64
-"""A row with more pairs belongs to a crowd."""
+"""Greatest number of pairs of a row that does not belong to a crowd."""
 _THINNED_AT = 1 << 14
 
 
 @dataclass(frozen=True)
 class FoundPairs:
-    """pairs: of rows that reach the threshold, each once. left_out: a row -> how many pairs of its crowd are not kept."""
+    """pairs: pairs of rows that reach the threshold, each once. left_out: a row -> the number of pairs of its crowd that are left out."""
 
     pairs: list[RowPair]
     left_out: Mapping[int, int] = field(default_factory=dict)
 
 
 class PairCollector:
-    """The pairs of one step. compare: a row with some others, all of which were compared before; siblings: the rows of a row's subject;
-    kinds: whether the kinds of pairs differ, as they do where rows have several captures."""
+    """The pairs of a step. compare: compares a row with other rows again. siblings: row -> the rows of its subject. kinds: whether pairs may have
+    different kinds, as pairs of rows with several captures."""
 
     def __init__(
         self,
@@ -59,10 +59,12 @@ class PairCollector:
         if count <= ROW_PAIRS_MAX:
             self._few += [(row, comparison) for comparison in compared.reaching(self._threshold_db)]
             return
-        scores = compared.score_db[:count] - 10 * log10(len(self._siblings(row)))  # each of its rows is tried
+        scores = compared.score_db[:count] - 10 * log10(
+            len(self._siblings(row))
+        )  # the penalty for the rows of the subject, as in a comparison
         classes = compared.extrapolated()[:count].astype(np.float64)
         if self._kinds:
-            kinds = [kinds_of([one], self._threshold_db, self._threshold_db)[0] for one in compared[:count]]
+            kinds = [kinds_of([pair], self._threshold_db, self._threshold_db)[0] for pair in compared[:count]]
             classes += [2.0 * (kind in TRUSTED_KINDS) for kind in kinds]
         held = np.stack([np.full(count, float(row)), compared.rows[:count], scores, classes])
         self._many.append(held[:, scores >= self._threshold_db])
@@ -71,28 +73,26 @@ class PairCollector:
             self._thin()
 
     def found(self) -> FoundPairs:
-        """All pairs; of crowds those that are kept. A pair that was found from both sides counts once."""
+        """All pairs, of crowds the kept pairs. A pair that was found from both sides counts once."""
         pairs: dict[tuple[int, int], RowPair] = {}
-        for row, one in self._few:
-            pairs.setdefault((min(row, one.row), max(row, one.row)), (row, one))
+        for row, comparison in self._few:
+            pairs.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
         if self._many:
             row_of, other = self._thin()[:2].astype(np.int64)
             order = np.argsort(row_of, kind="stable")
             rows, starts = np.unique(row_of[order], return_index=True)
-            for own, others in zip(rows.tolist(), np.split(other[order], starts[1:]), strict=True):
-                for one in self._compare(own, np.sort(others)).reaching(self._threshold_db):
-                    pairs.setdefault((min(own, one.row), max(own, one.row)), (own, one))
+            for row, others in zip(rows.tolist(), np.split(other[order], starts[1:]), strict=True):
+                for comparison in self._compare(row, np.sort(others)).reaching(self._threshold_db):
+                    pairs.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
         return FoundPairs(list(pairs.values()), self._left_out)
 
     def _thin(self) -> NDArray[np.float64]:
-        """Drops pairs of crowds; returns (row, other row, score, class) of the others, float64 (4, n)."""
+        """Drops pairs of crowds; returns (row, other row, score, class) of the kept pairs, float64 (4, n)."""
         held = np.concatenate(self._many, axis=1)
         ends = np.sort(held[:2].astype(np.int64), axis=0)
         order = np.lexsort((-held[2], held[3], ends[1], ends[0]))
         keys = np.stack([*ends, held[3].astype(np.int64)])[:, order]
-        unique = order[
-            (np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0)
-        ]  # a pair may have been found from both sides
+        unique = order[(np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0)]  # a pair may be found from both sides
         held, ends = held[:, unique], ends[:, unique]
         keep, component = kept_links(ends.T, held[2], held[3].astype(np.int64))
         dropped = np.bincount(component[~keep], minlength=1)

@@ -1,9 +1,9 @@
-"""Estimates a join before it begins: how many pairs it compares, how long it takes, and how many pairs impostors are expected to make.
+"""Estimates a join before it begins: the number of compared pairs, the time, and the expected number of impostor pairs in the result.
 
 Owns the estimate and its warnings. Never compares, and never refuses a join.
 
 The expected number of impostor pairs is the number of compared pairs times FMR(threshold), where score_db = -10 log10 FMR. Comparisons are
-taken to be independent.
+assumed to be independent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECONDS_WARNED = 300.0
 
 @dataclass(frozen=True)
 class JoinEstimate:
-    """pairs: of subjects, that are compared; seconds: an estimate for one machine, which others miss by a factor of several."""
+    """An estimate. pairs: compared pairs of subjects. seconds: for the machine of `costs.py`; other machines may differ by several times."""
 
     subjects: int
     pairs: int
@@ -29,28 +29,30 @@ class JoinEstimate:
 
     @property
     def impostor_pairs(self) -> float:
-        """How many pairs of different people are expected to reach the threshold."""
+        """The expected number of pairs of different people that reach the threshold."""
         return self.pairs * 10 ** (-self.threshold_db / 10)
 
     def explain(self) -> str:
-        """In words."""
+        """The estimate as text."""
         return (
             f"{self.pairs:,} pairs of {self.subjects:,} subjects are compared, in about {duration(self.seconds)}; at {self.threshold_db:.1f} dB "
             f"impostors are expected to make {rounded(self.impostor_pairs)} of them"
         )
 
     def warnings(self) -> list[str]:
-        """Sentences for the caller before the work begins; none where it is short and impostors make few pairs."""
-        told = []
+        """Warnings for the caller: the join takes long, or finds many impostor pairs."""
+        sentences = []
         if self.impostor_pairs >= IMPOSTOR_PAIRS_WARNED:
-            one_db = ceil(10 * log10(max(self.pairs, 1)))
-            told.append(
+            single_db = ceil(10 * log10(max(self.pairs, 1)))
+            sentences.append(
                 f"at {self.threshold_db:.1f} dB impostors are expected to make {rounded(self.impostor_pairs)} of the {self.pairs:,} pairs that "
-                f"are compared; from {one_db} dB on they make one at most"
+                f"are compared; from {single_db} dB on they make at most one"
             )
         if self.seconds >= SECONDS_WARNED:
-            told.append(f"{self.pairs:,} pairs are compared, which takes about {duration(self.seconds)} (estimated)")
-        return told
+            sentences.append(
+                f"{self.pairs:,} pairs are compared, which takes about {duration(self.seconds)} (estimated)"
+            )
+        return sentences
 
 
 def estimate_of(
@@ -62,13 +64,13 @@ def estimate_of(
     listed: int | None = None,
     buckets: Buckets | None = None,
 ) -> JoinEstimate:
-    """The estimate of a join of all subjects, or of `listed` ones with all. columns: that the gallery has; buckets: of the join, if it uses
-    LSH."""
+    """The estimate of a join of all subjects, or of `listed` subjects with all subjects. columns: number of the gallery's columns. buckets: the
+    LSH buckets of the join, or None."""
     joined = subjects if listed is None else listed
     pairs = comb(subjects, 2) - comb(subjects - joined, 2)
     if not faces_only:
         return JoinEstimate(subjects, pairs, threshold_db, joined * columns * costs.JOIN_SEARCHED_COLUMN_MS / 1e3)
-    # a row whose scan lets a candidate pass costs a comparison of its own
+    # a row with at least one candidate in the scan costs a comparison
     impostors_a_row = 2 * pairs / max(joined, 1) * 10 ** (-threshold_db / 10)
     seconds = joined * -(exp(-impostors_a_row) - 1) * costs.JOIN_COMPARED_ROW_MS / 1e3
     return JoinEstimate(subjects, pairs, threshold_db, seconds + _scan_s(subjects, joined, buckets))
@@ -84,7 +86,7 @@ def _scan_s(subjects: int, joined: int, buckets: Buckets | None) -> float:
 
 
 def rounded(count: float) -> str:
-    """A count as two figures tell it: `500,000`, `12`, `0.0031`."""
+    """A count, rounded to two digits: `500,000`, `12`, `0.0031`."""
     return f"{float(f'{count:.2g}'):,.0f}" if count >= 10 else f"{count:.2g}"
 
 

@@ -1,1 +1,1 @@
-"""Shards: parts of a gallery that are searched separately."""
+"""Shards: parts of a gallery that are searched separately, by the native engine or by FAISS."""

@@ -1,6 +1,6 @@
-"""What all index engines share: the templates of one column that a shard searches, and the hits that it collects.
+"""Shared parts of all index engines: the cells (templates in a column) that a shard searches, and the collection of its hits.
 
-Owns which rows count, the exact comparison of chosen hits, and the collection of hits. Never scans and never chooses hits.
+Owns the choice of the cells that count, the exact comparison of hits, and their collection. Never scans and never chooses hits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from biodedup.search.shards.base import ShardHits, ShardQuery
 from biodedup.values import COLUMNS, Float32
 
 EXACT_CELLS = 1 << 14
-"""A group of at most so many cells of one codec is compared exactly."""
-_RELEASE_PAIRS = 1_000  # compared at a time; after more, the memory of what was read is released
-_READ_THROUGH_PAIRS = 10_000  # of a column; above it the disk has read the column from end to end
+"""A group of at most this many cells with the same codec is compared exactly."""
+_RELEASE_PAIRS = 1_000  # after the comparison of more pairs, the memory that holds the read cells is released
+_READ_THROUGH_PAIRS = 10_000  # pairs of a column from which nearly the whole column was read
 
 _HasColumn = TypeVar("_HasColumn", bound="_Coded")
 
@@ -34,7 +34,7 @@ class _Coded(Protocol):
 
 
 def by_codec(ranges: Iterable[_HasColumn]) -> tuple[list[_HasColumn], list[list[_HasColumn]]]:
-    """Splits ranges of cells into those to compare exactly, and groups of the others, one a codec."""
+    """(ranges to compare exactly, other ranges in groups with the same codec)."""
     groups: dict[str, list[_HasColumn]] = {}
     for cells in ranges:
         groups.setdefault(cells.column.codec.codec_id if cells.column.codec else "", []).append(cells)
@@ -65,7 +65,7 @@ class HitCollector:
             self._compared += compared
 
     def kth(self, k: int) -> Float32:
-        """The k-th best similarity of each probe so far, float32 (q,), -inf if there are fewer."""
+        """The k-th best similarity of each probe so far, float32 (q,); -inf for a probe with fewer hits."""
         which, rows, similarity = self._joined()
         order, rank = ranked(which, similarity, rows, len(self.complete_above))
         last = order[rank == k - 1]
@@ -73,8 +73,13 @@ class HitCollector:
         kth[which[last]] = similarity[last]
         return kth
 
-    def hits(self) -> ShardHits:
-        return ShardHits(*self._joined(), self.complete_above, self._version, self.scanned, self._compared)
+    def hits(self, floor: Float32 | None = None) -> ShardHits:
+        """floor: float32 (q,), hits below it are dropped; None: all are kept."""
+        which, rows, similarity = self._joined()
+        if floor is not None:
+            kept = similarity >= floor[which]
+            which, rows, similarity = which[kept], rows[kept], similarity[kept]
+        return ShardHits(which, rows, similarity, self.complete_above, self._version, self.scanned, self._compared)
 
     def _joined(self) -> tuple[Int64, Int64, Float32]:
         which, rows, similarity = zip(*self._pieces, strict=True)
@@ -82,15 +87,15 @@ class HitCollector:
 
 
 class CellRange:
-    """The cells of one part's column that a query searches."""
+    """The cells of a part's column that a query searches."""
 
     def __init__(self, snapshot: Snapshot, part: Part, query: ShardQuery) -> None:
         self.column = part.columns[query.column]
         self._snapshot, self._part, self._groups = snapshot, part, query.groups
         skip = query.skip_covered
         covered = frozenset[int]() if skip is None else covered_presences(part, skip)
-        elsewhere = [bits for bits in part.bits if bits & query.skip_columns] if query.skip_columns else []
-        self._excluded_presence = covered.union(elsewhere)
+        skipped = [bits for bits in part.bits if bits & query.skip_columns] if query.skip_columns else []
+        self._excluded_presence = covered.union(skipped)
         end_row = part.end_row if query.end_row is None else query.end_row
         low, high = part.position_range(query.from_row, max(end_row, query.from_row))
         bit = 1 << COLUMNS.index(query.column)
@@ -135,8 +140,8 @@ def _rows_of(cells: CellRange, kept: Int64) -> Callable[[Int64], Int64]:
 
 
 class Reranking:
-    """Compares hits of some cells exactly, by their eight-bit codes, and collects them. rotated: the probes, float32 (q, D), as the codec
-    of these cells rotates them."""
+    """Compares hits exactly, by the eight-bit codes of their cells, and collects them. rotated: the probes, float32 (q, D), as the codec of
+    the cells rotates them."""
 
     def __init__(
         self,
@@ -150,14 +155,14 @@ class Reranking:
         self._rotated, self._collector = rotated, collector
 
     def best(self, hits: Hits, k: int) -> Int64:
-        """Compares the k best estimates of each probe; returns which hits they were."""
+        """Compares the k best estimates of each probe; returns the indices of these hits."""
         order, rank = ranked(hits.which, hits.estimate, hits.cell, len(self._rotated))
         best = order[rank < k]
         self.compare(hits, best)
         return best
 
     def compare(self, hits: Hits, chosen: Int64) -> None:
-        """Compares the chosen hits, in the order of the disk."""
+        """Compares the chosen hits, in the order of their position on disk. chosen: indices of hits."""
         chosen = chosen[np.argsort(hits.number[chosen].astype(np.int64) << 40 | hits.cell[chosen])]
         by_range = [(cells, chosen[hits.number[chosen] == number]) for number, cells in enumerate(self._ranges)]
 

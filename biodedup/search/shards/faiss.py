@@ -1,14 +1,14 @@
-"""The FAISS index engine: searches a segment's FAISS index, and re-ranks what it finds by the stored eight-bit vectors.
+"""The FAISS index engine: searches a segment's FAISS index, and compares the best hits exactly by the stored eight-bit vectors.
 
-Owns the search of one segment's indexes. Never trains or builds them (`gallery/indexing.py`), never merges shards.
+Owns the search of a segment's indexes. Never trains or builds an index (`gallery/indexing.py`), and never merges shards.
 
-FAISS estimates similarities. As in the native engine, the similarity that the k best rows reach is foreseen from the distribution of
-unrelated rows, and the cut-off lies so far below it that a row at this similarity is lost with at most the miss risk, by the error that
-was measured on planted mates (`files/index_codec.py`). All rows above the cut-off are asked for, by a range search, and the best of
-them are compared exactly.
+1. As in the native engine, the similarity that the k best rows reach is predicted from the distribution of unrelated rows.
+2. FAISS estimates similarities. The cut-off is below the predicted similarity by a margin: a row at this similarity is lost with at most
+   the miss risk, by the estimate's error on planted mates (`files/index_codec.py`).
+3. A range search finds all rows above the cut-off, and the best of them are compared exactly.
 
-A search is left to the native engine where the index cannot serve it: a miss risk that its codec cannot keep, few rows, or a cut-off that
-a large share of all rows reaches.
+The native engine searches instead if the index's codec cannot keep the miss risk, if there are few rows, or if a large share of all rows
+reaches the cut-off.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ from biodedup.values import Float32
 
 _SHARE_MAX = 0.1  # above this share of rows to re-rank, the native engine is cheaper
 ROWS_A_LIST_MIN = 64
-"""A list costs FAISS 0.5 us a probe in batches of 256, and 3 us alone; below so many rows a list the native engine is faster tenfold."""
-_SPREAD = 0.02  # of cut-offs that share one range search, which has one radius
-_HITS_MOST = 1 << 23  # of one range search, about
+"""Minimum number of rows per inverted list. A list costs FAISS 0.5 us per probe in batches of 256, and 3 us for a single probe. With fewer rows
+the native engine is ten times as fast."""
+_FIRST = 4
+"""Times k: of the best estimates so many are compared first, so that the k-th best similarity raises the cut-off for the others."""
+_SPREAD = 0.02  # greatest difference of cut-offs that share a range search, which has a single radius
+_HITS_MAX = 1 << 23  # expected hits of a range search
 
 
 def shards(snapshot: Snapshot, scanner: Scanner) -> list[Shard]:
-    """A snapshot as shards: each segment with an index is one, the others are native shards."""
+    """The shards of a snapshot: each segment with an index is a shard; the other parts form native shards."""
     return [shard_of(snapshot, parts, scanner) for parts in divided(snapshot)]
 
 
@@ -54,7 +57,7 @@ def divided(snapshot: Snapshot) -> list[Sequence[Part]]:
 
 
 def shard_of(snapshot: Snapshot, parts: Sequence[Part], scanner: Scanner) -> Shard:
-    """The shard of some parts, as `divided` put them together."""
+    """The shard of some parts. parts: an item of `divided`."""
     if any(map(_is_indexed, parts)):
         (part,) = parts
         return FaissShard(snapshot, part, scanner)
@@ -66,7 +69,7 @@ def _is_indexed(part: Part) -> bool:
 
 
 def usable_codec(snapshot: Snapshot, name: str, column: Column, miss_risk: float) -> FaissCodec | None:
-    """The codec of a column's index; None where it has none that keeps this miss risk."""
+    """The codec of a column's index; None if there is no index, or if its codec does not keep this miss risk."""
     if column.index is None or miss_risk <= 0:
         return None
     codec = snapshot.indexing.codec(name, column.index.codec_id)
@@ -76,7 +79,7 @@ def usable_codec(snapshot: Snapshot, name: str, column: Column, miss_risk: float
 
 
 class FaissShard:
-    """One segment, as a `Shard`."""
+    """A segment with FAISS indexes, as a `Shard`."""
 
     def __init__(self, snapshot: Snapshot, part: Part, scanner: Scanner) -> None:
         self._snapshot = snapshot
@@ -94,34 +97,35 @@ class FaissShard:
         collector.scanned = cells.last - cells.first
         reranking = Reranking(self._scanner, self._snapshot, [cells], scan.rotated, collector)
         remaining = np.ones(len(hits.which), bool)
+        kth = None
         if query.k:
-            first = _best_of_each(hits.which, hits.estimate, query.k)
+            first = _best_of_each(hits.which, hits.estimate, _FIRST * query.k)
             reranking.compare(hits, first)
-            kth = np.maximum(collector.kth(query.k), scan.min_similarity)
-            cuts = scan.codec.law.cut(kth, scan.margin)
+            kth = collector.kth(query.k)
+            cuts = scan.codec.law.cut(np.maximum(kth, scan.min_similarity), scan.margin)
             remaining = hits.estimate >= cuts[hits.which]
             remaining[first] = False
         reranking.compare(hits, np.flatnonzero(remaining))
         collector.complete_above = scan.min_similarity
-        return collector.hits()
+        return collector.hits(kth)
 
     def search_multicolumn(self, probes: Mapping[str, Float32], query: MultiColumnQuery) -> MultiColumnHits:
         return self._native.search_multicolumn(probes, query)
 
     def _scan(self, probes: Float32, query: ShardQuery) -> _IndexScan | None:
-        """How to search the index; None where the native engine searches."""
+        """How to search the index; None if the native engine searches."""
         column = self._part.columns.get(query.column)
         codec = None if column is None else usable_codec(self._snapshot, query.column, column, query.miss_risk)
         if column is None or codec is None or column.codec is None:
             return None
         cells = CellRange(self._snapshot, self._part, query)
-        least = ROWS_A_LIST_MIN * codec.lists[0] if codec.lists else 0
-        if cells.last - cells.first <= max(shared.EXACT_CELLS, least):
+        rows_min = ROWS_A_LIST_MIN * codec.lists[0] if codec.lists else 0
+        if cells.last - cells.first <= max(shared.EXACT_CELLS, rows_min):
             return None
         rotated = column.codec.rotate_probes(probes)
         population = population_of(column)
         if query.min_similarity is None:
-            # a range search costs by its hits: a second round is cheaper than many
+            # the cost of a range search grows with its hits, so that an occasional second round is cheaper than many hits
             wanted = query.k + 2 * np.sqrt(query.k) + 2
             if wanted > _SHARE_MAX * query.total_rows:
                 return None
@@ -146,39 +150,41 @@ class FaissShard:
         )
 
     def _above(self, scan: _IndexScan, probes: Float32) -> Hits:
-        """The rows whose estimates reach the cut-offs."""
+        """The hits whose estimates reach the cut-offs."""
         stored = scan.cells.column.index
         assert stored is not None, "a scan has an index"
         index, selected, probes = stored.loaded(), scan.selected(), scan.codec.transformed(probes)
         which, cell, estimate = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         with self._scanner.alone():
             for batch in scan.batches():
-                least = float(scan.cuts[batch].min())
-                some = np.ascontiguousarray(probes[batch])
-                limits, ids, estimates = index_codec.in_range(index, scan.codec.spec, some, least, selected)
+                radius = float(scan.cuts[batch].min())
+                of_batch = np.ascontiguousarray(probes[batch])
+                limits, ids, estimates = index_codec.in_range(index, scan.codec.spec, of_batch, radius, selected)
                 owner = batch[np.repeat(np.arange(len(batch)), np.diff(limits))]
                 reached = (estimates >= scan.cuts[owner]) & (ids >= 0) & (ids < scan.cells.column.count)
                 which.append(owner[reached].astype(np.int32))
                 cell.append(ids[reached])
                 estimate.append(estimates[reached])
-        whose = np.concatenate(which)
-        return Hits(whose, np.zeros(len(whose), np.int32), np.concatenate(cell), np.concatenate(estimate), scan.cuts)
+        numbers = np.concatenate(which)
+        zeros = np.zeros(len(numbers), np.int32)
+        return Hits(numbers, zeros, np.concatenate(cell), np.concatenate(estimate), scan.cuts)
 
 
 def _best_of_each(which: NDArray[np.int32], estimate: Float32, k: int) -> Int64:
-    """Numbers of the k best estimates of each probe. which: the probe of each, those of a probe next to each other."""
+    """The indices of the k best estimates of each probe. which: the probe of each estimate; equal probes are adjacent."""
     edges = np.flatnonzero(np.diff(which, prepend=-1, append=-1))
     best = [np.zeros(0, np.int64)]
-    for low, high in pairwise(edges.tolist()):  # a partition a probe: sorting all of them takes twenty times as long
-        own = np.arange(low, high)
-        best.append(own if high - low <= k else own[np.argpartition(estimate[low:high], high - low - k)[-k:]])
+    for low, high in pairwise(edges.tolist()):  # a partition per probe is twenty times as fast as a sort
+        of_probe = np.arange(low, high)
+        best.append(of_probe if high - low <= k else of_probe[np.argpartition(estimate[low:high], high - low - k)[-k:]])
     return np.concatenate(best)
 
 
 @dataclass(frozen=True)
 class _IndexScan:
-    """How an index is searched. rotated: the probes, as the codes' codec rotates them; min_similarity: float32 (q,), rows of at least
-    this are wanted; margin: standard deviations of the error that cut-offs allow for; expected: how many rows reach a cut-off, (q,)."""
+    """How an index is searched. rotated: the probes, as the codes' codec rotates them. min_similarity: float32 (q,), the wanted similarity.
+    margin: distance to the cut-offs, in standard deviations of the error. cuts: float32 (q,), the cut-offs. expected: float64 (q,), the
+    expected number of rows above each cut-off."""
 
     cells: CellRange
     codec: FaissCodec
@@ -189,18 +195,18 @@ class _IndexScan:
     expected: NDArray[np.float64]
 
     def batches(self) -> Iterator[Int64]:
-        """Numbers of the probes that share a range search: their cut-offs are alike, and so many hits fit memory."""
+        """The numbers of the probes that share a range search: they have similar cut-offs, and their hits fit into memory."""
         order, start = np.argsort(self.cuts, kind="stable"), 0
         while start < len(order):
-            some = order[start:]
-            alike = int(np.searchsorted(self.cuts[some], self.cuts[some[0]] + _SPREAD, "right"))
-            room = int(np.searchsorted(np.cumsum(self.expected[some]), _HITS_MOST))
-            end = start + max(min(alike, room), 1)
+            rest = order[start:]
+            similar = int(np.searchsorted(self.cuts[rest], self.cuts[rest[0]] + _SPREAD, "right"))
+            room = int(np.searchsorted(np.cumsum(self.expected[rest]), _HITS_MAX))
+            end = start + max(min(similar, room), 1)
             yield order[start:end]
             start = end
 
     def selected(self) -> NDArray[np.uint8] | None:
-        """One bit a cell: those that count; None for all."""
+        """A bit per cell, set for cells that count; None if all cells count."""
         cells = self.cells
         count, live = cells.column.count, cells.unit(0).live
         if not len(live) and cells.first == 0 and cells.last == count:
@@ -208,7 +214,9 @@ class _IndexScan:
         bits: NDArray[Any] = live.copy() if len(live) else np.full(-(-count // 64), ~np.uint64(0))
         octets = bits.view(np.uint8)
         for low, high in ((0, cells.first), (cells.last, 8 * len(octets))):
-            at = np.arange(low, min(high, -(-low // 8) * 8))  # single bits up to a whole byte, and behind the last one
+            at = np.arange(
+                low, min(high, -(-low // 8) * 8)
+            )  # single bits before the first and after the last whole byte
             octets[-(-low // 8) : high // 8] = 0
             at = np.concatenate([at, np.arange(max(high // 8 * 8, low), high)])
             np.bitwise_and.at(octets, at // 8, ~(np.uint8(1) << (at % 8).astype(np.uint8)))

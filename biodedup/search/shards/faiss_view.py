@@ -1,6 +1,6 @@
-"""Hands a column's sealed rows to FAISS itself: as one `faiss.IndexShards` to search, or as indexes to write to files.
+"""Gives a column's sealed rows as FAISS indexes: as a `faiss.IndexShards` to search, or as indexes to write to files.
 
-Owns how rows get their numbers and how removed rows are left out. Ids are row numbers (int64) of the gallery. Never scans.
+Owns the ids of the rows, which are row numbers (int64) of the gallery, and the removal of removed rows. Never searches.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from biodedup.index_spec import IndexSpec
 
 
 def shards_of(snapshot: Snapshot, name: str) -> Any:
-    """A `faiss.IndexShards` over the sealed rows of a column, without those that are removed. Segments without removed rows share their
-    memory with the engine's searches. Raises InvalidInput without a codec."""
-    codec, together = codec_of(snapshot, name), []
+    """A `faiss.IndexShards` over the sealed rows of a column, without removed rows. Segments without removed rows share their memory with the
+    engine's searches. Raises InvalidInput if the column has no codec."""
+    codec, indexes = codec_of(snapshot, name), []
     for segment, column, live in _columns(snapshot, name):
         rows = _rows(segment, column)
         if live is None and column.index is not None and column.index.codec_id == codec.codec_id:
             shared = index_codec.in_the_clear(column.index.loaded(), codec, shared=True)
-            together.append(index_codec.numbered(shared, codec, rows))
+            indexes.append(index_codec.numbered(shared, codec, rows))
         else:
-            together.append(_copied(column, codec, rows, live))
-    return index_codec.sharded(together, codec.dimension)
+            indexes.append(_copied(column, codec, rows, live))
+    return index_codec.sharded(indexes, codec.dimension)
 
 
 def copies_of(snapshot: Snapshot, name: str) -> Iterator[tuple[int, Any, Int64]]:
-    """(number of the segment, an index of its own whose ids are row numbers, these rows) of each sealed segment with rows left."""
+    """(segment number, a new index whose ids are row numbers, these rows) of each sealed segment with live rows."""
     codec = codec_of(snapshot, name)
     for segment, column, live in _columns(snapshot, name):
         rows = _rows(segment, column)
@@ -43,7 +43,7 @@ def copies_of(snapshot: Snapshot, name: str) -> Iterator[tuple[int, Any, Int64]]
 
 
 def codec_of(snapshot: Snapshot, name: str) -> FaissCodec:
-    """The codec of a column. Of an engine whose codec is not trained yet, and of the native engine, raises InvalidInput."""
+    """The FAISS codec of a column. Raises InvalidInput for the native engine, and if the codec is not trained yet."""
     codec = snapshot.indexing.wanted(name)
     if codec is None:
         raise InvalidInput(
@@ -54,7 +54,7 @@ def codec_of(snapshot: Snapshot, name: str) -> FaissCodec:
 
 
 def _columns(snapshot: Snapshot, name: str) -> Iterator[tuple[Segment, Column, NDArray[np.bool_] | None]]:
-    """(segment, column, which of its cells are live or None for all) of the sealed rows, without open cases."""
+    """(segment, column, mask of its live cells or None if all are live) of the sealed rows, without open cases."""
     for segment in snapshot.segments:
         column = segment.columns.get(name)
         if column is None or not column.count:

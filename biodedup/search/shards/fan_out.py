@@ -2,14 +2,14 @@
 
 Owns the thread pool that calls shards, the merge of their hits, and the second round. Never scans and never decides.
 
-Usually one round is enough. If the k-th best similarity over all shards lies below the similarity to which a shard is
-complete, that shard is asked again, for all rows from the k-th best on.
+A shard's hits are complete above a similarity (`ShardHits.complete_above`). If the k-th best similarity over all shards is lower, this shard
+is asked in a second round for all rows from the k-th best on. Usually no shard needs a second round.
 
-Invariants: if some shards fail, the result holds the hits of the others and names the failures; if all fail, the search
-raises, and so it does when one has too much to do (`QueueFull`). Equal similarities are ordered by row, the lower row first.
+1. If some shards fail, the result has the hits of the other shards and names the failures. If all shards fail, or a queue is full
+   (`QueueFull`), the search raises.
+2. Equal similarities are ordered by row, the lower row first.
 
-`faiss.merge_knn_results` is not used here: it takes exactly k hits a shard, and it orders equal similarities by shard,
-not by row.
+`faiss.merge_knn_results` is not used: it needs exactly k hits per shard, and orders equal similarities by shard.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Nearest:
-    """The merged hits. rows: int64 (q, k), -1 pads; similarity: float32 (q, k), descending, -inf pads; failures: one
-    message a shard that failed. With any failure the result is incomplete."""
+    """The merged hits. rows: int64 (q, k), padded with -1. similarity: float32 (q, k), descending, padded with -inf. failures: a message for
+    each failed shard; with a failure the result is incomplete."""
 
     rows: Int64
     similarity: Float32
@@ -48,7 +48,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Reached:
-    """All rows of at least a similarity: for each probe rows int64 (n,) and similarity float32 (n,), descending."""
+    """All rows of at least a similarity. found: for each probe (rows int64 (n,), similarity float32 (n,), descending)."""
 
     found: tuple[tuple[Int64, Float32], ...]
     failures: tuple[str, ...]
@@ -58,15 +58,14 @@ class FanOut:
     """Searches shards in parallel. Thread-safe."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(
-            16, "biodedup-shard"
-        )  # its threads wait for the scan's pool, or for other machines
+        # its threads only wait: for the pool of the scan, or for other machines
+        self._pool = ThreadPoolExecutor(16, "biodedup-shard")
 
     def close(self) -> None:
         self._pool.shutdown()
 
     def nearest(self, shards: Sequence[Shard], probes: Float32, query: ShardQuery) -> Nearest:
-        """The k most similar rows of all shards, or those of them that reach `query.least`."""
+        """The k most similar rows of all shards, without those below `query.floor_similarity`."""
         hits, failures = self._search(shards, [(probes, query)] * len(shards))
         rows, similarity = top_k(hits.values(), len(probes), query.k)
         scanned, compared = sum(h.rows_scanned for h in hits.values()), sum(h.compared for h in hits.values())
@@ -77,7 +76,8 @@ class FanOut:
             captures = sum(map(len, incomplete.values()))
             _log.debug("second round: %d captures in %d of %d shards", captures, len(incomplete), len(shards))
             second = [
-                (probes[which], replace(query, min_similarity=kth[which], least=None)) for which in incomplete.values()
+                (probes[which], replace(query, min_similarity=kth[which], floor_similarity=None))
+                for which in incomplete.values()
             ]
             more, lost = self._search([shards[i] for i in incomplete], second)
             failures += lost
@@ -86,8 +86,8 @@ class FanOut:
                     hits[i] = _replaced(hits[i], which, more[place])
                     compared += more[place].compared
             rows, similarity = top_k(hits.values(), len(probes), query.k)
-        if query.least is not None:
-            weak = similarity < query.least[:, None]
+        if query.floor_similarity is not None:
+            weak = similarity < query.floor_similarity[:, None]
             rows, similarity = np.where(weak, -1, rows), np.where(weak, np.float32(-np.inf), similarity)
         return Nearest(rows, similarity, scanned, compared, tuple(failures))
 
@@ -103,7 +103,7 @@ class FanOut:
     def multicolumn(
         self, shards: Sequence[Shard], probes: Mapping[str, Float32], query: MultiColumnQuery
     ) -> tuple[MultiColumnHits, tuple[str, ...]]:
-        """The hits of all shards, by probe, most evidence first; and one message a shard that failed."""
+        """(the hits of all shards, by probe, most evidence first; a message for each failed shard)."""
         hits, failures = self._all([partial(shard.search_multicolumn, probes, query) for shard in shards])
         which, rows, llr_db = (
             np.concatenate([getattr(h, name) for h in hits.values()]) for name in ("which", "rows", "llr_db")
@@ -121,7 +121,7 @@ class FanOut:
         return self._all([partial(shard.search, *query) for shard, query in zip(shards, queries, strict=True)])
 
     def _all(self, calls: Sequence[Callable[[], _Result]]) -> tuple[dict[int, _Result], list[str]]:
-        """Results by the number of the shard, and the messages of those that failed."""
+        """(shard number -> result, messages of the failed shards)."""
         pending = list(calls)
         if len(pending) > 1:
             pending = [self._pool.submit(call).result for call in calls]
@@ -142,7 +142,7 @@ class FanOut:
 
 
 def _joined(hits: Iterable[ShardHits]) -> tuple[Int64, Int64, Float32]:
-    """Probe numbers, rows and similarities of several shards, in no order."""
+    """(probe numbers, rows, similarities) of several shards, unordered."""
     arrays = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
     arrays += [(h.which, h.rows, h.similarity) for h in hits]
     which, rows, similarity = zip(*arrays, strict=True)
@@ -150,8 +150,8 @@ def _joined(hits: Iterable[ShardHits]) -> tuple[Int64, Int64, Float32]:
 
 
 def top_k(hits: Iterable[ShardHits], count: int, k: int) -> tuple[Int64, Float32]:
-    """The k best of each of `count` probes: rows int64 (count, k), -1 pads; similarity float32 (count, k), -inf
-    pads."""
+    """The k best hits of each of `count` probes: (rows int64 (count, k), padded with -1; similarity float32 (count, k), padded with
+    -inf)."""
     which, rows, similarity = _joined(hits)
     order, rank = ranked(which, similarity, rows, count)
     kept = order[rank < k]
@@ -162,7 +162,7 @@ def top_k(hits: Iterable[ShardHits], count: int, k: int) -> tuple[Int64, Float32
 
 
 def _replaced(hits: ShardHits, which: Int64, second: ShardHits) -> ShardHits:
-    """The hits, with those of the probes `which` replaced by a second round's."""
+    """The hits, with the hits of the probes `which` replaced by those of the second round."""
     keep = ~np.isin(hits.which, which)
     return replace(
         hits,

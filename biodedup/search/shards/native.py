@@ -1,16 +1,17 @@
 """The native index engine: searches the parts of a snapshot in this process.
 
-Owns the search of one local shard, and the choice between an exact scan and a scan of codes. Never merges shards, never
-compares minutiae and never decides.
+Owns the search of a local shard, and the choice between an exact scan and a scan of codes. Never merges shards, never compares minutiae and
+never decides.
 
-Codes are scanned as in FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015), then the survivors are
-re-ranked by exact similarity. There is no heap: a probe's similarities to unrelated rows are nearly normal, so the mean
-and deviation of a sample give a similarity T that a little more than k of all rows reach. Rows at T have a known
-distribution of estimates (`ErrorLaw`); its lower tail bound at `miss_risk` is the cut-off of the scan. Of the rows
-above the cut-off the k best estimates are compared exactly, and then each row whose estimate could still belong among
-the k best.
+Codes are scanned as in FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015). The rows that pass are re-ranked by exact
+similarity. There is no heap, because the cut-off is known before the scan:
 
-Table look-ups (`estimator.py`) rule out most rows first, if that is cheaper (`costs.py`).
+1. A probe's similarities to unrelated rows are nearly normal. Their mean and standard deviation in a sample give a similarity T that a little
+   more than k rows reach.
+2. The distribution of estimates of rows at T is known (`ErrorLaw`). Its lower tail bound at `miss_risk` is the cut-off.
+3. Of the rows above the cut-off, the k best estimates are compared exactly, and then all rows whose estimate may belong to the k best.
+
+Table look-ups (`estimator.py`) exclude most rows first, if that is faster (`costs.py`).
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from biodedup.search.shards.base import ShardHits, ShardQuery
 from biodedup.search.shards.cells import CellRange, HitCollector, Reranking, by_codec
 from biodedup.values import Float32
 
-_COST_PROBES = 64  # rows that foresee, as probes, what a scan costs
-_COST_PROBES_MOST = 256  # of more probes each costs no less
-TABLE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the pairs of numbers, that tables may look at
-_TABLES_MOST = 200  # with more the rounded sums would not fit a byte well
-_USUAL_NORM = 450.0  # of a code of 128 numbers; only foresees how many rows pass
-_SHARE_MAX = 0.02  # above this share of rows wanted, all are compared exactly
-_HITS_MOST = 1_000_000  # rows a probe that a search above a similarity collects
+_COST_PROBES = 64  # rows that serve as probes to predict the cost of a scan
+_COST_PROBES_MAX = 256  # beyond this number of probes the cost per probe is constant
+TABLE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # tried shares of the number pairs that tables cover
+_TABLES_MAX = 200  # with more tables, rounded sums would lose too much precision in a byte
+_USUAL_NORM = 450.0  # of a code of 128 numbers; it only predicts the number of rows that pass
+_SHARE_MAX = 0.02  # if a larger share of rows is wanted, all rows are compared exactly
+_HITS_MAX = 1_000_000  # rows per probe that a search above a similarity collects
 
 
 class NativeShard:
-    """Some parts of a snapshot, as a `Shard`."""
+    """Parts of a snapshot, as a `Shard`."""
 
     def __init__(self, snapshot: Snapshot, parts: Sequence[Part], scanner: Scanner) -> None:
         self._snapshot = snapshot
@@ -84,7 +85,7 @@ class NativeShard:
             collector.add(which, rows[which, at], similarity[which, at])
 
     def _scan_codes(self, ranges: Sequence[CellRange], scan: _CodeScan, collector: HitCollector) -> bool:
-        """False if more rows passed the cut-offs than can be collected; nothing was collected then."""
+        """Scans codes and collects the hits. Returns False, and collects nothing, if too many rows pass the cut-offs."""
         units = [cells.unit(i) for i, cells in enumerate(ranges)]
         hits = self._scanner.above(units, scan.scanned, scan.cuts, most=scan.hits_most)
         raised = hits.cuts > scan.cuts
@@ -113,11 +114,10 @@ class NativeShard:
 class _CodeScan:
     """How codes are scanned.
 
-    k: how many rows, 0 for all of at least min_similarity, float32 (q,). cuts: float32 (q,), the estimates from which
-    on rows are collected. bounded: no row may be missed; the cut-offs then allow for the largest error there can be.
-    margin: standard deviations of the estimate's error, as `law` measured it, that the cut-offs allow for otherwise.
-    scanned: the probes as the kernel takes them, with tables where these rule most rows out first. hits_most: of each
-    probe, about.
+    k: number of rows, 0 for all rows of at least min_similarity, float32 (q,). cuts: float32 (q,), the estimates from which rows are collected.
+    bounded: whether no row may be missed; then the cut-offs allow for the largest possible error. Otherwise they allow for `margin` standard
+    deviations of the error, by the measured distribution `law`. scanned: the probes for the kernel, with tables if these exclude most rows.
+    hits_most: approximate maximum of hits per probe.
     """
 
     k: int
@@ -134,12 +134,12 @@ class _CodeScan:
         return self.cut(self.min_similarity)
 
     def cut(self, similarity: Float32) -> Float32:
-        """The estimates that rows of at least these similarities reach, float32 (q,)."""
+        """The cut-offs for rows of at least these similarities, float32 (q,)."""
         return similarity - self.probes.rounding if self.bounded else self.law.cut(similarity, self.margin)
 
 
 def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery) -> _CodeScan | None:
-    """How to scan the codes of these cells; None if an exact scan is cheaper, or the codes cannot bound the error."""
+    """How to scan the codes of these cells; None if an exact scan is faster, or if the codes cannot bound the error."""
     codec = ranges[0].column.codec
     assert codec is not None, "cells without a codec are compared exactly"
     bounded = query.miss_risk <= 0
@@ -155,14 +155,14 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
         k, hits_most = query.k, 50 * query.k + 20_000
         min_similarity = query.wanted(population.reached_by(probes.rotated, wanted / query.total_rows))
     else:
-        k, hits_most, min_similarity = 0, _HITS_MOST, query.min_similarity
+        k, hits_most, min_similarity = 0, _HITS_MAX, query.min_similarity
     law, margin = codec.law, 0.0 if bounded else codec.law.margin(query.miss_risk)[0]
     scanned = probes.untabled(bounded)
     if not bounded:
         estimator = _cheapest_estimator(largest, probes, min_similarity, query.miss_risk)
         if estimator is not None:
-            margin, _ = estimator.laws[0].margin(query.miss_risk)
-            limits, law = estimator.laws[0].cut(min_similarity, margin), estimator.laws[1]
+            margin, _ = estimator.error_distributions[0].margin(query.miss_risk)
+            limits, law = estimator.error_distributions[0].cut(min_similarity, margin), estimator.error_distributions[1]
             scanned = estimator.tabled(scanned, probes.rotated, limits)
     scan = _CodeScan(
         k=k,
@@ -182,27 +182,27 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
 def _cheapest_estimator(
     column: Column, probes: Probes, min_similarity: Float32, miss_risk: float
 ) -> TableEstimator | None:
-    """The tables that find rows of about these similarities soonest; None if a scan of all high nibbles is cheaper, or
-    the processor has no byte shuffles."""
+    """The fastest tables for rows of about these similarities; None if a scan of all high nibbles is faster, or if the processor has no byte
+    shuffles."""
     similarity = round(float(np.median(min_similarity)), 2)
     return _cheapest(column, similarity, len(probes.codes), miss_risk)
 
 
 _spent: WeakKeyDictionary[Column, float] = WeakKeyDictionary()
-"""Nanoseconds that scans without tables have taken."""
+"""Column -> nanoseconds that its scans without tables have taken."""
 _chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], TableEstimator | None]] = WeakKeyDictionary()
 
 
 def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) -> TableEstimator | None:
-    """The cheapest tables for so many probes like the column's own rows; None for none.
+    """The fastest tables for this number of probes, or None. Rows of the column stand for the probes.
 
-    The laws of tables are measured once scans without tables have taken as long as measuring does: whatever comes, that is at most twice
-    the least work (the ski rental problem). Most columns of small galleries are never measured.
+    The error distributions of tables are measured when scans without tables have taken as long as this measurement (the ski rental problem):
+    so the total time is at most twice the minimum. Most columns of small galleries are never measured.
     """
     cost, known = costs.ROW_COSTS.get(INSTRUCTIONS), _chosen.setdefault(column, {})
-    asked = (similarity, min(probes, _COST_PROBES_MOST), miss_risk)
-    if cost is None or asked in known:
-        return known.get(asked)
+    key = (similarity, min(probes, _COST_PROBES_MAX), miss_risk)
+    if cost is None or key in known:
+        return known.get(key)
     assert column.codec is not None, "only coded columns have tables"
     scanned = column.codec.scanned
     without = cost.of_all(scanned, probes)
@@ -214,19 +214,22 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
     level, margin = np.full(len(sample), similarity, np.float32), -float(ndtri(miss_risk / 2))
 
     def row_cost(estimator: TableEstimator) -> float:
-        share = estimator.share_passing(estimator.quick_law.cut(level, margin), sample)
+        share = estimator.share_passing(estimator.quick_error_distribution.cut(level, margin), sample)
         return cost.of(estimator.tables, estimator.octets, share, probes)
 
-    options = [signs_of(column), *(classes_of(column, tables_for(scanned, some)) for some in TABLE_SHARES)]
+    options = [
+        signs_of(column),
+        *(classes_of(column, tables_for(scanned, table_share)) for table_share in TABLE_SHARES),
+    ]
     best = min(options, key=row_cost)
-    measured = row_cost(best) < without and best.laws[0].margin(miss_risk)[1]
-    known[asked] = best if measured else None
-    return known[asked]
+    measured = row_cost(best) < without and best.error_distributions[0].margin(miss_risk)[1]
+    known[key] = best if measured else None
+    return known[key]
 
 
 def tables_for(scanned: int, share: float) -> int:
-    """How many tables look at this share of the pairs of numbers: a multiple of four, or all."""
-    return min(-(-int(share * scanned / 2) // 4) * 4, scanned // 2, _TABLES_MOST)
+    """The number of tables that cover this share of the number pairs: a multiple of four, or all."""
+    return min(-(-int(share * scanned / 2) // 4) * 4, scanned // 2, _TABLES_MAX)
 
 
 def shares(parts: Sequence[Part], rows_min: int = 1 << 20) -> list[Sequence[Part]]:

@@ -1,1 +1,1 @@
-"""The file format of batches: keys, encryption, records, signatures. `KIT.md` describes it byte by byte."""
+"""Reads and writes the file format of field kits' batches: keys, encryption, records, signatures. `KIT.md` describes it byte by byte."""

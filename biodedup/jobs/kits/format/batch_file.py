@@ -1,12 +1,12 @@
-"""The batch file of a field kit: records that are signed one by one and encrypted to the centre.
+"""Writes and reads the batch file of a field kit: records that are signed one by one, and encrypted for the centre.
 
-A file that was cut off still gives all whole records. Owns the bytes (`KIT.md` describes them): writing, reading, and the proof that each
-record is what the kit signed. Never decides what becomes of a record, or what a kit may send.
+Owns the bytes (`KIT.md` describes them), and the proof that each record is as the kit signed it. Never decides about a record, and never checks
+the rights of a kit.
 
-1. Nothing of a file is parsed before its signature was checked, and no length is used before it was compared with a limit.
-2. Each signature covers everything before it: a record cannot be changed, moved, left out or carried to another file.
-3. Only the last frame says that a file is whole. A file without it is *cut*; every record before the cut is sound.
-4. The same records have the same digest and signatures. Their encryption differs: each file has a key of its own.
+1. No content is parsed before its signature is checked, and no length is used before it is compared with a limit.
+2. Each signature covers everything before it: a record cannot be changed, moved, left out or copied to another file.
+3. Only the last frame states that a file is complete. A file without it is *cut*; all complete records before the cut are valid.
+4. The same records have the same digest and signatures. Their encryption differs, because each file has its own key.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 MAGIC, UNENCRYPTED, VERSION = b"\x89BDKIT\n", 1, 2
 RECORDS_MAX = 100_000
-"""Of a file: what a team captures in months."""
+"""The largest number of records in a file; a team captures so many in months."""
 _PREAMBLE = struct.Struct(f"<{len(MAGIC)}sB{FINGERPRINT_BYTES}s")
-_TO_CENTRE = FINGERPRINT_BYTES + EPHEMERAL_BYTES  # behind the preamble of an encrypted file
-_HEADER = struct.Struct("<cQI")  # kind, sequence, bytes of the payload
-_CHECK = struct.Struct("<I")  # CRC-32 of the header: a damaged length is no cut
+_TO_CENTRE = FINGERPRINT_BYTES + EPHEMERAL_BYTES  # after the preamble of an encrypted file
+_HEADER = struct.Struct("<cQI")  # kind, sequence, length of the payload in bytes
+_CHECK = struct.Struct("<I")  # CRC-32 of the header, so that a damaged length is not taken for a cut
 _HEAD_BYTES = _HEADER.size + _CHECK.size
 _MANIFEST, _RECORD, _END = b"M", b"R", b"E"
 _BYTES_MAX = {_MANIFEST: 4 << 10, _RECORD: RECORD_BYTES_MAX, _END: 4 << 20}
@@ -59,7 +59,8 @@ def _domain(version: int) -> bytes:
 class BatchWriter:
     """Writes a batch file, from its manifest to its end, into an open file.
 
-    centre: the public key it is encrypted to; None writes version 1, as earlier versions did. ephemeral: the batch's own key, a fresh one.
+    centre: the public key for which it is encrypted; None writes version 1, which is not encrypted. ephemeral: the private key of this batch
+    only; None makes a new one.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class BatchWriter:
         self._add(_MANIFEST, 0, _json({"kit_id": key.public.kit_id}))
 
     def add(self, record: Record) -> None:
-        """Raises InvalidInput for a record that is larger than any reader takes."""
+        """Writes a record. Raises InvalidInput if it is larger than readers accept."""
         self.add_encoded(record.sequence, encode(record))
 
     def add_encoded(self, sequence: int, payload: bytes) -> None:
@@ -93,7 +94,7 @@ class BatchWriter:
         self._add(_RECORD, sequence, payload)
 
     def finish(self, void: Iterable[int] = ()) -> None:
-        """void: sequences that no batch will bring, because this file replaces the one that held them."""
+        """Writes the end. void: sequence numbers that no batch has any more, because this file replaces the file that had them."""
         self._add(_END, 0, _json({"records": self._count, "void": sorted(void)}))
 
     def _add(self, kind: bytes, sequence: int, payload: bytes) -> None:
@@ -107,14 +108,13 @@ class BatchWriter:
 
 
 class BatchReader:
-    """Reads a batch file; iterate it once for its records, in the order of the file.
+    """Reads a batch file. Iterate over it once, for its records in order.
 
-    Afterwards `whole` says whether the end was there, `void` what it told, and `digest` names what was read. `public` is the kit's key,
-    None where the file is cut so early that it names none. centre: the keys that open encrypted files. allow_unencrypted: read files of
-    version 1, too. records_max: a file with more is refused.
+    After the iteration, `whole` tells whether the file is complete, `void` has its void sequences, and `digest` is the digest of the content that
+    was read. `public` is the kit's key; None if the file is cut before it names the key. centre: the private keys that open encrypted files.
+    allow_unencrypted: files of version 1 are read. records_max: a file with more records is refused.
 
-    Raises InvalidInput (no batch file, or one that may not be read so), UnknownKit, BatchDamaged (from iterating, too),
-    StorageUnavailable.
+    Raises InvalidInput (not a batch file, or not allowed), UnknownKit, BatchDamaged (also during the iteration), StorageUnavailable.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class BatchReader:
             raise
 
     def _start(self, trusted: Mapping[bytes, PublicKey], centre: Sequence[CentreKey], allow_unencrypted: bool) -> int:
-        """Reads what stands before the frames, and returns the version."""
+        """Reads the part before the frames. Returns the version."""
         start = self._read(_PREAMBLE.size)
         if not (MAGIC.startswith(start) or start.startswith(MAGIC)):
             raise InvalidInput(f"{self.path} is not a batch file; name one that `biodedup kit pack` wrote")
@@ -177,7 +177,7 @@ class BatchReader:
 
     def _opening(self, kit: bytes, rest: bytes, centre: Sequence[CentreKey]) -> Chunks:
         wanted = rest[:FINGERPRINT_BYTES]
-        key = next((one for one in centre if one.public.fingerprint == wanted), None)
+        key = next((known for known in centre if known.public.fingerprint == wanted), None)
         if key is None:
             raise InvalidInput(
                 f"{self.path} is encrypted to a centre's key that was not given, fingerprint {wanted.hex()[:16]}; nothing of it was "
@@ -210,14 +210,14 @@ class BatchReader:
                 self._last = "its end"
                 count, self.void = self._parsed(_end_of, payload)
                 if count != self.count:
-                    self._damaged(f"its end tells of {count} records, {self.count} are there")
+                    self._damaged(f"its end states {count} records, but it has {self.count}")
                 if self._read(1):
-                    self._damaged("something was added behind its end")
+                    self._damaged("something was added after its end")
                 self.whole = True
                 return
 
     def _frames(self) -> Iterator[tuple[bytes, int, bytes]]:
-        """(kind, sequence, payload) of each frame that is wholly there, its signature checked."""
+        """(kind, sequence, payload) of each complete frame, after its signature is checked."""
         assert self.public is not None, "frames are read with a key"
         first = True
         while len(head := self._read(_HEAD_BYTES)) == _HEAD_BYTES:
@@ -238,14 +238,14 @@ class BatchReader:
             first = False
 
     def _checked(self, head: bytes, first: bool) -> tuple[bytes, int, int]:
-        """What a frame's header says, once it can be a header at this place. The payload is not read before."""
+        """(kind, sequence, length) of a frame's header, after the checks that it is valid at this place. The payload is read later."""
         kind, sequence, length = _HEADER.unpack_from(head)
         if _CHECK.unpack_from(head, _HEADER.size)[0] != zlib.crc32(head[: _HEADER.size]):
-            self._damaged(f"what comes after {self._last} was changed")
+            self._damaged(f"the part after {self._last} was changed")
         if (kind == _MANIFEST) != first or kind not in _BYTES_MAX:
-            self._damaged(f"what comes after {self._last} is out of place")
+            self._damaged(f"the part after {self._last} is out of place")
         if length > _BYTES_MAX[kind]:
-            self._damaged(f"what comes after {self._last} has {length:,} bytes, wanted at most {_BYTES_MAX[kind]:,}")
+            self._damaged(f"the part after {self._last} has {length:,} bytes, wanted at most {_BYTES_MAX[kind]:,}")
         if kind == _RECORD and self.count >= self.records_max:
             raise InvalidInput(
                 f"{self.path} has more than {self.records_max:,} records, which is all that a batch of this key may bring; nothing of "
@@ -262,7 +262,7 @@ class BatchReader:
             ) from error
 
     def _parsed(self, parse: Callable[..., Any], *content: Any) -> Any:
-        """What was signed and cannot be understood is as bad as what was not signed."""
+        """Parses signed content. Content that is signed but not readable counts as damage."""
         try:
             return parse(*content)
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, struct.error, RecursionError) as error:  # fmt: skip
@@ -272,10 +272,10 @@ class BatchReader:
         what = {_RECORD: f"the record with sequence {sequence}", _MANIFEST: "its manifest"}.get(kind, "its end")
         self._damaged(f"{what} (record {self.count + (kind == _RECORD)} of the file) was changed")
 
-    def _damaged(self, what: str) -> NoReturn:
+    def _damaged(self, damage: str) -> NoReturn:
         kit = "the kit" if self.public is None else f"kit {self.public.kit_id}"
         raise BatchDamaged(
-            f"{self.path}: {what}: not what {kit} signed; nothing of this file was taken. Copy it from {kit} again"
+            f"{self.path}: {damage}: not what {kit} signed; nothing of this file was taken. Copy it from {kit} again"
         )
 
 
@@ -285,7 +285,7 @@ def _opened(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; name a kit's batch file") from None
     except OSError as error:
-        raise StorageUnavailable(f"{path} cannot be read ({error.strerror}); mend that and try again") from error
+        raise StorageUnavailable(f"{path} cannot be read ({error.strerror}); correct this and try again") from error
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:
@@ -302,5 +302,5 @@ def _end_of(payload: bytes) -> tuple[int, tuple[int, ...]]:
 
 
 def gaps(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of whole numbers from 1 that is missing below the largest of some sorted ones."""
+    """(first, last) of each range of whole numbers from 1 that is missing in a sorted list."""
     return [(a + 1, b - 1) for a, b in pairwise([0, *numbers]) if b > a + 1]

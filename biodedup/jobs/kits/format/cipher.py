@@ -1,4 +1,4 @@
-"""Encryption of a batch file to the centre's key, chunk by chunk.
+"""Encrypts a batch file for the centre's key, chunk by chunk, and decrypts it.
 
 Owns the derivation of a batch's key, nonces and associated data. Never signs, and never reads a file. Primitives are those of the library
 `cryptography`; the constructions are the published ones:
@@ -6,11 +6,12 @@ Owns the derivation of a batch's key, nonces and associated data. Never signs, a
 * key agreement: X25519 (RFC 7748) of an ephemeral key with the centre's, and HKDF-SHA256 (RFC 5869) with both public keys as the salt, as
   in the X25519 recipient of age (C2SP, age-encryption.org/v1);
 * chunks: STREAM (Hoang, Reyhanitabar, Rogaway, Vizar: Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance, CRYPTO 2015)
-  over ChaCha20-Poly1305 (RFC 8439), the nonce as age has it: 11 bytes of the chunk's number, big-endian, and a byte that is 1 in the last
-  chunk alone.
+  over ChaCha20-Poly1305 (RFC 8439), with the nonce of age: 11 bytes of the chunk's number, big-endian, and a byte that is 1 only in the last
+  chunk.
 
-1. A batch has an ephemeral key of its own, so that no nonce comes twice under a key.
-2. A chunk is bound to the kit, its place, its header (kind, sequence, length), and to whether it is the last: it opens nowhere else.
+1. Each batch has its own ephemeral key, so that no nonce is used twice with a key.
+2. A chunk is bound to the kit, its position, its header (kind, sequence, length), and to whether it is the last chunk: with any other of these,
+   it does not open.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Chunks:
         return self._aead.encrypt(nonce, plain, bound)
 
     def open(self, sealed: bytes, header: bytes, *, last: bool) -> bytes | None:
-        """What was sealed, or None where these are not the chunk, the place and the header that were."""
+        """The plain text; None if the chunk, its position or its header was changed."""
         from cryptography.exceptions import InvalidTag
 
         nonce, bound = self._next(header, last)
@@ -58,18 +59,18 @@ class Chunks:
 
 
 def sealing(kit: bytes, centre: CentrePublic, ephemeral: X25519PrivateKey) -> Chunks:
-    """For a batch to this centre. ephemeral: made for this batch alone, and forgotten."""
+    """The cipher that encrypts a batch for this centre. ephemeral: a private key for this batch only, which is not stored."""
     public = ephemeral.public_key().public_bytes_raw()
     return Chunks(_aead(ephemeral.exchange(centre.key), public, centre, kit), kit)
 
 
 def opening(kit: bytes, centre: CentreKey, ephemeral: bytes) -> Chunks | None:
-    """For a batch to this centre. ephemeral: the raw public key that the batch names; None where it is no usable key."""
+    """The cipher that decrypts a batch; None if the ephemeral key is not valid. ephemeral: the raw public key in the batch."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
     try:
         shared = centre.key.exchange(X25519PublicKey.from_public_bytes(ephemeral))
-    except ValueError:  # a point of small order: anyone could compute the secret
+    except ValueError:  # a point of small order, for which anyone can compute the shared secret
         return None
     return Chunks(_aead(shared, ephemeral, centre.public, kit), kit)
 

@@ -1,11 +1,11 @@
-"""Key files: a kit's signing key, and the centre's key to which batches are encrypted.
+"""Makes and reads key files: a kit's signing key, and the centre's key, for which batches are encrypted.
 
-Owns the key files: making, reading, passphrases. `trust.py` owns which keys the centre trusts. Never reads a batch file. A private key or a
-passphrase never reaches a log or an error.
+Owns the key files and their passphrases. `trust.py` owns the list of trusted keys. Never reads a batch file. A private key or a passphrase never
+appears in a log or an error.
 
-A kit has `NAME.key` (private), `NAME.pub`, which goes to the centre, and `NAME.state.json`, in which its sequence numbers continue. The
-centre has `NAME.key` (private) and `NAME.pub`, which goes to every kit. A key file is JSON around a PEM (PKCS#8) that other tools read; with
-a passphrase the PEM is encrypted (`BestAvailableEncryption` of the library `cryptography`: PBES2).
+A kit has `NAME.key` (private), `NAME.pub`, which goes to the centre, and `NAME.state.json` with its sequence numbers. The centre has `NAME.key`
+(private) and `NAME.pub`, which goes to every kit. A key file is JSON with a PEM (PKCS#8) that other tools can read. If there is a passphrase,
+the PEM is encrypted (`BestAvailableEncryption` of the library `cryptography`: PBES2).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 SIGNATURE_BYTES = 64
 FINGERPRINT_BYTES = 32
 LIFETIME_DAYS = 730
-"""After so many days a key expires, unless its maker or the centre said otherwise."""
+"""Default lifetime of a key in days."""
 PASSPHRASE_CHARACTERS_MIN = 10
 _DAY_S = 86_400.0
 _DAYS_MAX = 3_650
 _KEY_FILE_BYTES_MAX = 16 << 10
-_LATEST = 1e11  # seconds: beyond it there is no calendar
+_LATEST = 1e11  # seconds since 1970; datetime has no later dates
 _KIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENCRYPTED = "-----BEGIN ENCRYPTED PRIVATE KEY-----"
 
 
 @dataclass(frozen=True, eq=False)
 class PublicKey:
-    """The public half of a kit's key. made_at, expires_at: seconds, by the clock of the machine that made the key."""
+    """The public half of a kit's key. made_at, expires_at: seconds since 1970, by the clock of the machine that made the key."""
 
     kit_id: str
     made_at: float
@@ -69,17 +69,17 @@ class KitKey:
 
     public: PublicKey
     state: Path
-    """The file in which the kit's sequence numbers continue."""
+    """The file with the kit's sequence numbers."""
     key: Ed25519PrivateKey = field(repr=False)
 
     def sign(self, content: bytes) -> bytes:
-        """64 bytes, the same for the same content."""
+        """The signature of some content: 64 bytes, the same for the same content."""
         return self.key.sign(content)
 
 
 @dataclass(frozen=True, eq=False)
 class CentrePublic:
-    """The public half of a centre's key: batches are encrypted to it. fingerprint: SHA-256 of the raw key."""
+    """The public half of a centre's key, with which kits encrypt batches. fingerprint: SHA-256 of the raw key."""
 
     fingerprint: bytes
     key: X25519PublicKey = field(repr=False)
@@ -104,8 +104,8 @@ def make_keys(
     days: int = LIFETIME_DAYS,
     clock: Callable[[], float] = time.time,
 ) -> PublicKey:
-    """Makes `out` (NAME.key), NAME.pub and NAME.state.json. passphrase: encrypts NAME.key; None leaves it to the disk's encryption. days:
-    until the key expires. Raises InvalidInput where one of the files exists, StorageUnavailable."""
+    """Makes a kit's keys: `out` (NAME.key), NAME.pub and NAME.state.json. passphrase: encrypts NAME.key; None does not encrypt it, so that the
+    disk must be encrypted. days: lifetime of the key. Raises InvalidInput if one of the files exists, StorageUnavailable."""
     require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -114,7 +114,7 @@ def make_keys(
             f"kit id {kit_id!r} is not usable; wanted 1 to 64 letters, digits, dots, hyphens, underscores"
         )
     if not 1 <= days <= _DAYS_MAX:
-        raise InvalidInput(f"a key of {days} days was asked for; wanted 1 to {_DAYS_MAX:,}")
+        raise InvalidInput(f"the lifetime of the key is {days} days, wanted 1 to {_DAYS_MAX:,}")
     state = state_of(out)
     _check_new(out, state)
     made, made_at = Ed25519PrivateKey.generate(), round(clock(), 3)
@@ -127,8 +127,8 @@ def make_keys(
 def make_centre_key(
     out: Path, *, passphrase: str | None = None, clock: Callable[[], float] = time.time
 ) -> CentrePublic:
-    """Makes the centre's `out` (NAME.key) and NAME.pub, which goes to every kit. Without NAME.key and its passphrase no batch can be read:
-    keep a copy. Raises InvalidInput where one of the files exists, StorageUnavailable."""
+    """Makes the centre's keys: `out` (NAME.key) and NAME.pub, which goes to every kit. Without NAME.key and its passphrase, no batch can be read:
+    keep a copy. Raises InvalidInput if one of the files exists, StorageUnavailable."""
     require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -147,7 +147,7 @@ def _check_new(out: Path, *others: Path) -> None:
 
 
 def _write_pair(out: Path, about: dict[str, Any], made: Any, passphrase: str | None) -> None:
-    """The private key's file, mode 600, and the public one's."""
+    """Writes the files of a private key (mode 0600) and of its public key."""
     from cryptography.hazmat.primitives import serialization as form
 
     if passphrase is not None and len(passphrase) < PASSPHRASE_CHARACTERS_MIN:
@@ -174,7 +174,7 @@ def state_of(key: Path) -> Path:
 
 
 def needs_passphrase(path: Path) -> bool:
-    """Whether the private key in this file is encrypted. Raises InvalidInput where it is no key file."""
+    """Whether the private key in a file is encrypted. Raises InvalidInput if it is not a key file."""
     return str(_fields(path, "private_key", "name a .key file")["private_key"]).startswith(_ENCRYPTED)
 
 
@@ -217,7 +217,7 @@ def load_centre_key(path: Path, passphrase: str | None = None) -> CentreKey:
 
 
 def load_centre_public(path: Path) -> CentrePublic:
-    """The public half of the centre's key, as kits have it. Raises InvalidInput."""
+    """The public half of the centre's key. Raises InvalidInput."""
     require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
@@ -229,7 +229,7 @@ def load_centre_public(path: Path) -> CentrePublic:
 
 
 def require_cryptography() -> None:
-    """Raises InvalidInput where the library that signs is not installed."""
+    """Raises InvalidInput if the library `cryptography` is not installed."""
     try:
         import cryptography  # noqa: F401
     except ImportError:
@@ -243,12 +243,12 @@ def _private(path: Path, fields: dict[str, Any], passphrase: str | None) -> obje
 
     encrypted = fields["private_key"].startswith(_ENCRYPTED)
     if encrypted and passphrase is None:
-        raise InvalidInput(f"{path} is encrypted, and no passphrase was given; give its passphrase")
+        raise InvalidInput(f"{path} is encrypted, but no passphrase was given; give its passphrase")
     try:
         return load_pem_private_key(
             fields["private_key"].encode(), passphrase.encode() if encrypted and passphrase else None
         )
-    except Exception:  # its text may quote what it was given
+    except Exception:  # not chained, because its text may quote the passphrase or the key
         if encrypted:
             raise InvalidInput(f"{path} does not open with this passphrase; give the right one") from None
         return None
@@ -266,7 +266,7 @@ def _public_of(fields: dict[str, Any]) -> object:
 def _public(about: dict[str, Any], key: Ed25519PublicKey) -> PublicKey:
     made_at = float(about["made_at"])
     expires_at = float(about.get("expires_at", made_at + LIFETIME_DAYS * _DAY_S))
-    expires_at = min(expires_at, made_at + _DAYS_MAX * _DAY_S)  # the kit's own word
+    expires_at = min(expires_at, made_at + _DAYS_MAX * _DAY_S)  # the kit wrote this file, so the value is limited
     return PublicKey(about["kit_id"], made_at, hashlib.sha256(key.public_bytes_raw()).digest(), key, expires_at)
 
 

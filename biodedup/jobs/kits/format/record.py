@@ -1,10 +1,9 @@
-"""One record of a batch file: an encounter as one row of an Arrow IPC stream.
+"""Encodes and decodes a record of a batch file: an encounter as one row of an Arrow IPC stream.
 
 Owns the columns of a record, and the limits of its content. Never signs or encrypts, and never reads a batch file.
 
 1. The same record gives the same bytes.
-2. Decoding takes at most a few times the memory of the bytes, whatever they claim: one row, no compression, and counts and texts within
-   limits.
+2. Decoding needs at most a few times the memory of the bytes, whatever they state: one row, no compression, limited counts and texts.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from biodedup.texts import shown
 from biodedup.values import COLUMNS, Capture, Encounter, Face, Finger, Float32, Missing, Refusal, Template
 
 RECORD_BYTES_MAX = 32 << 20
-"""Of a record: a face and ten fingers, uncompressed, are less."""
+"""The largest record. A face and ten fingers, uncompressed, are smaller."""
 ID_CHARACTERS_MAX = 200
-"""Of a kit's encounter_id: the centre's is longer by the prefix that names the kit's key."""
+"""The longest encounter_id of a kit. The centre's id is longer by a prefix that names the kit's key."""
 _TEXT_CHARACTERS_MAX = 500
 _DIMENSION_MAX = 8192
 _COUNTS_MAX = {"groups": 64, "captures": 64, "templates": 16, "missing": 16, "refusals": 128}
@@ -51,8 +50,8 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One encounter on its way. sequence: the kit's number of it; captured_at, packed_at: seconds by the kit's clock, which may be
-    wrong; refusals: what the kit's quality gate said of captures that are in it all the same."""
+    """An encounter of a field kit. sequence: the kit's number of the record; captured_at, packed_at: seconds since 1970 by the kit's clock, which
+    may be wrong; refusals: of the kit's quality gate, also for captures that are packed."""
 
     encounter: Encounter
     sequence: int
@@ -62,13 +61,13 @@ class Record:
 
     @property
     def byte_count(self) -> int:
-        """Of its images."""
+        """The total size of its images."""
         images = [c.data for c in self.encounter.captures if isinstance(c, Face | Finger)]
         return sum(len(data) for data in images if isinstance(data, bytes))
 
 
 def encode(record: Record) -> bytes:
-    """One row as an Arrow IPC stream, the same for the same record. Captures are bytes or paths, which are read."""
+    """The record as an Arrow IPC stream; the same bytes for the same record. Captures are bytes, or paths whose files are read."""
     encounter = record.encounter
     row = {
         "subject_id": encounter.subject_id,
@@ -92,7 +91,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(payload: bytes, sequence: int) -> Record:
-    """Raises what Arrow raises, struct.error and InvalidInput."""
+    """The record of a payload. Raises the errors of Arrow, struct.error and InvalidInput."""
     row = _row(payload)
     _check_limits(row)
     captures: list[Capture] = [
@@ -107,20 +106,20 @@ def decode(payload: bytes, sequence: int) -> Record:
 
 
 def _refusal_of(column: str, reason: str, detail: str, measured: float | None, limit: float | None) -> Refusal:
-    """As another machine told it: words to show, which steer nothing and have an end."""
+    """A refusal of another machine. Its texts are shortened and only shown: they influence no decision."""
     known = column if column in COLUMNS else "unknown"
     return Refusal(known, shown(reason)[:_TEXT_CHARACTERS_MAX], shown(detail)[:_TEXT_CHARACTERS_MAX], measured, limit)
 
 
 def checked_sequence(number: int) -> int:
-    """Raises InvalidInput for what is no sequence number."""
+    """The number, if it is a valid sequence number. Raises InvalidInput."""
     if not (isinstance(number, int) and 1 <= number < 1 << 63):
         raise InvalidInput(f"a sequence is {number!r}, wanted a whole number from 1")
     return number
 
 
 def _row(payload: bytes) -> dict[str, Any]:
-    """The one row of a stream that is a schema and a batch."""
+    """The row of a stream that consists of a schema and one record batch. Raises InvalidInput for any other stream."""
     messages = list(pa.ipc.MessageReader.open_stream(payload))
     if [message.type for message in messages] != ["schema", "record batch"]:
         raise InvalidInput("a record is not one row of an Arrow stream")
@@ -145,11 +144,11 @@ def _row(payload: bytes) -> dict[str, Any]:
 
 
 def _is_compressed(metadata: bytes) -> bool:
-    """Whether a record batch says that its buffers are compressed: field 3 of its table in the message (Arrow's Message.fbs). Such a
-    buffer may claim any size, and Arrow would set that aside before it looks."""
+    """Whether the metadata of a record batch state that its buffers are compressed: field 3 of its table in the message (Arrow's Message.fbs).
+    A compressed buffer may state any size, and Arrow would allocate it before decompression."""
 
     def field(table: int, number: int) -> int:
-        """Where a field of a FlatBuffers table is, 0 where it has none."""
+        """The position of a field of a FlatBuffers table, 0 if the table does not have it."""
         layout = table - struct.unpack_from("<i", metadata, table)[0]
         (size,) = struct.unpack_from("<H", metadata, layout)
         at = 4 + 2 * number
@@ -171,12 +170,12 @@ def _check_limits(row: Mapping[str, Any]) -> None:
 
 
 def _content(capture: Capture) -> bytes:
-    assert isinstance(capture, Face | Finger) and not isinstance(capture.data, np.ndarray), "files alone are packed"
+    assert isinstance(capture, Face | Finger) and not isinstance(capture.data, np.ndarray), "only files are packed"
     return capture.data if isinstance(capture.data, bytes) else Path(capture.data).read_bytes()
 
 
 def _template_row(column: str, given: Float32 | bytes | Template) -> dict[str, Any]:
-    """A bare vector or record has no model_id: the centre takes it to be of the column's model, as the engine does."""
+    """The row of a template. A vector or a minutiae record without a model_id counts as made by the column's model, as in the engine."""
     if isinstance(given, Template):
         vector = None if given.embedding is None else given.embedding.tolist()
         quality = quality_scale.as_stored(given.column, given.quality)
