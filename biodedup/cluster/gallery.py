@@ -225,7 +225,8 @@ class ClusterGallery(Gallery):
             entries = self._catalogue.segments()
             if self._cache.absent(entries):
                 return entries
-            self._see(read(self._catalogue, self.storage, self.folder, self._published.segments))
+            with self._catalogue.compared_with_chain():
+                self._see(read(self._catalogue, self.storage, self.folder, self._published.segments))
         else:
             self._read_rows(changes)
         self._seen_at = time.monotonic()
@@ -236,7 +237,8 @@ class ClusterGallery(Gallery):
         catalogue, known, state = self._catalogue, self._published, self._catalogue.state()
         put, dropped = changes.put, changes.dropped
         if state.row_count - self._tail.end_row >= _REREAD_ROWS_MIN:
-            self._see(read(catalogue, self.storage, self.folder, known.segments))
+            with catalogue.compared_with_chain():
+                self._see(read(catalogue, self.storage, self.folder, known.segments))
             return
         since, pending, tombstones, different = self._state.commits, known.pending, known.tombstones, known.different
         models = catalogue.models() if "model" in put else known.models
@@ -458,7 +460,8 @@ class ClusterGallery(Gallery):
                 entries = self._catalogue.segments()
                 if not self._cache.absent(entries):
                     opened = self._published.segments if hasattr(self, "_published") else ()
-                    self._see(read(self._catalogue, self.storage, self.folder, opened))
+                    with self._catalogue.compared_with_chain():
+                        self._see(read(self._catalogue, self.storage, self.folder, opened))
                     self._stored.update(copy.stored for copy in copies_of(entries))
                     self._seen_at = time.monotonic()
                     return

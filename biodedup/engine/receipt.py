@@ -24,7 +24,7 @@ class Receipt(Described):
     decision: SHA-256 of the decision as the gallery stores it; policy: the digest of the policy that decided; policy_version: of the
     gallery's policy with this digest, None where none has it (the process overrode it, or it is of an older release); model_digests:
     model_id -> SHA-256 of the weights on the card that is at hand now, None for none; commit, link, chain: where the decision stands in the
-    hash chain, and its value there (hexadecimal); None for one that is older than the chain, and in a register on PostgreSQL."""
+    hash chain, and its value there (hexadecimal); None for one that is older than the chain."""
 
     gallery_id: str
     encounter_id: str

@@ -252,10 +252,7 @@ class Gallery:
             return sorted({*waiting, *self._catalogue.held_cases()})
 
     def chain_link(self, version: int) -> Link | None:
-        """The link of the hash chain whose commit made a version of the content; None for one before the chain, and in a register on
-        PostgreSQL, which has none."""
-        if not isinstance(self._catalogue, SqliteCatalogue):
-            return None
+        """The link of the hash chain whose commit made a version of the content; None for one before the chain."""
         with self._reading():
             return self._catalogue.link_of(version)
 

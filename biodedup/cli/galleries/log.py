@@ -53,7 +53,6 @@ def verify(
 
     `doctor` reads the blocks of the segment files, too.
     """
-    _refuse_url(gallery)
     report = jobs.verify_log(gallery, configured(gallery, config), checkpoint=checkpoint, public_key=public_key)
     counts = [(report.links, "link"), (report.rows, "row"), (report.files, "file"), (report.calls, "recorded call")]
     checked = ", ".join(counted(count, noun) for count, noun in counts)
@@ -149,7 +148,6 @@ def checkpoint(
     as_json: JsonOption = False,
 ) -> None:
     """Verify the hash chain and sign its newest value. Keep the file outside: it shows a rollback or a fork later."""
-    _refuse_url(gallery)
     made = jobs.log_checkpoint(gallery, key, out, configured(gallery, config), url=url)
     finish(made.to_dict(), f"commit {made.commit:,} is signed in {out}", as_json)
 
@@ -164,8 +162,3 @@ def key(
     finish(
         {"key": str(file), "public_key": public}, f"the public key {public} is in {file.with_suffix('.pub')}", as_json
     )
-
-
-def _refuse_url(gallery: Path) -> None:
-    if str(gallery).startswith(("postgresql:", "postgres:")):
-        raise InvalidInput("a register in PostgreSQL has no hash chain yet; name a gallery in a folder")

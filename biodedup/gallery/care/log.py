@@ -1,6 +1,6 @@
 """Verifies the hash chain of a gallery: its links, the rows that they wrote, and a checkpoint that was kept outside.
 
-Owns the list of what is wrong. Never changes the chain, and never checks a signature.
+Owns the list of what is wrong. Never changes the chain, and never checks a signature. `cluster/log.py` does it for a register in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from biodedup.gallery.catalogue.chain import (
     is_listed,
     pack_row,
 )
-from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
+from biodedup.gallery.catalogue.sqlite import CatalogueTables
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 
 _NAMED_MAX = 20  # problems of one table that are named
@@ -72,37 +72,52 @@ def verify_chain(
     principal, by name; they prove approvals. Raises NotAGallery, KeyMismatch, StorageUnavailable."""
     try:
         with connected(storage, folder) as catalogue:
-            gallery_id = catalogue.meta()["gallery_id"]
             manifest = read_manifest(storage, folder, catalogue)
             for file in manifest.files.values():
                 file.close()
             catalogue.begin_reading()
             try:
                 files = [str(problem) for problem in manifest.problems]
-                return _Check(catalogue, gallery_id, mark, public_keys).report(files, len(manifest.files))
+                return check_log(catalogue, files, len(manifest.files), mark, public_keys)
             finally:
                 catalogue.rollback()
     except (GalleryDamaged, *ODD_CONTENT) as error:
-        if isinstance(error, CallerError | MemoryError):
-            raise
-        return LogReport(
-            gallery_id="",
-            keyed=False,
-            first_commit=0,
-            commit=0,
-            links=0,
-            rows=0,
-            files=0,
-            problems=(f"the gallery cannot be read: {error}",),
-            notes=(),
-            mark=None,
-        )
+        return unreadable(error)
+
+
+def check_log(
+    catalogue: CatalogueTables,
+    problems: Sequence[str],
+    files: int,
+    mark: Mark | None,
+    public_keys: Mapping[str, Collection[str]],
+) -> LogReport:
+    """Of a database alone, inside the caller's transaction. problems: of the segment files; files: how many there are."""
+    return _Check(catalogue, catalogue.meta()["gallery_id"], mark, public_keys).report(problems, files)
+
+
+def unreadable(error: Exception) -> LogReport:
+    """Of a gallery that cannot be read. Raises the error where it is the caller's, or a lack of memory."""
+    if isinstance(error, CallerError | MemoryError):
+        raise error
+    return LogReport(
+        gallery_id="",
+        keyed=False,
+        first_commit=0,
+        commit=0,
+        links=0,
+        rows=0,
+        files=0,
+        problems=(f"the gallery cannot be read: {error}",),
+        notes=(),
+        mark=None,
+    )
 
 
 class _Check:
     def __init__(
         self,
-        catalogue: SqliteCatalogue,
+        catalogue: CatalogueTables,
         gallery_id: str,
         mark: Mark | None,
         public_keys: Mapping[str, Collection[str]],

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.audit import AuditHead, AuditRecord, AuditSpan
-from biodedup.gallery.catalogue.chain import ChainHash
+from biodedup.gallery.catalogue.chain import ChainHash, Link
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
 from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.index_codec import FaissCodec
@@ -46,7 +46,9 @@ class Catalogue(Protocol):
     def close(self) -> None: ...
 
     def compared_with_chain(self) -> AbstractContextManager[None]:
-        """Compares the tables that are read whole meanwhile with the hash chain, where the database has one. Raises GalleryDamaged."""
+        """Compares the tables that are read whole meanwhile with the hash chain. Raises GalleryDamaged."""
+
+    def link_of(self, version: int) -> Link | None: ...
 
     # the gallery itself -----------------------------------------------------------------------------------------
 

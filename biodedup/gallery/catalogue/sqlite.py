@@ -29,9 +29,9 @@ lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteC
 | audit | one call, with the hash that chains it to the call before (audit.py) |
 | audit_span | many old calls, packed; kept for ever, without the calls once they are in an archive file |
 | index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
-| chain | one link of the hash chain over the commits (chain.py); in SQLite alone |
-| digest | the digest of the present rows of one table; in SQLite alone |
-| row_change | which rows a commit put and dropped, by the start of their hashes; of the journal until it is sealed; in SQLite alone |
+| chain | one link of the hash chain over the commits (chain.py) |
+| digest | the digest of the present rows of one table |
+| row_change | which rows a commit put and dropped, by the start of their hashes; of the journal until it is sealed |
 
 Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
 """
@@ -42,7 +42,7 @@ import json
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ COLUMNS_OF = {
     **SIGNATURE_COLUMNS,
 }
 _EVERY = COLUMNS_OF | CHAIN_COLUMNS
-_ADDED = {
+ADDED = {
     "review_case": "cases",
     "verdict": "cases",
     "pending": "encounters",
@@ -144,9 +144,8 @@ _ADDED = {
 }
 """Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
 
-ADDED_SETTINGS = frozenset(_ADDED.values()) - {"chain"}
-"""Of the tables that every database has. The chain is in SQLite alone."""
-_RENEWED = frozenset(_ADDED.values()) - {"encounters"}
+ADDED_SETTINGS = frozenset(ADDED.values())
+_RENEWED = frozenset(ADDED.values()) - {"encounters"}
 """Settings that `SqliteCatalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
@@ -192,9 +191,10 @@ class JournalCell:
 
 
 class CatalogueTables(ABC):
-    """What the rows of a gallery's tables mean, in any database."""
+    """What the rows of a gallery's tables mean, in any database. Each commit adds a link to the hash chain (chain.py)."""
 
-    tables: Mapping[str, str] = COLUMNS_OF
+    tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
+    chain: ChainWriter
     turns: Callable[[str], Turn] | None = None
     """turn_id -> the transform; None where no key is."""
 
@@ -223,11 +223,12 @@ class CatalogueTables(ABC):
 
     def set_state(self, state: State) -> None:
         self.put("meta", [("state", json.dumps(vars(state)))])
+        self.chain.state = state
 
     def policies(self) -> list[PolicyVersion]:
         """Every version of the policy, the one in force last. Of a gallery without the table the settings that made it say the first."""
         rows = list(self._all("policy", "version"))
-        if not rows and _ADDED["policy"] not in self.meta():
+        if not rows and ADDED["policy"] not in self.meta():
             return [PolicyVersion(1, from_settings(self.meta()["config"]))]
         if [version for version, *_ in rows] != list(range(1, len(rows) + 1)) or not rows:
             raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
@@ -274,8 +275,8 @@ class CatalogueTables(ABC):
         self.put("group_set", [(number, json.dumps(sorted(names)))])
 
     def compared_with_chain(self) -> AbstractContextManager[None]:
-        """Compares the tables that are read whole meanwhile with the hash chain, where the database has one. Raises GalleryDamaged."""
-        return nullcontext()
+        """Compares the tables that are read whole meanwhile with the hash chain. Raises GalleryDamaged."""
+        return self.chain.comparing()
 
     def problems(self) -> list[str]:
         """The database's own check, the checksum of every row, and the rules that the journal keeps."""
@@ -451,7 +452,7 @@ class CatalogueTables(ABC):
 
     def audit_hash(self) -> ChainHash:
         """What chains the records of the audit log."""
-        return ChainHash(None)
+        return self.chain.hash
 
     def audit_check(self) -> AuditCheck:
         """Follows every record. Raises GalleryDamaged."""
@@ -612,6 +613,42 @@ class CatalogueTables(ABC):
         for table in JOURNAL:
             self._delete(table)
 
+    # the hash chain ---------------------------------------------------------------------------------------------
+
+    def links(self) -> Iterator[Link]:
+        """The chain, oldest first. Raises GalleryDamaged."""
+        return (Link(*row) for row in self._all("chain", "number"))
+
+    def last_links(self) -> list[Link]:
+        """The newest link and the one before, as far as they are there."""
+        return [Link(*row) for row in self._all("chain", "number DESC LIMIT 2")]
+
+    def link_of(self, version: int) -> Link | None:
+        """The first link with a version of the content, None where the chain has none, and for what was there when it began. Versions only grow: a binary search over the links."""
+        low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
+        while low <= high:
+            middle = (low + high) // 2
+            link = next((Link(*row) for row in self._all("chain", None, "number = ?", (middle,))), None)
+            if link is None:
+                return None
+            at = json.loads(link.state)[0]
+            if at == version:
+                first = link
+            low, high = (middle + 1, high) if at < version else (low, middle - 1)
+        return None if first is None or first.reason == BEGUN else first
+
+    def digests(self) -> dict[str, Digest]:
+        """Of the tables, as the newest link left them. Raises GalleryDamaged."""
+        return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
+
+    def row_changes(self) -> Iterator[RowChange]:
+        """As far as they are kept, oldest first. Raises GalleryDamaged."""
+        for _, link, _, packed in self._all("row_change", "number"):
+            yield from changes_in(link, packed)
+
+    def forget_journal_changes(self) -> None:
+        self._delete("row_change WHERE journal = 1")
+
     # what a database has to do ----------------------------------------------------------------------------------
 
     @abstractmethod
@@ -621,6 +658,14 @@ class CatalogueTables(ABC):
     @abstractmethod
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
+
+    @abstractmethod
+    def exists(self, table: str) -> bool:
+        """Whether the database has a table."""
+
+    @abstractmethod
+    def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, without its checksum. Raises GalleryDamaged."""
 
     @abstractmethod
     def _all(
@@ -650,9 +695,7 @@ class CatalogueTables(ABC):
 
 
 class SqliteCatalogue(CatalogueTables):
-    """The tables in SQLite, over one connection. Each commit adds a link to the hash chain (chain.py)."""
-
-    tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
+    """The tables in SQLite, over one connection."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -675,13 +718,6 @@ class SqliteCatalogue(CatalogueTables):
         self.chain.extend()
         self._connection.execute("COMMIT")
 
-    def set_state(self, state: State) -> None:
-        super().set_state(state)
-        self.chain.state = state
-
-    def compared_with_chain(self) -> AbstractContextManager[None]:
-        return self.chain.comparing()
-
     def rollback(self) -> None:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
@@ -701,7 +737,7 @@ class SqliteCatalogue(CatalogueTables):
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS | {"chain"})])
+        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS)])
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
@@ -710,7 +746,7 @@ class SqliteCatalogue(CatalogueTables):
     def renew(self) -> None:
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
         first, settings = self.policies(), self.meta()
-        for table, setting in _ADDED.items():
+        for table, setting in ADDED.items():
             if setting not in settings and not self.exists(table):
                 self._create(table)
                 if table == "policy":
@@ -745,7 +781,7 @@ class SqliteCatalogue(CatalogueTables):
                     f"the database holds a {kind} {name!r:.60} that is not as this program makes it; restore it from a backup"
                 )
             found.add((kind, name))
-        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(_ADDED))]:
+        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(ADDED))]:
             raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
 
     def has_own(self, table: str) -> bool:
@@ -786,8 +822,8 @@ class SqliteCatalogue(CatalogueTables):
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
-        if table in _ADDED and not self.exists(table):
-            if _ADDED[table] in self.meta():
+        if table in ADDED and not self.exists(table):
+            if ADDED[table] in self.meta():
                 raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
             return
         query = (
@@ -796,7 +832,7 @@ class SqliteCatalogue(CatalogueTables):
         yield from self._checked(table, query, which, None if where else self.chain.reading(table))
 
     def _checked(
-        self, table: str, query: str, which: tuple[str, ...] = (), rows: Sum | None = None
+        self, table: str, query: str, which: tuple[Any, ...] = (), rows: Sum | None = None
     ) -> Iterator[tuple[Any, ...]]:
         """rows: sums them up for the chain."""
         for *values, checksum in self._connection.execute(query, which):
@@ -818,45 +854,6 @@ class SqliteCatalogue(CatalogueTables):
             self._note_dropped(which, values)
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
-
-    # the hash chain -----------------------------------------------------------------------------------------------
-
-    def audit_hash(self) -> ChainHash:
-        return self.chain.hash
-
-    def links(self) -> Iterator[Link]:
-        """The chain, oldest first. Raises GalleryDamaged."""
-        return (Link(*row) for row in self._all("chain", "number"))
-
-    def last_links(self) -> list[Link]:
-        """The newest link and the one before, as far as they are there."""
-        return [Link(*row) for row in self._checked("chain", "SELECT * FROM chain ORDER BY number DESC LIMIT 2")]
-
-    def link_of(self, version: int) -> Link | None:
-        """The first link with a version of the content, None where the chain has none, and for what was there when it began. Versions only grow: a binary search over the links."""
-        low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
-        while low <= high:
-            middle = (low + high) // 2
-            link = next((Link(*row) for row in self._all("chain", None, "number = ?", (str(middle),))), None)
-            if link is None:
-                return None
-            at = json.loads(link.state)[0]
-            if at == version:
-                first = link
-            low, high = (middle + 1, high) if at < version else (low, middle - 1)
-        return None if first is None or first.reason == BEGUN else first
-
-    def digests(self) -> dict[str, Digest]:
-        """Of the tables, as the newest link left them. Raises GalleryDamaged."""
-        return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
-
-    def row_changes(self) -> Iterator[RowChange]:
-        """As far as they are kept, oldest first. Raises GalleryDamaged."""
-        for _, link, _, packed in self._all("row_change", "number"):
-            yield from changes_in(link, packed)
-
-    def forget_journal_changes(self) -> None:
-        self._delete("row_change WHERE journal = 1")
 
     def _last_number(self, table: str) -> int:
         return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone()[0])

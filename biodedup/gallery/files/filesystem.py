@@ -110,6 +110,10 @@ class Storage(Protocol):
         """Called before anything in a gallery is read. Returns the id of the register's key; None for a gallery in the clear. new: a
         gallery is created, and gets a key if this storage has one. Raises KeyMismatch, GalleryDamaged."""
 
+    def register_chain_key(self, folder: Path) -> bytes | None:
+        """Of the hash chain in PostgreSQL; folder: has the register's key file. None for a register in the clear. Raises KeyMismatch,
+        GalleryDamaged."""
+
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
         """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. lost: the target had this
         key, and holds files of it. Raises InvalidInput, KeyMismatch."""
@@ -337,6 +341,10 @@ class LocalStorage:
             replace_private(folder / KEY_NAME, new_key_file(self._register))
             self.sync_folder(folder)
         return None if self._register is None else self._register.key_id
+
+    def register_chain_key(self, folder: Path) -> bytes | None:
+        key = self._key_in(folder)
+        return None if key is None else key.derived("chain of a register")
 
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
         mine, there = stored_key(source), stored_key(target)
