@@ -147,7 +147,7 @@ PurposeOption = Annotated[
     typer.Option(
         "--purpose",
         help="Why, in words for the audit log; needs --by. With --by a command that only reads opens the gallery for writing, so that its "
-        "call is recorded.",
+        "call is recorded and counted under that name.",
     ),
 ]
 SignOption = Annotated[
@@ -376,8 +376,8 @@ def acting(engine: bd.Engine, by: str, sign: Path | None = None, purpose: str = 
 def looked_into(
     gallery: Path | RegisterUrl, config: Config, by: str, purpose: str, *, searched: bool = False
 ) -> Iterator[bd.Engine]:
-    """Opens a gallery to read it, for the person of `--by`. Without one it is opened read-only, and nothing records the call: a reader cannot
-    write. searched: as in a search, with Ray's actors where the settings name them."""
+    """Opens a gallery to read it, for the person of `--by`. Without one it is opened read-only, and the call is recorded under the operating
+    system's user. searched: as in a search, with Ray's actors where the settings name them."""
     if not (by or purpose):
         with bd.Engine.open(gallery, config, read_only=True) if searched else opened(gallery, config) as engine:
             yield engine

@@ -35,6 +35,7 @@ from biodedup.cluster.key import KEY_SETTING
 from biodedup.cluster.store import stored_name
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.chain import CHAINED, is_chained, pack_row
 from biodedup.gallery.catalogue.chain_writer import ChainWriter
 from biodedup.gallery.catalogue.sqlite import (
@@ -102,7 +103,7 @@ class PostgresCatalogue(CatalogueTables):
         self._schema = f"biodedup_{gallery}"
         self._limits = limits
         self._lock_key = xxhash.xxh3_64_intdigest(self._schema.encode()) - (1 << 63)
-        self.chain = ChainWriter(self, None)
+        self.take_key(None)
         self.key_file = ""
         """The content of an encrypted gallery's key file (key.py)."""
         self.register_id = secrets.token_hex(8)
@@ -148,7 +149,25 @@ class PostgresCatalogue(CatalogueTables):
 
     def take_key(self, chain_key: bytes | None) -> None:
         """Of the hash chain; None in a register that is not encrypted."""
+        self._chain_key = chain_key
         self.chain = ChainWriter(self, chain_key)
+
+    def another(self) -> PostgresCatalogue:
+        """The same register, over a connection of its own."""
+        other = PostgresCatalogue(self._conninfo, self.gallery, self._limits)
+        other.take_key(self._chain_key)
+        return other
+
+    def record_reading(self, records: Sequence[AuditRecord]) -> None:
+        """Commits calls of a process that only reads."""
+        self.begin()
+        try:
+            self.add_audit(records)
+            state = self.state()
+            self.set_state(replace(state, commits=state.commits + 1, commit_id=secrets.token_hex(8)))
+            self.commit()
+        finally:
+            self.rollback()
 
     def _run(self, statement: str, values: Sequence[Any] | None = None) -> psycopg.Cursor[tuple[Any, ...]]:
         self._send()

@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from biodedup.cluster.catalogue import Changes, PostgresCatalogue
 from biodedup.cluster.store import SegmentStore, stored_name
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, StorageUnavailable
+from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.sqlite import ColumnModel, paired
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.filesystem import Storage
@@ -102,6 +103,7 @@ class ClusterGallery(Gallery):
         self._seen_at = time.monotonic()
         self._front_end = _FrontEnd()
         self._ended = threading.Event()
+        self._recording = threading.Lock()
         super().__init__(storage, folder, catalogue, None if read_only else _WriterLock(), config, limits)
         self._process = self._front_end
         self._poller = None if read_only else threading.Thread(target=self._poll, name="biodedup-poll", daemon=True)
@@ -125,6 +127,15 @@ class ClusterGallery(Gallery):
         raise InvalidInput(
             "renewable templates are for a gallery in a folder; a register keeps its embeddings as they are"
         )
+
+    def record_reading(self, records: Sequence[AuditRecord]) -> None:
+        """In a commit of its own: any process may write to PostgreSQL. This front-end's version stays."""
+        self._process.check()
+        with self._recording, closing(self._catalogue.another()) as catalogue:
+            catalogue.record_reading(records)
+
+    def waiting_readings(self) -> None:
+        return None
 
     # following the commits of others ----------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from biodedup.gallery.cases import read_case, standing
 from biodedup.gallery.catalogue.audit import AuditCheck, AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
+from biodedup.gallery.catalogue.readings import Readings, Waiting
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
 from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
@@ -108,6 +109,7 @@ class Gallery:
         self._policies: tuple[PolicyVersion, ...] = ()
         self._maintenance = Maintenance(self, config)
         self._opened: WeakSet[Segment] = WeakSet()
+        self._readings = Readings(storage, folder, lambda: self._catalogue.readers_taken())
         self._load()
         if lock is not None:
             self._sweep()
@@ -192,6 +194,7 @@ class Gallery:
             return
         self._maintenance.join()
         with self.lock:
+            self._readings.close()
             self._catalogue.close()
             if self._lock_file is not None:
                 self._lock_file.release()
@@ -289,6 +292,22 @@ class Gallery:
             if check.problems:
                 raise GalleryDamaged(f"{check.problems[0]}; run `biodedup log verify`, and restore a backup")
             return spans, [record_of(row) for row in rows]
+
+    def record_reading(self, records: Sequence[AuditRecord]) -> None:
+        """Notes calls of a process that only reads; the writer takes them into the audit log. Durable when it returns. Raises
+        StorageUnavailable, GalleryBusy."""
+        self._process.check()
+        with self.lock:
+            self._readings.append(records)
+
+    def waiting_readings(self) -> Waiting | None:
+        """Calls of readers that are not in the audit log yet. None for nothing. Raises StorageUnavailable, GalleryDamaged."""
+        with self.lock:
+            return self._readings.waiting()
+
+    def forget_readings(self, number: int) -> None:
+        """Those up to a number are in the audit log."""
+        self._readings.forget(number)
 
     def cards(self) -> list[tuple[Any, ...]]:
         """Rows of table `card`, oldest first."""

@@ -553,3 +553,18 @@ def test_a_table_that_a_register_had_is_not_laid_anew(register):
     catalogue._run(f"DROP TABLE {catalogue._table('approval')}")
     with pytest.raises(bd.GalleryDamaged, match="table approval is lost"):
         register()
+
+
+@pytest.mark.slow
+def test_calls_of_a_front_end_that_only_reads_are_recorded(register):
+    config = bd.Config(audit="all")
+    writer = register(config, cluster=NO_POLL)
+    enroll(writer, "anna", people(1)[0])
+    reader = register(config, cluster=NO_POLL, read_only=True)
+    reader.subject("anna")
+    reader.templates("anna")
+    reader.close()
+    seen = [(record.call, record.principal[:3]) for record in writer.audit_records()]
+    assert seen == [("enroll", "os:"), ("subject", "os:"), ("templates", "os:")]
+    enroll(writer, "bella", people(2)[1])
+    assert writer.problems() == []

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from biodedup.common.described import Described
-from biodedup.errors import CallerError, GalleryDamaged
+from biodedup.errors import CallerError, GalleryDamaged, StorageUnavailable
 from biodedup.gallery.care.verify import connected, read_manifest
 from biodedup.gallery.catalogue.approvals import wrong_signatures
 from biodedup.gallery.catalogue.chain import (
@@ -27,6 +28,7 @@ from biodedup.gallery.catalogue.chain import (
     is_listed,
     pack_row,
 )
+from biodedup.gallery.catalogue.readings import Readings
 from biodedup.gallery.catalogue.sqlite import CatalogueTables
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
 
@@ -78,11 +80,26 @@ def verify_chain(
             catalogue.begin_reading()
             try:
                 files = [str(problem) for problem in manifest.problems]
-                return check_log(catalogue, files, len(manifest.files), mark, public_keys)
+                report = check_log(catalogue, files, len(manifest.files), mark, public_keys)
             finally:
                 catalogue.rollback()
+            return _with_readings(report, Readings(storage, folder, catalogue.readers_taken))
     except (GalleryDamaged, *ODD_CONTENT) as error:
         return unreadable(error)
+
+
+def _with_readings(report: LogReport, readings: Readings) -> LogReport:
+    """What is wrong with the calls of readers that no writer has taken into the audit log yet."""
+    try:
+        with closing(readings):
+            waiting = readings.waiting()
+    except (GalleryDamaged, StorageUnavailable) as error:
+        return replace(report, problems=(*report.problems, f"calls of readers cannot be read: {error}"))
+    if waiting is None:
+        return report
+    note = f"{len(waiting.records)} calls of readers are not in the audit log yet; the next writer takes them in"
+    found = [f"calls of readers: {waiting.problem}"] if waiting.problem else []
+    return replace(report, problems=(*report.problems, *found), notes=(*report.notes, note))
 
 
 def check_log(

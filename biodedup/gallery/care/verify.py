@@ -25,6 +25,7 @@ from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
     LEDGER_NAME,
+    READERS_NAME,
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.opening import check_format
@@ -85,7 +86,7 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
 def _beside(storage: Storage, folder: Path) -> list[Problem]:
     """What is wrong with the databases of the queue and of kits."""
     problems = []
-    for name in {BACKLOG_NAME, LEDGER_NAME}.intersection(storage.list_names(folder) or ()):
+    for name in {BACKLOG_NAME, LEDGER_NAME, READERS_NAME}.intersection(storage.list_names(folder) or ()):
         try:
             with (
                 translated(f"reading {folder / name}"),

@@ -32,6 +32,8 @@ AUDIT_COLUMNS = {
     "audit_span": "number INTEGER PRIMARY KEY, last INTEGER, since REAL, until REAL, key_id TEXT, before BLOB, value BLOB, digest BLOB, "
     "records BLOB",
 }
+BROKEN = "readers"
+"""The call of a record that says that calls of readers do not follow from each other (readings.py)."""
 SPAN_ROWS, UNPACKED_MAX = 2_000, 4_000
 """Records of a span; records that are not packed."""
 _ARCHIVE_TITLE = "biodedup audit archive 1"
@@ -245,6 +247,7 @@ class AuditCheck:
             self.problems.append(str(error))
             return
         self.records += len(read)
+        self._note_readers(read)
         if span.key_id in ("", self.chain_hash.key_id):
             *_, value = chained(self.chain_hash if span.key_id else ChainHash(None), span.before, read)
             if value != span.value:
@@ -254,6 +257,13 @@ class AuditCheck:
                 f"audit records {span.number} to {span.last} are of key {span.key_id}, which is not at hand"
             )
 
+    def _note_readers(self, records: Iterable[AuditRecord]) -> None:
+        for record in records:
+            if record.call == BROKEN:
+                self.notes.append(
+                    f"audit record {record.number}: calls of readers that were taken in: {record.outcome}"
+                )
+
     def rows(self, rows: Iterable[Sequence[Any]], head: AuditHead) -> None:
         """The records that are not packed, and the head."""
         wrong = []
@@ -262,6 +272,7 @@ class AuditCheck:
         for row in rows:
             record = record_of(row)
             self.records += 1
+            self._note_readers([record])
             if record.number != self._next:
                 lost = f"{self._next} to {record.number - 1}" if record.number - 1 > self._next else f"{self._next}"
                 wrong.append(f"audit record {lost} is lost or was moved: it was dropped or reordered")

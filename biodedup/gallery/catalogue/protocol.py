@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.audit import AuditHead, AuditRecord, AuditSpan
 from biodedup.gallery.catalogue.chain import ChainHash, Link
+from biodedup.gallery.catalogue.readings import Place
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
 from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.index_codec import FaissCodec
@@ -169,6 +170,10 @@ class Catalogue(Protocol):
     def put_audit_span(self, span: AuditSpan) -> None: ...
 
     def add_audit(self, records: Sequence[AuditRecord]) -> None: ...
+
+    def readers_taken(self) -> Place: ...
+
+    def put_readers_taken(self, place: Place) -> None: ...
 
     # cases ------------------------------------------------------------------------------------------------------
 

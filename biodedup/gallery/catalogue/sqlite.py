@@ -80,6 +80,7 @@ from biodedup.gallery.catalogue.chain import (
     pack_row,
 )
 from biodedup.gallery.catalogue.chain_writer import ChainWriter
+from biodedup.gallery.catalogue.readings import TAKEN, Place
 from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
@@ -506,6 +507,13 @@ class CatalogueTables(ABC):
         self.put_audit_span(pack_records(rows, before, head.key_id))
         self._delete("audit WHERE number <= ?", [(last,)])
         return replace(head, first=last + 1)
+
+    def readers_taken(self) -> Place:
+        """Of the newest record of a reader that is in the audit log. Raises GalleryDamaged."""
+        return Place.from_json(next((value for _, value in self._all("meta", None, "key = ?", (TAKEN,))), None))
+
+    def put_readers_taken(self, place: Place) -> None:
+        self.put("meta", [(TAKEN, place.to_json())])
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""

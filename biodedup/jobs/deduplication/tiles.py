@@ -65,7 +65,10 @@ class JoinRecipe:
         """The function returns None where this process has another version of the gallery."""
         try:
             engine = Engine.open(
-                self.folder, replace(self.config, log=Config().log), read_only=True, override_policy=True
+                self.folder,
+                replace(self.config, log=Config().log, audit="none"),  # the job is recorded, not each of its workers
+                read_only=True,
+                override_policy=True,
             )
         except NotAGallery as error:
             raise InvalidInput(

@@ -25,6 +25,7 @@ import biodedup
 from biodedup.common import quality as quality_scale
 from biodedup.common.described import Described
 from biodedup.config import Config
+from biodedup.engine.callers.audit import recorded_reading
 from biodedup.engine.callers.export_right import note_export
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
@@ -88,7 +89,10 @@ def export_gallery(
         translated(f"writing {folder}"),
         new_folder(folder, (*NAMES, _COPY_NAME, f"{_COPY_NAME}-journal")) as new,
     ):
-        with _database(opened, storage, new) as (snapshot, catalogue):
+        with (
+            _database(opened, storage, new) as (snapshot, catalogue),
+            recorded_reading(opened, (config or Config()).audited, "export_gallery", snapshot.live_count),
+        ):
             about = _write_tables(catalogue, snapshot, opened.gallery_id, new, progress)
         about.write(new, biodedup.__version__)
         size = sum(path.stat().st_size for path in new.iterdir())
