@@ -36,7 +36,7 @@ from biodedup.cluster.store import stored_name
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.audit import AuditRecord
-from biodedup.gallery.catalogue.chain import CHAINED, is_chained, pack_row
+from biodedup.gallery.catalogue.chain import CHAINED, COVERED, is_chained, pack_row
 from biodedup.gallery.catalogue.chain_writer import ChainWriter
 from biodedup.gallery.catalogue.sqlite import (
     ADDED,
@@ -432,9 +432,12 @@ class PostgresCatalogue(CatalogueTables):
                 if ADDED.get(table) in (None, *settings):
                     raise GalleryDamaged(f"table {table} is lost; restore the database from a backup")
                 self._create(table)
+            if "chain" in settings and ADDED["budget"] not in settings:
+                self.chain.anew = COVERED
             self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS - settings.keys())])
             self.set_state(replace(state, commits=state.commits + 1, commit_id=secrets.token_hex(8)))
             self.commit()
+            self.chain.anew = ""
         finally:
             self.rollback()
 

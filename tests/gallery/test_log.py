@@ -14,6 +14,7 @@ import threading
 from contextlib import closing, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
@@ -21,13 +22,15 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.commands import app
-from biodedup.gallery.catalogue.chain import CHAINED, ChainHash, Digest, pack_row
+from biodedup.gallery.catalogue import chain_writer
+from biodedup.gallery.catalogue.chain import CHAINED, ChainHash, Digest, is_chained, pack_row
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.testing import internals
 from tests.support.faults import Countdown, FailingStorage
-from tests.support.galleries import enroll, small
+from tests.support.galleries import PEOPLE, enroll, small
 from tests.support.places import Folder, Register
+from tests.support.vectors import SFACE
 
 KEY = bytes(range(1, 33))
 CONFIGS = {"clear": small(seal_rows=1000), "keyed": replace(small(seal_rows=1000), keys=lambda: KEY)}
@@ -204,6 +207,44 @@ def test_counters_that_were_put_back_are_named(place):
     assert any("counters" in problem for problem in place.problems())
     with pytest.raises(bd.GalleryDamaged, match="counters"):
         place.open()
+
+
+def probe(i):
+    return bd.Encounter(templates={"face": PEOPLE[i]}, model_id=SFACE)
+
+
+@pytest.mark.parametrize("forged", ["put back", "deleted", "changed"])
+def test_budgets_that_were_forged_are_named_and_refill_nothing(place, forged):
+    with place.open() as engine:
+        engine.set_policy(replace(engine.policy, subject_calls_per_day=3), by="anna", reason="scores leak")
+        engine.verify(probe(0), "s0")
+        engine.verify(probe(1), "s1")
+        before = next(row for row in place.rows("budget") if "s0" in row[0])
+        engine.verify(probe(0), "s0")
+    assert not place.problems()
+    if forged == "deleted":
+        place.run("DELETE FROM budget WHERE key = ?", before[:1])
+    else:
+        place.put("budget", before if forged == "put back" else (before[0], 1.0, 0))
+    (problem,) = place.problems()
+    assert problem.startswith("table budget: its ")
+    with place.open() as engine, pytest.raises(bd.GalleryDamaged, match=r"table budget .* log verify"):
+        engine.verify(probe(0), "s0")
+
+
+def test_a_chain_from_before_it_covered_budgets_takes_them_in(place):
+    with place.open() as engine:
+        engine.set_policy(replace(engine.policy, subject_calls_per_day=3), by="anna", reason="scores leak")
+        with patch.object(chain_writer, "is_chained", lambda table, row: table != "budget" and is_chained(table, row)):
+            internals(engine).catalogue.chain.anew = "as an older release"
+            engine.verify(probe(0), "s0")
+            internals(engine).catalogue.chain.anew = ""
+            with internals(engine).gallery.transaction() as transaction:
+                transaction.callers()._delete("meta WHERE key = ?", [("budgets",)])
+    with place.open() as engine:
+        engine.verify(probe(0), "s0")
+    found = place.verified()
+    assert not found.problems and any("more tables" in note for note in found.notes)
 
 
 def test_a_dropped_link_is_named(place):

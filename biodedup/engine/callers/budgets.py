@@ -10,7 +10,8 @@ Owns the token buckets and the detection of climbing. Never compares with the ga
    kept in memory alone, the last few of a limited number of pairs; the number of rises is kept in the database.
 4. Whether an exhausted subject is among the answers of a search tells its caller something. A caller that meets exhausted or locked subjects
    `climbs_max` times in a day is stopped for a day (without `climbs_max`, after `STOPPED_AT`). Callers without a name are not.
-5. A clock that was set back never empties a bucket further than empty.
+5. The hash chain covers what the database keeps of them. It is compared at the first call of a process, and then at one of `_TIDY_CALLS`.
+6. A clock that was set back never empties a bucket further than empty.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ NEAR = 0.5
 one of ten (LFW, 2026-11)."""
 _REMEMBERED, _PAIRS_MAX = 16, 4_096  # failed captures of a pair of caller and subject; pairs
 NO_SUBJECTS: Mapping[str, int] = MappingProxyType({})
-_TIDY_CALLS = 1_000  # after so many calls what counts no more is dropped
+_TIDY_CALLS = (
+    1_000  # after so many calls what is there is compared with the hash chain, and what counts no more is dropped
+)
 CLIMBING, STOPPED = "climbing", "stopped"
 STOPPED_AT = 5
 
@@ -60,6 +63,8 @@ class _Counts(Protocol):
 
     def put_budget(self, key: str, until: float, climbs: int) -> None: ...
 
+    def check_budgets(self) -> None: ...
+
     def forget_budgets(self, now: float) -> None: ...
 
     def drop_budget(self, key: str) -> None: ...
@@ -79,6 +84,9 @@ class _InMemory:
 
     def put_budget(self, key: str, until: float, climbs: int) -> None:
         self.rows[key] = until, climbs
+
+    def check_budgets(self) -> None:
+        pass
 
     def forget_budgets(self, now: float) -> None:
         self.rows = {key: row for key, row in self.rows.items() if row[0] > now}
@@ -172,6 +180,7 @@ class Budgets:
         now = self._clock()
         with self._counting(write=bool(buckets)) as counts:
             if self._calls % _TIDY_CALLS == 0:
+                counts.check_budgets()
                 counts.forget_budgets(now)
             self._calls += 1
             if stops:

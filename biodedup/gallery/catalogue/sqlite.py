@@ -68,6 +68,7 @@ from biodedup.gallery.catalogue.chain import (
     AUDIT_HEAD,
     BEGUN,
     CHAIN_COLUMNS,
+    COVERED,
     JOURNAL,
     NO_LINK,
     ChainHash,
@@ -135,7 +136,7 @@ ADDED = {
     "chain": "chain",
     "digest": "chain",
     "row_change": "chain",
-    "budget": "access",
+    "budget": "budgets",
     "alarm": "access",
     "approval": "access",
     "audit": "audit",
@@ -415,6 +416,12 @@ class CatalogueTables(ABC):
 
     def drop_budget(self, key: str) -> None:
         self._delete("budget WHERE key = ?", [(key,)])
+
+    def check_budgets(self) -> None:
+        """Compares all of them with the hash chain, before this transaction changes any. Raises GalleryDamaged."""
+        with self.compared_with_chain():
+            for _ in self._all("budget"):
+                pass
 
     def alarms(self) -> list[tuple[Any, ...]]:
         """(number, kind, caller, subject_id, raised_at), oldest first."""
@@ -725,6 +732,8 @@ class SqliteCatalogue(CatalogueTables):
     def commit(self) -> None:
         self.chain.extend()
         self._connection.execute("COMMIT")
+        if self.chain.anew == COVERED:
+            self.chain.anew = ""
 
     def rollback(self) -> None:
         if self._connection.in_transaction:
@@ -754,6 +763,8 @@ class SqliteCatalogue(CatalogueTables):
     def renew(self) -> None:
         """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
         first, settings = self.policies(), self.meta()
+        if "chain" in settings and ADDED["budget"] not in settings:
+            self.chain.anew = COVERED
         for table, setting in ADDED.items():
             if setting not in settings and not self.exists(table):
                 self._create(table)
