@@ -530,6 +530,12 @@ class Config:
     """Where the register's key comes from, or a function that returns it: 32 bytes. With it a new gallery is encrypted; one that is
     encrypted opens with its key alone, and one that is not opens without a key alone (`KeyMismatch`). Needs the extra `encryption`."""
 
+    subject_keys: Path | None = None
+    """Folder outside the gallery and its backups. With it, minutiae that are enrolled from now on are sealed by a key of their row, which is in
+    this folder and is destroyed on removal, so that no backup yields them any more. A gallery that has begun so opens with this folder
+    alone (`KeyMismatch`). For a gallery in a folder; embeddings are not sealed by it. It is not stored with the gallery. Needs the
+    extra `encryption`."""
+
     identities: dict[str, str] | None = None
     """name -> its roles, separated by spaces (`biodedup.principals.ROLES`), and its public keys, `ed25519:HEX`, which then sign its approvals.
     With it, `by` of verdicts and policies, and `--by`, must be one of
@@ -612,7 +618,7 @@ class Config:
             replace(self.with_policy(), cluster=None, keys=None, identities=None),
             dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items},
         )
-        for name in ("cluster", "keys", "identities", "allow_template_export", "audit"):
+        for name in ("cluster", "keys", "subject_keys", "identities", "allow_template_export", "audit"):
             del stored[
                 name
             ]  # where a program finds the gallery and its key, and who may use it, not what the gallery is

@@ -1348,10 +1348,13 @@ def _opened_folder(path: str, config: Config, storage: Storage, gallery_id: str,
         gallery_id=gallery_id,
         read_only=read_only,
         limits=IndexLimits(config.threads, config.search.miss_risk),
+        subject_keys=config.subject_keys,
     )
 
 
 def _opened_register(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
+    if config.subject_keys is not None:
+        raise InvalidInput("keys of subjects are for a gallery in a folder; leave subject_keys out")
     if config.gallery.renewable:
         raise InvalidInput("renewable templates are for a gallery in a folder; leave gallery.renewable out")
     try:

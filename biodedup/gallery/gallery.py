@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
-from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput, KeyMismatch
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.cases import read_case, standing
 from biodedup.gallery.catalogue.audit import AuditCheck, AuditRecord, AuditSpan, record_of
@@ -39,6 +39,7 @@ from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.readings import Readings, Waiting
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
 from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage, needs_key
@@ -58,7 +59,7 @@ from biodedup.gallery.segments.part import Rows
 from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.transaction import Transaction
+from biodedup.gallery.transaction import Transaction, sealed_cells
 from biodedup.index_spec import NATIVE, IndexSpec, parse_specs, spec_of
 from biodedup.values import COLUMNS, Case, Template, Verdict
 
@@ -87,6 +88,7 @@ class Gallery:
         lock: Lock | None,
         config: GalleryConfig,
         limits: IndexLimits,
+        subject_keys: Path | None = None,
     ) -> None:
         self.folder = folder
         self.limits = limits
@@ -110,9 +112,11 @@ class Gallery:
         self._maintenance = Maintenance(self, config)
         self._opened: WeakSet[Segment] = WeakSet()
         self._readings = Readings(storage, folder, lambda: self._catalogue.readers_taken())
+        self.keys = self._opened_keys(subject_keys)
         self._load()
         if lock is not None:
             self._sweep()
+            self._finish_erasure()
             if not catalogue.has_encounters():
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
@@ -136,11 +140,12 @@ class Gallery:
         gallery_id: str,
         read_only: bool = False,
         limits: IndexLimits = _LIMITS,
+        subject_keys: Path | None = None,
     ) -> Gallery:
         """Opens the gallery, creating it where the folder is absent or empty.
 
-        settings, gallery_id: stored with a new gallery; limits: of what indexes may miss and take. Raises NotAGallery, IndexMismatch,
-        GalleryBusy, GalleryDamaged, StorageUnavailable.
+        settings, gallery_id: stored with a new gallery; limits: of what indexes may miss and take; subject_keys: the folder of the keys that
+        minutiae are sealed by. Raises NotAGallery, IndexMismatch, KeyMismatch, GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
         with translated(f"opening {folder}"):
             lock = prepare_folder(storage, folder, read_only=read_only)
@@ -148,7 +153,7 @@ class Gallery:
                 stored = json.dumps(settings)
                 catalogue = open_catalogue(storage, folder, read_only=read_only, gallery_id=gallery_id, settings=stored)
                 try:
-                    return cls(storage, folder, catalogue, lock, config, limits)
+                    return cls(storage, folder, catalogue, lock, config, limits, subject_keys)
                 except BaseException:
                     catalogue.close()
                     raise
@@ -158,9 +163,48 @@ class Gallery:
                 raise
 
     @classmethod
-    def open_to_read(cls, folder: Path, storage: Storage, config: GalleryConfig) -> Gallery:
+    def open_to_read(
+        cls, folder: Path, storage: Storage, config: GalleryConfig, subject_keys: Path | None = None
+    ) -> Gallery:
         """A gallery that is there, while another process may write it. Raises as `open`."""
-        return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
+        return cls.open(
+            folder,
+            storage=storage,
+            config=config,
+            settings={},
+            gallery_id="",
+            read_only=True,
+            subject_keys=subject_keys,
+        )
+
+    def _opened_keys(self, folder: Path | None) -> SubjectKeys | None:
+        """Of subjects. Raises KeyMismatch, InvalidInput, GalleryDamaged."""
+        known = self._catalogue.has_subject_keys()
+        if folder is None:
+            if known:
+                raise KeyMismatch(
+                    f"minutiae of {self.name} are sealed by keys of its subjects; state their folder by Config(subject_keys=...)"
+                )
+            return None
+        if self.folder.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise InvalidInput(
+                f"subject_keys is {folder}, in the gallery itself, whose backups must not have them; name another folder"
+            )
+        if not known and self.read_only:
+            return None  # no writer has begun to seal
+        return SubjectKeys(folder, self._catalogue.meta()["gallery_id"], read_only=self.read_only, new=not known)
+
+    def _finish_erasure(self) -> None:
+        """Notes that the gallery has keys of subjects, and destroys those of rows that a process removed and did not come to."""
+        if self.keys is None:
+            return
+        if not self._catalogue.has_subject_keys():
+            with self.transaction() as transaction:
+                transaction.callers().set_subject_keys()
+        if doomed := self.keys.doomed():
+            kept = {*self._published.live_rows().tolist(), *self._published.pending}
+            self.keys.destroy({slot for row, slot in doomed if row not in kept})
+            self.keys.forget_doomed()
 
     @property
     def name(self) -> str:
@@ -195,6 +239,8 @@ class Gallery:
         self._maintenance.join()
         with self.lock:
             self._readings.close()
+            if self.keys is not None:
+                self.keys.close()
             self._catalogue.close()
             if self._lock_file is not None:
                 self._lock_file.release()
@@ -507,6 +553,7 @@ class Gallery:
         self, subject_ids: Packed, cells: Mapping[str, NewCells], group_sets: NDArray[np.uint32]
     ) -> SegmentEntry:
         """Writes a segment of new rows, for `Transaction.attach`. No reader sees it before that."""
+        cells = sealed_cells(self.keys, cells, len(subject_ids))
         return self.write_part(NewRows(subject_ids, cells, group_sets), None)
 
     def write_part(self, part: Rows, keep: NDArray[np.bool_] | None) -> SegmentEntry:
@@ -724,7 +771,7 @@ class Gallery:
         # a number that a merge has taken, and not committed yet, stays taken
         next_segment = max(loaded.state.next_segment, self._state.next_segment)
         self._state = replace(loaded.state, next_segment=next_segment)
-        self._published, self._tail = loaded.snapshot, loaded.tail
+        self._published, self._tail = replace(loaded.snapshot, keys=self.keys), loaded.tail
         self._opened.update(loaded.snapshot.segments)
 
     def _sweep(self) -> None:

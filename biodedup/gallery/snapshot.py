@@ -23,6 +23,7 @@ from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codes import dequantise
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys, slot_of, unsealed
 from biodedup.gallery.files.encryption.turning import Turn
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
@@ -41,7 +42,7 @@ class Snapshot:
     """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
     case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
     of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON; indexing: the index engines
-    of its columns; turn: the transform that embeddings are stored with from now on."""
+    of its columns; turn: the transform that embeddings are stored with from now on; keys: of subjects, which minutiae are sealed by."""
 
     version: int
     row_count: int
@@ -55,6 +56,7 @@ class Snapshot:
     steps: Mapping[str, str] = field(default_factory=dict, repr=False)
     indexing: IndexSettings = field(default_factory=IndexSettings, repr=False)
     turn: Turn | None = field(default=None, repr=False)
+    keys: SubjectKeys | None = field(default=None, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
@@ -397,7 +399,7 @@ class Snapshot:
             if column in part.columns:
                 cells = part.columns[column].cells_at(positions)
                 has = cells >= 0
-                found = part.columns[column].minutiae_at(cells[has])
+                found = unsealed(self.keys, COLUMNS.index(column), part.columns[column].minutiae_at(cells[has]))
                 records.update(zip(part.rows(positions[has]).tolist(), found, strict=True))
         return {row: records[row] for row in rows if records.get(row)}
 
@@ -411,10 +413,23 @@ class Snapshot:
                 continue
             embedding = None if column.dimension is None else column.vectors_at(cell)[0]
             stored = float(column.quality(int(cell[0]), int(cell[0]) + 1)[0])
-            minutiae = column.minutiae_at(cell)[0] or None
+            minutiae = unsealed(self.keys, COLUMNS.index(name), column.minutiae_at(cell))[0] or None
             quality = quality_scale.from_stored(name, stored)
+            if embedding is None and minutiae is None:
+                continue  # its key was destroyed: this is a copy from before the removal
             templates[name] = Template(name, self.models[name].model_id, embedding, minutiae, quality)
         return templates
+
+    def slots_of(self, rows: Sequence[int] | Int64) -> list[tuple[int, int]]:
+        """(row, slot) of the keys that the minutiae of these rows are sealed by."""
+        found: set[tuple[int, int]] = set()
+        for part, positions in self._by_part(np.sort(np.asarray(rows, np.int64))):
+            for column in part.columns.values():
+                cells = column.cells_at(positions)
+                has = cells >= 0
+                slots = map(slot_of, column.minutiae_at(cells[has]))
+                found.update(zip(part.rows(positions[has]).tolist(), slots, strict=True))
+        return sorted((row, slot) for row, slot in found if slot >= 0)
 
     def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:
         """What an enrolled subject owns, oldest first."""

@@ -253,6 +253,13 @@ class CatalogueTables(ABC):
         turn_id = next((value for _, value, *_ in self._all("meta", None, "key = ?", ("turn",))), "")
         return self.turns(turn_id) if turn_id else None
 
+    def has_subject_keys(self) -> bool:
+        """Whether minutiae are sealed by keys of subjects (files/encryption/subject_keys.py)."""
+        return "subject_keys" in self.meta()
+
+    def set_subject_keys(self) -> None:
+        self.put("meta", [("subject_keys", "1")])
+
     def turn_ids(self) -> set[str]:
         """Of the transforms that the journal and the index codecs are of."""
         cards = (json.loads(card) for _, _, card, *_ in self._all("index_codec"))

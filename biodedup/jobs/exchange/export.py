@@ -31,6 +31,7 @@ from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files import packed
+from biodedup.gallery.files.encryption.subject_keys import unsealed
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.gallery import Gallery
@@ -57,6 +58,7 @@ from biodedup.jobs.exchange.gallery_files import (
 )
 from biodedup.jobs.shared.files import new_folder
 from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.values import COLUMNS
 
 _COPY_NAME = "database.copy"
 
@@ -85,7 +87,7 @@ def export_gallery(
     note_export(config or Config(), "a whole gallery")
     storage = LocalStorage(None if config is None else config.keys)
     with (
-        closing(Gallery.open_to_read(gallery, storage, (config or Config()).gallery)) as opened,
+        closing(_opened(gallery, storage, config or Config())) as opened,
         translated(f"writing {folder}"),
         new_folder(folder, (*NAMES, _COPY_NAME, f"{_COPY_NAME}-journal")) as new,
     ):
@@ -98,6 +100,10 @@ def export_gallery(
         size = sum(path.stat().st_size for path in new.iterdir())
         rows, decisions = (sum(part.rows for part in about.parts), sum(part.decisions for part in about.parts))
     return ExportedGallery(folder, snapshot.live_count, rows, decisions, snapshot.version, size)
+
+
+def _opened(gallery: Path, storage: Storage, config: Config) -> Gallery:
+    return Gallery.open_to_read(gallery, storage, config.gallery, config.subject_keys)
 
 
 @contextmanager
@@ -189,7 +195,8 @@ def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schem
         has = at >= 0
         vectors, minutiae, quality = np.zeros((0, model.dimension or 0), np.float32), [], np.zeros(0, np.float32)
         if column is not None and has.any():
-            vectors, minutiae = column.vectors_at(at[has]), column.minutiae_at(at[has])
+            vectors = column.vectors_at(at[has])
+            minutiae = unsealed(snapshot.keys, COLUMNS.index(name), column.minutiae_at(at[has]))
             first, last = int(at[has][0]), int(at[has][-1]) + 1
             quality = quality_scale.each_from_stored(name, column.quality(first, last)[at[has] - first])
         cells[name] = _lists(vectors, has)
