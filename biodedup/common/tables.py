@@ -18,6 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from biodedup.common.renamed import old_names, renamed
 from biodedup.errors import InvalidInput
 
 T = TypeVar("T")
@@ -97,8 +98,15 @@ def table_of(hint: Any) -> Any | None:
 def _typed(cls: type, table: object, where: str, folder: Path | None, prefix: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(table, Mapping):
         raise InvalidInput(f"{where}: {prefix.removesuffix('.')} is {table!r}, wanted a table")
-    known = hints(cls)
+    known, old = hints(cls), old_names(cls)
     for name, value in table.items():
+        if name in old:
+            if old[name] in table:
+                raise InvalidInput(
+                    f"{where}: {prefix}{name} and {prefix}{old[name]} name one setting; state {old[name]} alone"
+                )
+            renamed(f"{where}: {prefix}{name}", old[name])
+            name = old[name]
         full = f"{prefix}{name}"
         if name not in known:
             raise InvalidInput(f"{where}: {full} is not known; {_hint(name, known, prefix)}")

@@ -38,14 +38,14 @@ def finger_input(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -> Fin
     rows, columns = np.nonzero(ridges.inside[::4, ::4])
     height, width = ridges.inside.shape
     x, y = (4 * round(float(v.mean())) if len(v) else side // 2 for v, side in ((columns, width), (rows, height)))
-    inside = ridges.inside.astype(np.float32)
-    turns = 2 * ridges.direction
-    layers = cv2.merge(
-        [np.cos(turns) * inside, np.sin(turns) * inside, inside, (PERIOD_PX / ridges.period - 1) * 2 * inside]
-    )
     half = CELLS * CELL_PX // 2
-    framed = cv2.copyMakeBorder(layers, half, half, half, half, cv2.BORDER_CONSTANT)[y : y + 2 * half, x : x + 2 * half]
-    directions = cv2.resize(np.ascontiguousarray(framed), (CELLS, CELLS), interpolation=cv2.INTER_AREA)
+    top, bottom, left, right = max(half - y, 0), max(y + half - height, 0), max(half - x, 0), max(x + half - width, 0)
+    within = np.s_[max(y - half, 0) : y + half, max(x - half, 0) : x + half]
+    inside, turns = ridges.inside[within].astype(np.float32), 2 * ridges.direction[within]
+    period = (PERIOD_PX / ridges.period[within] - 1) * 2
+    layers = cv2.merge([np.cos(turns) * inside, np.sin(turns) * inside, inside, period * inside])
+    framed = cv2.copyMakeBorder(layers, top, bottom, left, right, cv2.BORDER_CONSTANT)
+    directions = cv2.resize(framed, (CELLS, CELLS), interpolation=cv2.INTER_AREA)
     found = skeleton_minutiae(ridges, thin)
     found[:, 0] -= x
     found[:, 1] -= y

@@ -176,7 +176,9 @@ class Engine:
         self._extractor = Extractor(config)
         self._log = EngineLog(config.log)
         samples = GallerySamples(gallery)
-        known = Calibrations(self._extractor.cards, samples.latest, own_strangers=lambda: self.policy.own_strangers)
+        known = Calibrations(
+            self._extractor.cards, samples.latest, use_gallery_impostors=lambda: self.policy.use_gallery_impostors
+        )
         self._matcher = CylinderMatcher(config.threads)
         self._comparer = Comparer(known.of, self._matcher, known.with_minutiae, known.replay_of)
         self._pairs = PairComparer(known, self._comparer)

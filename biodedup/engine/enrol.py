@@ -40,6 +40,7 @@ from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction, exists
 from biodedup.match.pairs import record_candidates
+from biodedup.match.ranked import Ranked
 from biodedup.required import shortfall
 from biodedup.search.searcher import CandidateSet
 from biodedup.trace import tracing, untraced
@@ -211,13 +212,17 @@ class Enrolment:
         return group
 
     def _decide_all(self, transaction: Transaction, call: _Waiting) -> None:
-        for i, (probe, found, digest) in enumerate(zip(call.probes, call.seen.found, call.digests, strict=True)):
+        added = self._searches.compared_with_added(call.probes, call.seen, transaction.snapshot())
+        each = zip(call.probes, call.seen.found, call.digests, added, strict=True)
+        for i, (probe, found, digest, of_added) in enumerate(each):
             try:
                 answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot)
                 if answer is None:
                     request = Request(call.replaces, tuple(probe.encounter.groups), call.seen.across, call.reason)
                     required = self._decider.policy().required
-                    decision = self.decide(transaction, probe, found, call.seen, request, required=required)
+                    decision = self.decide(
+                        transaction, probe, found, call.seen, request, required=required, added=of_added
+                    )
                     if call.approve is not None:
                         call.approve(transaction)
                     answer = self.record(transaction, probe, decision, digest, request)
@@ -239,11 +244,13 @@ class Enrolment:
         *,
         required: Sequence[str] = (),
         same: Collection[int] = (),
+        added: Ranked | None = None,
     ) -> Decision:
         """The decision inside the transaction, so that no row can be added between its search and its commit.
 
         case: the open case that is decided again, if any. required: as in `Policy`. same: rows that a person judged to be of the same
-        person as the case; an update is verified unless the subject still has one of them.
+        person as the case; an update is verified unless the subject still has one of them. added: as of
+        `BatchedSearch.compared_with_added`.
         """
         now = transaction.snapshot()
         subject_rows = now.rows_under(probe.subject_id)
@@ -258,7 +265,7 @@ class Enrolment:
             return self._decider.incomplete(probe, lacks, now, version=transaction.version)
         own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
-        found = self._searches.search_since(probe, found, seen, now, {*own, *different})
+        found = self._searches.search_since(probe, found, seen, now, {*own, *different}, added)
         decider = self._decider.with_comparer(seen.searcher.comparer)
         decision = decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
         if request.reason:

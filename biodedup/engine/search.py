@@ -18,13 +18,19 @@ from biodedup.engine.sample import GallerySamples
 from biodedup.gallery.files import packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
+from biodedup.match.candidates import JoinedCandidates, TemplateCandidates
+from biodedup.match.ranked import Ranked
+from biodedup.match.staged import Stage
 from biodedup.search.batching import Gathering
-from biodedup.search.searcher import PROBES, CandidateSet, Searcher
+from biodedup.search.scope import Scope
+from biodedup.search.searcher import PROBES, CandidateSet, Searcher, SnapshotRows
 from biodedup.search.selfjoin.join import SelfJoin
 from biodedup.trace import untraced
 from biodedup.values import Float32, SearchResult, Template
 
 _Groups = tuple[str, ...] | None
+_ADDED_MAX = 1024
+"""If more rows were added since a search, each probe is searched for among them."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,61 @@ class BatchedSearch:
         _, snapshot, searcher = seen[0]
         return SearchSnapshot([found for found, *_ in seen], snapshot, across, extra_k, searcher)
 
+    def compared_with_added(
+        self, probes: Sequence[Probe], seen: SearchSnapshot, now: Snapshot
+    ) -> Sequence[Ranked | None]:
+        """Compares each probe with the rows that were added since its search, and with the probes before it in this batch, whose rows may
+        be added next: those that may matter to the decision on it. All pairs in one call, so that a batch is not searched for probe by
+        probe. None for probes that this does not serve: they have only embeddings to compare, or subjects have gained rows."""
+        from_row, count, columns = (
+            seen.snapshot.row_count,
+            now.row_count,
+            set[str]().union(*(p.templates for p in probes)),
+        )
+        nothing: list[Ranked | None] = [None] * len(probes)
+        if (
+            count - from_row > _ADDED_MAX
+            or (count == from_row and len(probes) == 1)
+            or not columns <= now.models.keys()
+        ):
+            return nothing
+        since = np.arange(from_row, count)
+        since = since[now.are_present(since)]
+        if len(now.with_siblings(since)[0]) > len(since):
+            return nothing
+        earlier = TemplateCandidates(*(probe.templates for probe in probes))
+        scope = Scope(now, from_row, None, seen.across, seen.extra_k)
+        rows, stages = list[NDArray[np.int64]](), list[Stage | None]()
+        for i, (probe, found) in enumerate(zip(probes, seen.found, strict=True)):
+            counted = np.ones(len(found.comparisons), bool)
+            above = seen.searcher.weakest_shown(found.comparisons, counted, seen.extra_k)
+            has_more = any(map(seen.searcher.comparer.has_more, probe.templates.values()))
+            serves = above is not None and has_more
+            rows.append(np.concatenate([since, count + np.arange(i)]) if serves else np.zeros(0, np.int64))
+            stages.append(seen.searcher.stage(probe.templates, scope, above=above))
+            if serves:
+                nothing[i] = Ranked()
+        compared = seen.searcher.comparer.compare_each(
+            [probe.templates for probe in probes],
+            JoinedCandidates(SnapshotRows(now), earlier, count),
+            rows,
+            across=seen.across,
+            subjects=[None] * len(probes),
+            stages=stages,
+        )
+        return [None if none is None else ranked for none, ranked in zip(nothing, compared, strict=True)]
+
     def search_since(
-        self, probe: Probe, found: CandidateSet, seen: SearchSnapshot, now: Snapshot, uncounted: Collection[int] = ()
+        self,
+        probe: Probe,
+        found: CandidateSet,
+        seen: SearchSnapshot,
+        now: Snapshot,
+        uncounted: Collection[int] = (),
+        added: Ranked | None = None,
     ) -> CandidateSet:
-        """The result of `search` for one probe, completed by the rows that were added since. uncounted: rows that are no candidates.
+        """The result of `search` for one probe, completed by the rows that were added since. uncounted: rows that are no candidates; added:
+        as of `compared_with_added`.
 
         If more rows do not count than extra candidates were searched for, they may have hidden others: then all rows are searched again.
         """
@@ -86,6 +143,10 @@ class BatchedSearch:
         thresholds_db = searcher.thresholds_db(probe.templates, now, across=seen.across)
         lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
         search_all = lower or np.count_nonzero(left_out) > seen.extra_k
+        if not search_all and added is not None and not (len(added) or len(changed) or left_out.any()):
+            return replace(
+                found, comparisons=before.with_others(added)
+            )  # which has no rows, only the count of its comparisons
         if not search_all:
             from_row = seen.snapshot.row_count
             may_find = searcher.may_find(now, probe.templates, from_row, thresholds_db[1], across=seen.across)

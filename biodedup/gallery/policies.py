@@ -20,7 +20,10 @@ from biodedup.common.tables import differences, flat, hints, made, plain, typed
 from biodedup.config import Policy
 from biodedup.errors import GalleryDamaged, InvalidInput, NotAGallery, PolicyMismatch
 
-_RENAMED = {"duplicate_fpir": "fpir"}  # since release 0.1.0
+_STORED_NAMES = {"use_gallery_impostors": "own_strangers"}
+"""Field -> its name in the database: the name of release 0.2. Stored texts and digests keep it."""
+_OLD_NAMES = {"duplicate_fpir": "fpir", "own_strangers": "use_gallery_impostors"}
+"""Name in a stored text -> field."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,13 @@ class PolicyVersion(Described):
 
 def to_text(policy: Policy) -> str:
     """One line of JSON, as `from_text` reads it."""
-    return json.dumps({name: plain(value) for name, value in flat(policy).items()})
+    return json.dumps(_stored(policy))
 
 
 @lru_cache(maxsize=64)
 def policy_digest(policy: Policy) -> str:
     """32 hexadecimal digits of SHA-256 of its fields, as JSON with sorted keys."""
-    fields = {name: plain(value) for name, value in flat(policy).items()}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(_stored(policy), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def from_text(text: str, what: str) -> Policy:
@@ -62,7 +64,7 @@ def from_settings(text: str) -> Policy:
     what = "the policy of the gallery's settings"
     try:
         fields = json.loads(text).get("policy") or {}
-        return _policy_of({_RENAMED.get(name, name): value for name, value in fields.items()}, what)
+        return _policy_of(fields, what)
     except (ValueError, AttributeError) as error:
         if isinstance(error, NotAGallery):
             raise
@@ -90,7 +92,13 @@ def shown(value: Any) -> str:
     return "none" if value in (None, ()) else ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
+def _stored(policy: Policy) -> dict[str, Any]:
+    return {_STORED_NAMES.get(name, name): plain(value) for name, value in flat(policy).items()}
+
+
 def _policy_of(fields: Any, what: str) -> Policy:
+    if isinstance(fields, dict):
+        fields = {_OLD_NAMES.get(name, name): value for name, value in fields.items()}
     if isinstance(fields, dict) and (unknown := fields.keys() - hints(Policy).keys()):
         raise NotAGallery(
             f"{what} has {sorted(unknown)[0]!r}, which this version does not know; use the one that stored it"

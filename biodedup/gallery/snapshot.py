@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.common import quality as quality_scale
+from biodedup.common.vectors import dot_products
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
@@ -386,10 +387,27 @@ class Snapshot:
         empty = np.zeros((len(rows), (model and model.dimension) or 0), np.float32)
         return self._gather(rows, empty, lambda part, at: _vectors(part, column, at))
 
-    def similarities(self, rows: Sequence[int] | Int64, column: str, probes: Float32) -> Float32:
-        """Cosines float32 (n, q) of rows that have this column with probes, float32 (q, d), unit rows."""
-        found = np.zeros((len(rows), len(probes)), np.float32)
-        return self._gather(rows, found, lambda part, at: _similarities(part, column, at, probes))
+    def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32:
+        """Cosines float32 (n, q) of rows that have this column, each with the q vectors of its probe. probes: float32 (p, q, d), unit
+        vectors; which: int64 (n,), the number of each row's probe."""
+        found = np.zeros((len(rows), probes.shape[1]), np.float32)
+        rotated: dict[int, Float32] = {}  # by the codec that rotates them
+        order, start = np.argsort(rows, kind="stable"), 0
+        for part, positions in self._by_part(rows[order]):
+            places = order[start : start + len(positions)]
+            held = part.columns[column]
+            cells = held.cells_at(positions)
+            if held.codec is None:
+                found[places] = dot_products(held.vectors_at(cells), probes, which[places])
+            else:  # the few probes are rotated instead of the many rows
+                if id(held.codec) not in rotated:
+                    rotated[id(held.codec)] = held.codec.rotate_probes(probes.reshape(-1, probes.shape[2])).reshape(
+                        probes.shape
+                    )
+                vectors = dequantise(*held.codes_at(cells))
+                found[places] = dot_products(vectors, rotated[id(held.codec)], which[places])
+            start += len(positions)
+        return found
 
     def minutiae(self, rows: Sequence[int] | Int64, column: str) -> dict[int, bytes]:
         """Records of those of the rows that have one in this column."""
@@ -520,15 +538,6 @@ def _vectors(part: Part, column: str, positions: Int64) -> Float32:
     return part.columns[column].vectors_at(part.columns[column].cells_at(positions))
 
 
-def _similarities(part: Part, column: str, positions: Int64, probes: Float32) -> Float32:
-    held = part.columns[column]
-    cells = held.cells_at(positions)
-    if held.codec is None:
-        return _products(held.vectors_at(cells), probes)
-    # the few probes are rotated instead of the many rows
-    return _products(dequantise(*held.codes_at(cells)), held.codec.rotate(probes))
-
-
 def _quality(part: Part, column: str, positions: Int64) -> Float32:
     found = np.full(len(positions), np.nan, np.float32)
     if column in part.columns:
@@ -545,9 +554,3 @@ def _as_bits(mask: NDArray[np.bool_] | None) -> NDArray[np.uint64]:
     some = np.packbits(mask, bitorder="little")
     bits[: len(some)] = some
     return bits.view("<u8")
-
-
-def _products(vectors: Float32, probes: Float32) -> Float32:
-    """Dot products, float32 (n, q). Without BLAS, whose last bits depend on how many rows are compared together: a score is the same in
-    any company."""
-    return np.asarray(np.einsum("nd,qd->nq", vectors, probes), np.float32)

@@ -1,4 +1,7 @@
-"""Long work over many records: resumable, with progress, built on the engine. A job's module is imported when it is first used."""
+"""The public functions of all jobs: work over many records that reports its progress and resumes after an interruption.
+
+`__init__.pyi` lists them. The module of a job is imported when the job is first used, so that `import biodedup.jobs` is quick.
+"""
 
 from types import FunctionType
 from typing import Any
@@ -11,7 +14,7 @@ _loaded, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    """A job, whose arguments are checked: a text where a path is wanted becomes one."""
+    """Imports a job on first use. Its arguments are checked at each call: a string is accepted in place of a `Path`."""
     value = _loaded(name)
     if isinstance(value, FunctionType) and name in __all__:
         value = globals()[name] = checked(value)

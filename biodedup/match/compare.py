@@ -1,4 +1,4 @@
-"""Compares one probe with many candidates, capture by capture, and adds up the evidence.
+"""Compares probes with many candidates each, capture by capture, and adds up the evidence.
 
 Owns which captures are paired, and how their scores become one. Never searches and never decides.
 
@@ -13,16 +13,17 @@ Owns which captures are paired, and how their scores become one. Never searches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
-from biodedup.match.candidates import Candidates, Measured, TemplateCandidates
+from biodedup.match.candidates import Candidates, RawScores, TemplateCandidates
 from biodedup.match.encounters import Joint, of_all_rows
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.prints.minutiae import MinutiaeMatcher
@@ -30,8 +31,11 @@ from biodedup.match.ranked import Fused, PairScores, Ranked, Scored, ScoreMatrix
 from biodedup.match.scores.calibration import Calibration
 from biodedup.match.scores.calibrations import SampleOf, WithMinutiae
 from biodedup.match.scores.fusion import llr_reaching
-from biodedup.match.staged import Stage
+from biodedup.match.staged import Probes, Stage
 from biodedup.values import BIT, Score, Template
+
+_ROWS_TOGETHER = 8192
+"""Rows that are compared together: some 10 MB with a face and ten fingers, ten times as much across positions."""
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
@@ -97,21 +101,62 @@ class Comparer:
         subject, which gives one comparison, that of its strongest row; None: each row is a subject of its own. stage: which rows'
         minutiae are compared (`staged.py`), by the evidence of the embeddings; the other rows are left out, too. None: all rows'.
         """
-        held = np.asarray(rows, np.int64)
-        if not len(held):
-            return Ranked()
+        (ranked,) = self.compare_each(
+            [probe], source, [np.asarray(rows, np.int64)], across=across, subjects=[subjects], stages=[stage]
+        )
+        return ranked
+
+    def compare_each(
+        self,
+        probes: Sequence[Mapping[str, Template]],
+        source: Candidates,
+        rows: Sequence[NDArray[np.int64]],
+        *,
+        across: bool = False,
+        subjects: Sequence[NDArray[np.int64] | None],
+        stages: Sequence[Stage | None],
+    ) -> list[Ranked]:
+        """As `compare`, for several probes: rows, subjects and stages are of each. Probes with the same kinds of captures are compared
+        together, so that a column is read once and hardly anything is done probe by probe; the results are the same to the last bit."""
+        results = [Ranked()] * len(probes)
+        alike: dict[Hashable, list[int]] = {}
+        for number, (probe, of_probe, stage) in enumerate(zip(probes, rows, stages, strict=True)):
+            if len(of_probe):
+                alike.setdefault((_kinds_of(probe), _without_above(stage)), []).append(number)
+        for numbers in alike.values():
+            for some in _pieces(numbers, [len(rows[number]) for number in numbers]):
+                together = _Together(
+                    [probes[n] for n in some], [rows[n] for n in some], [subjects[n] for n in some], stages[some[0]]
+                )
+                above = [stage.above if (stage := stages[n]) is not None else None for n in some]
+                for number, ranked in zip(some, self._compare_alike(together, source, above, across), strict=True):
+                    results[number] = ranked
+        return results
+
+    def _compare_alike(
+        self, together: _Together, source: Candidates, above: Sequence[tuple[float, float] | None], across: bool
+    ) -> list[Ranked]:
+        held, which, subjects = together.held, together.which, together.subjects
+        probe, stage = together.probes[0], together.stage
         paired = _Paired(probe, source.model_ids(), held, source.presence(held), subjects, across=across)
-        measured = Measured(self._matcher, probe, self.score_models(probe), source, held, paired.wanted())
+        measured = RawScores(
+            self._matcher, together.probes, self.score_models(probe), source, (held, which), paired.wanted()
+        )
         kept, by_embeddings = np.arange(len(held)), None
         if stage is not None and measured.waiting.any():
-            chosen, by_embeddings = stage.choose(measured, *paired.fuse(measured.scores()), subjects)
+            least = np.array([(-np.inf, -np.inf) if pair is None else pair for pair in above]).T
+            chosen, by_embeddings = stage.choose(
+                measured, *paired.fuse(measured.scores()), subjects, Probes(which, least)
+            )
             kept = np.flatnonzero(chosen)
             by_embeddings = by_embeddings[:, kept]
         whole = np.zeros((len(held), 1), bool)
         whole[kept] = True
         measured.compare(whole)
         matrix, fused = paired.of(kept).fuse(measured.scores(kept))
-        return Ranked([Scored(matrix, fused, by_embeddings, measured.compared)])
+        ends = np.searchsorted(which[kept], np.arange(len(together.probes) + 1)).tolist()
+        spans = zip(pairwise(ends), measured.compared.tolist(), strict=True)
+        return [Ranked([Scored(matrix, fused, by_embeddings, count, low, high)]) for (low, high), count in spans]
 
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
         """How the templates in each of the probe's columns score."""
@@ -151,6 +196,30 @@ class Comparer:
         return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
 
+class _Together:
+    """Probes with the same kinds of captures, and the rows that each is compared with: held, int64 (n,), the rows; which, int64 (n,),
+    ascending, the probe of each; subjects, int64 (n,), None if each row is a subject of its own."""
+
+    def __init__(
+        self,
+        probes: Sequence[Mapping[str, Template]],
+        rows: Sequence[NDArray[np.int64]],
+        subjects: Sequence[NDArray[np.int64] | None],
+        stage: Stage | None,
+    ) -> None:
+        self.probes, self.stage = probes, stage
+        self.held = np.concatenate(rows)
+        self.which = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
+        self.subjects: NDArray[np.int64] | None = None
+        if any(some is not None for some in subjects):
+            base, numbers = 0, list[NDArray[np.int64]]()  # no two probes share the number of a subject
+            for some, of_probe in zip(rows, subjects, strict=True):
+                own = np.arange(len(some)) if of_probe is None else np.unique(of_probe, return_inverse=True)[1]
+                numbers.append(base + own)
+                base += len(some)
+            self.subjects = np.concatenate(numbers)
+
+
 class _Paired:
     """Which captures of a probe and of each row are compared, and how their scores become one. own: the columns of each row, as masks;
     subjects: int64 (n,), None if each row is a subject of its own."""
@@ -182,14 +251,17 @@ class _Paired:
         return _Paired(self._probe, self._model_ids, self._rows[ats], self._own[ats], subjects, across=self._across)
 
     def wanted(self) -> dict[Pair, NDArray[np.int64]]:
-        """The pairs of columns to compare, and for each the rows that have its column, ascending."""
+        """The pairs of columns to compare, and for each the rows that have its column, ascending. In one order whatever the rows are, so
+        that sums are equal to the last bit."""
         lists: dict[Pair, list[NDArray[np.int64]]] = {}
         for some, ats in self._members:
             tried = self._readings.get(some)
             of_groups = (pair for group in self._groups[some] for pair in group)
             for pair in dict.fromkeys((*of_groups, *(tried.pairs if tried else ()))):
                 lists.setdefault(pair, []).append(ats)
-        wanted = {pair: np.sort(np.concatenate(ats)) for pair, ats in lists.items()}
+        place = {column: at for at, column in enumerate(self._probe)}
+        pairs = sorted(lists, key=lambda pair: (place[pair[0]], BIT[pair[1]]))
+        wanted = {pair: np.sort(np.concatenate(lists[pair])) for pair in pairs}
         if self._subjects is None:
             return wanted
         return {pair: ats[(self._own[ats] & BIT[pair[1]]) != 0] for pair, ats in wanted.items()}
@@ -233,6 +305,40 @@ def _readings(
     known = {probe[column].model_id for column in of_probe}
     of_candidate = tuple(column for column in columns if column != "face" and models.get(column) in known)
     return readings_of(of_probe, of_candidate, labelled)
+
+
+def _kinds_of(probe: Mapping[str, Template]) -> Hashable:
+    """What the captures of a probe are; probes of equal kinds are compared together."""
+    return tuple(
+        [
+            (
+                column,
+                template.model_id,
+                None if template.embedding is None else len(template.embedding),
+                template.minutiae is None,
+            )
+            for column, template in probe.items()
+        ]
+    )
+
+
+def _without_above(stage: Stage | None) -> Hashable:
+    if stage is None:
+        return None
+    lone_db = tuple(sorted(stage.lone_db.items()))
+    return stage.first, stage.reach_db, stage.risk, stage.finger_db, stage.correlation, lone_db
+
+
+def _pieces(numbers: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers in pieces with at most _ROWS_TOGETHER rows, or a single number with more. counts: the rows of each."""
+    piece, total = list[int](), 0
+    for number, count in zip(numbers, counts, strict=True):
+        if piece and total + count > _ROWS_TOGETHER:
+            yield piece
+            piece, total = [], 0
+        piece.append(number)
+        total += count
+    yield piece
 
 
 @cache

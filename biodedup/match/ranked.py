@@ -143,7 +143,7 @@ class Fused:
 
 
 class ScoreMatrix:
-    """The scores of one probe with some rows, by pair of columns. rows: int64 (n,); borrowed_db: float64 (n, pairs),
+    """The scores of probes with some rows, by pair of columns. rows: int64 (n,); borrowed_db: float64 (n, pairs),
     taken off the evidence of a pair that was measured on another row of the same subject; None: no pair was."""
 
     def __init__(self, rows: Int64, scores: Mapping[Pair, PairScores], borrowed_db: Float64 | None = None) -> None:
@@ -291,12 +291,19 @@ class ScoreMatrix:
 @dataclass(frozen=True, eq=False)
 class Scored:
     """Some rows with their scores. by_embeddings: float64 (2, n), score_db and llr_db of each row's subject before minutiae added to
-    embeddings; None: none did. compared: how many pairs of minutiae records were compared."""
+    embeddings; None: none did. compared: how many pairs of minutiae records were compared. low, high: the rows [low, high) are these;
+    the others are of other probes."""
 
     matrix: ScoreMatrix
     fused: Fused
     by_embeddings: Float64 | None = None
     compared: int = 0
+    low: int = 0
+    high: int | None = None
+
+    def ranked(self) -> Int64:
+        """The rows that have a score, ascending."""
+        return self.low + np.flatnonzero(~np.isnan(self.fused.score_db[self.low : self.high]))
 
 
 class Ranked(Sequence[Comparison]):
@@ -306,7 +313,7 @@ class Ranked(Sequence[Comparison]):
     def __init__(self, results: Iterable[Scored] = ()) -> None:
         self._results = tuple(results)
         self.compared = sum(result.compared for result in self._results)
-        parts = [(np.flatnonzero(~np.isnan(result.fused.score_db)), n) for n, result in enumerate(self._results)]
+        parts = [(result.ranked(), n) for n, result in enumerate(self._results)]
         at = np.concatenate([np.zeros(0, np.int64), *(ats for ats, _ in parts)])
         which = np.concatenate([np.zeros(0, np.int64), *(np.full(len(ats), number) for ats, number in parts)])
         empty = [np.zeros(0)]

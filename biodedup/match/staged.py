@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from biodedup.common.intervals import upper_bound
-from biodedup.match.candidates import Measured
+from biodedup.match.candidates import RawScores
 from biodedup.match.judgement import SPEAKS_FOR_DB
 from biodedup.match.ranked import Bool, Float64, Fused, Int64, ScoreMatrix, ScoreModel
 from biodedup.match.scores.calibration import Calibration
@@ -56,6 +56,15 @@ _GRID_STEP_DB = 0.5
 _MATES, _SEED = 1 << 15, 2_011
 
 
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """which: int64 (n,), ascending, the number of the probe that each candidate is compared with. above: float64 (2, probes), `Stage.above`
+    of each probe; minus infinity for none."""
+
+    which: Int64
+    above: Float64
+
+
 @dataclass(frozen=True)
 class Stage:
     """first: how many candidates have to be known in full, whatever they score; reach_db: the score from which all have to be; finger_db:
@@ -73,10 +82,15 @@ class Stage:
     above: tuple[float, float] | None = None
 
     def choose(
-        self, measured: Measured, matrix: ScoreMatrix, fused: Fused, subjects: Int64 | None
+        self,
+        measured: RawScores,
+        matrix: ScoreMatrix,
+        fused: Fused,
+        subjects: Int64 | None,
+        probes: Probes,
     ) -> tuple[Bool, Float64]:
         """(the rows to compare in full, score_db and llr_db by embeddings of each row's subject). matrix, fused: of embeddings; subjects:
-        as in `Comparer.compare`."""
+        as in `Comparer.compare`, another one for each probe. This stage is that of all probes, but for `above`."""
         numbers = np.arange(len(matrix.rows)) if subjects is None else np.unique(subjects, return_inverse=True)[1]
         best = np.flatnonzero(~np.isnan(fused.score_db))  # one row of each subject
         by_embeddings = np.full((2, len(numbers)), np.nan)
@@ -86,20 +100,25 @@ class Stage:
             return np.ones(len(numbers), bool), by_embeddings
         score_db, llr_db = by_embeddings
         kept = np.zeros(len(numbers), bool)
-        order = best[np.lexsort((matrix.rows[best], -llr_db[best], -score_db[best]))]
-        first = order[: self.first]
-        if self.above is not None:
-            keys = zip(score_db[first].tolist(), llr_db[first].tolist(), strict=True)
-            first = first[np.array([key > self.above for key in keys], bool)]
-        kept[first] = True
+        kept[self._first_of_each(matrix.rows, score_db, llr_db, best, probes)] = True
         waiting = fused.used & (measured.waiting if subjects is None else _of_subjects(measured.waiting, numbers))
         with np.errstate(invalid="ignore"):
             kept |= (llr_db >= self._mates_db(waiting, matrix, fused)) | (score_db >= self.reach_db)
         kept = _of_subjects(kept, numbers)
-        kept |= self._may_reach(waiting, matrix, fused, kept)
+        kept |= self._may_reach(waiting, matrix, fused, kept, probes.which)
         own_db = matrix.llr_db if subjects is None else measured.llr_db(np.arange(len(numbers)))  # nothing borrowed
         kept |= _with_a_finger(measured, self._may_agree(waiting, matrix, fused, own_db) & ~kept[:, None])
         return _of_subjects(kept, numbers), by_embeddings
+
+    def _first_of_each(self, rows: Int64, score_db: Float64, llr_db: Float64, best: Int64, probes: Probes) -> Int64:
+        """The strongest candidates of each probe by their embeddings, as many as `first`, without those that `above` leaves out. best: one
+        row of each subject."""
+        order = best[np.lexsort((rows[best], -llr_db[best], -score_db[best], probes.which[best]))]
+        of_probe = probes.which[order]
+        first = order[np.arange(len(order)) - np.searchsorted(of_probe, of_probe) < self.first]
+        least_score_db, least_llr_db = probes.above[:, probes.which[first]]
+        equal = (score_db[first] == least_score_db) & (llr_db[first] > least_llr_db)
+        return np.asarray(first[(score_db[first] > least_score_db) | equal])
 
     def _mates_db(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused) -> Float64:
         """The llr_db by embeddings from which a candidate may be a mate, float64 (n,)."""
@@ -138,17 +157,18 @@ class Stage:
             all_db = np.where(needed_db < FINGER_NEEDS_DB, rare_db, from_db)
             return np.asarray(several[:, None] & ~(own_db < all_db))
 
-    def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool) -> Bool:
+    def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool, which: Int64) -> Bool:
         """The candidates, apart from those kept, that may reach reach_db by chance. waiting: bool (n, pairs), of the used pairs those with
-        minutiae to compare."""
+        minutiae to compare; which: the probe of each candidate."""
         rest = np.flatnonzero(~kept & waiting.any(axis=1))
         log_chance = _log_means(waiting[rest], matrix, fused.used[rest], rest).sum(axis=1)
         log_chance -= TILTS * (fused.trial_penalty_db.sum(axis=1) + fused.label_penalty_db)[rest, None]
         least_db = matrix.llr_reaching(self.reach_db, fused.used[rest], waiting[rest]) - STEP_DB
         chance = np.exp(np.minimum((log_chance - TILTS * least_db[:, None]).min(axis=1), 0.0))
-        order = np.argsort(chance, kind="stable")
+        order = np.lexsort((chance, which[rest]))
         may = np.zeros(len(kept), bool)
-        may[rest[order[np.cumsum(chance[order]) > self.risk]]] = True
+        for of_probe in np.split(order, np.flatnonzero(np.diff(which[rest][order])) + 1):
+            may[rest[of_probe[np.cumsum(chance[of_probe]) > self.risk]]] = True
         return may
 
 
@@ -164,7 +184,7 @@ def _log_means(waiting: Bool, matrix: ScoreMatrix, used: Bool, ats: Int64) -> Fl
     return log_means
 
 
-def _with_a_finger(measured: Measured, cells: Bool) -> Bool:
+def _with_a_finger(measured: RawScores, cells: Bool) -> Bool:
     """The candidates that one of these fingers speaks for by embedding and minutiae, which are compared. cells: bool (n, pairs)."""
     cells = cells & measured.waiting
     measured.compare(cells)

@@ -86,12 +86,12 @@ class SnapshotRows:
         self.presence = snapshot.presence
         self.minutiae = snapshot.minutiae
 
-    def similarities(self, rows: _Int64, column: str, probes: Float32) -> Float32 | None:
+    def similarities(self, rows: _Int64, column: str, probes: Float32, which: _Int64) -> Float32 | None:
         model = self.snapshot.models.get(column)
         if model is None or model.dimension is None:
             return None
         check_dimension(model.dimension, column, probes)
-        return self.snapshot.similarities(rows, column, probes)
+        return self.snapshot.similarities(rows, column, probes, which)
 
     def model_ids(self) -> Mapping[str, str]:
         return {column: model.model_id for column, model in self.snapshot.models.items()}
@@ -245,19 +245,32 @@ class Searcher:
         rows: _Int64,
         excluded: Collection[int],
         across: bool = False,
-        stage: Stage | None = None,
     ) -> Ranked:
-        """Compares the probe with the subjects of these rows: with all rows of each subject, but for the excluded
-        ones. stage: as in `Comparer.compare`."""
-        rows, subjects = source.snapshot.with_siblings(rows)
-        if excluded:
-            kept = ~np.isin(rows, list(excluded))
-            rows, subjects = rows[kept], None if subjects is None else subjects[kept]
-        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects, stage=stage)
+        """Compares the probe with the subjects of these rows: with all rows of each subject, but for the excluded ones."""
+        rows, subjects = _with_siblings(source.snapshot, rows, excluded)
+        return self._comparer.compare(probe, source, rows, across=across, subjects=subjects)
 
     def thresholds_db(self, probe: TemplateSet, snapshot: Snapshot, *, across: bool) -> tuple[float, float]:
         """The scores from which a candidate of this probe is a duplicate, and from which it goes to review."""
         return thresholds_db(self._comparer, self._policy(), probe, snapshot, across=across)
+
+    def stage(
+        self,
+        probe: TemplateSet,
+        scope: Scope,
+        *,
+        floor_db: float = 0.0,
+        from_db: float | None = None,
+        above: tuple[float, float] | None = None,
+    ) -> Stage:
+        """Which candidates of a search are compared in full. The other arguments are those of `search`."""
+        risk, correlation = self._config.miss_risk, self._config.capture_correlation
+        if floor_db > 0:
+            return Stage(0, floor_db, risk, correlation=correlation)
+        duplicate_db, review_db = self.thresholds_db(probe, scope.snapshot, across=scope.across)
+        reach_db = (review_db if from_db is None else min(review_db, from_db)) - _SLACK_DB
+        first = min(self._config.returned, SHOWN) + scope.extra_k
+        return Stage(first, reach_db, risk, duplicate_db - _SLACK_DB, correlation, above=above)
 
     def may_find(
         self, snapshot: Snapshot, probe: TemplateSet, from_row: int, review_db: float, *, across: bool
@@ -306,8 +319,6 @@ class _Search:
         above: tuple[float, float] | None,
         also: Collection[int],
     ) -> None:
-        self._above = above
-        self._from_db = np.inf if from_db is None else from_db
         self._searcher, self._comparer, self._config = searcher, comparer, config
         self._scope, self._snapshot, self._models = scope, scope.snapshot, scope.snapshot.models
         self._probes, self._floor_db = probes, floor_db
@@ -318,7 +329,9 @@ class _Search:
         floor_db."""
         self._chosen: list[list[_Int64]] = [[np.array(sorted(also), np.int64)] for _ in probes]
         """For each probe, the rows to compare."""
-        self._stages = [self._stage(probe) for probe in probes]
+        self._stages = [
+            searcher.stage(probe, scope, floor_db=floor_db, from_db=from_db, above=above) for probe in probes
+        ]
         scanned = () if floor_db > 0 else config.scanned  # a join scans all columns
         self._scanned = [scanned_bits(probe, self._models, scanned, across=scope.across) for probe in probes]
         """For each probe, the columns that alone are scanned, as a presence mask; 0 for all."""
@@ -329,25 +342,23 @@ class _Search:
         queries = self._multicolumn_queries()
         self._search_columns(queries)
         self._search_multicolumn(queries)
-        source, across = SnapshotRows(self._snapshot), self._scope.across
-        candidates = []
-        for i, (probe, left_out) in enumerate(zip(self._probes, excluded or [()] * len(self._probes), strict=True)):
-            rows, incomplete = self._rows_to_compare(i)
+        across, missing = self._scope.across, list[bool]()
+        rows, subjects, stages = list[_Int64](), list[_Int64 | None](), list[Stage]()
+        for i, left_out in enumerate(excluded or [()] * len(self._probes)):
+            of_probe, incomplete = self._rows_to_compare(i)
+            with_siblings, of_subjects = _with_siblings(self._snapshot, of_probe, left_out)
             stage, query = self._stages[i], queries[i]
-            if query is not None and query.lone_db:
-                stage = replace(stage, lone_db=query.lone_db)
-            compared = self._searcher.compare(probe, source, rows, left_out, across, stage)
-            candidates.append(CandidateSet(compared, incomplete, across, (stage.finger_db, stage.reach_db)))
-        return candidates
-
-    def _stage(self, probe: TemplateSet) -> Stage:
-        risk, correlation = self._config.miss_risk, self._config.capture_correlation
-        if self._floor_db > 0:
-            return Stage(0, self._floor_db, risk, correlation=correlation)
-        duplicate_db, review_db = self._searcher.thresholds_db(probe, self._snapshot, across=self._scope.across)
-        reach_db = min(review_db, self._from_db) - _SLACK_DB
-        first = min(self._config.returned, SHOWN) + self._scope.extra_k
-        return Stage(first, reach_db, risk, duplicate_db - _SLACK_DB, correlation, above=self._above)
+            stages.append(replace(stage, lone_db=query.lone_db) if query is not None and query.lone_db else stage)
+            rows.append(with_siblings)
+            subjects.append(of_subjects)
+            missing.append(incomplete)
+        ranked = self._comparer.compare_each(
+            self._probes, SnapshotRows(self._snapshot), rows, across=across, subjects=subjects, stages=stages
+        )
+        return [
+            CandidateSet(compared, incomplete, across, (stage.finger_db, stage.reach_db))
+            for compared, incomplete, stage in zip(ranked, missing, stages, strict=True)
+        ]
 
     # which rows are compared ---------------------------------------------------------------------------------------
 
@@ -567,6 +578,15 @@ def _scores_of_grid(calibration: Calibration) -> tuple[Float32, NDArray[np.float
     """Similarities from -1 to 1, ascending, and their score_db."""
     grid = np.linspace(-1, 1, 4001, dtype=np.float32)
     return grid, calibration.score_db(grid)
+
+
+def _with_siblings(snapshot: Snapshot, rows: _Int64, excluded: Collection[int]) -> tuple[_Int64, _Int64 | None]:
+    """(all rows of the subjects of these rows, but for the excluded ones, the subject of each; None if each row is one of its own)."""
+    rows, subjects = snapshot.with_siblings(rows)
+    if excluded:
+        kept = ~np.isin(rows, list(excluded))
+        rows, subjects = rows[kept], None if subjects is None else subjects[kept]
+    return rows, subjects
 
 
 def _is_embedded(template: Template | None, model_id: str) -> bool:

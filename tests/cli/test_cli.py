@@ -323,7 +323,7 @@ def test_dedup_says_what_is_wrong_with_its_source(tmp_path):
     for source, text in (("empty", "no images"), ("absent", "does not exist"), ("m.csv", "lacks the columns")):
         with pytest.raises(bd.InvalidInput, match=text):
             jobs.dedup(tmp_path / source, tmp_path / "r.parquet")
-    with pytest.raises(bd.InvalidInput, match="end it with"):
+    with pytest.raises(bd.InvalidInput, match="end the name with"):
         jobs.dedup(tmp_path / "empty", tmp_path / "r.xlsx")
 
 

@@ -211,9 +211,9 @@ def test_a_policy_is_set_and_shown_by_the_command_line(tmp_path):
     gallery = tmp_path / "g"
     bd.Engine.open(gallery).close()
     change = ["policy", "set", "--by", "A. Officer", "--reason", "decree 7"]
-    done = RUN.invoke(app, [*change, "--fpir", "1e-6", "--required", "face", "--required", "2 fingers", "--duplicate-db", "90", "--no-own-strangers", str(gallery)])  # fmt: skip
+    done = RUN.invoke(app, [*change, "--fpir", "1e-6", "--required", "face", "--required", "2 fingers", "--duplicate-db", "90", "--no-use-gallery-impostors", str(gallery)])  # fmt: skip
     assert done.exit_code == 0, done.output
-    wanted = bd.Policy(fpir=1e-6, duplicate_db=90, own_strangers=False, required=("face", "2 fingers"))
+    wanted = bd.Policy(fpir=1e-6, duplicate_db=90, use_gallery_impostors=False, required=("face", "2 fingers"))
     with bd.Engine.open(gallery) as engine:
         assert engine.policy == wanted
         assert (engine.policies()[-1].by, engine.policies()[-1].reason) == ("A. Officer", "decree 7")

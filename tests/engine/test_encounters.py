@@ -258,7 +258,7 @@ def test_joint_readings_agree_with_a_loop_over_rows():
 def test_an_impostor_reaches_a_subject_with_several_rows_no_more_often_than_the_score_says(tmp_path):
     """Without the charge three rows would reach a score three times as often as one."""
     faces = people(60, seed=3)
-    config = replace(CONFIG, policy=bd.Policy(duplicate_db=300, review_db=290, own_strangers=False))
+    config = replace(CONFIG, policy=bd.Policy(duplicate_db=300, review_db=290, use_gallery_impostors=False))
     with bd.Engine.open(tmp_path / "g", config) as engine:
         engine.import_captures([sent(f"s{i}", face, f"e{i}") for i, face in enumerate(faces)])
         with internals(engine).gallery.transaction() as transaction:

@@ -121,7 +121,7 @@ def test_where_most_people_look_like_mates_no_card_is_taken_as_checked(tmp_path)
 
 
 def test_a_card_that_is_not_to_be_moved_is_checked_all_the_same(tmp_path):
-    config = bd.Config(policy=bd.Policy(own_strangers=False))
+    config = bd.Config(policy=bd.Policy(use_gallery_impostors=False))
     for name, crowd, holds in (("g", people(300, 20), True), ("alike", alike(300, 20), False)):
         with bd.Engine.open(tmp_path / name, config) as engine:
             engine.add_templates([f"s{i}" for i in range(300)], {"face": crowd}, model_id=SFACE)

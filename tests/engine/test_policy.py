@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -12,6 +13,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
+from biodedup.gallery import policies
 from biodedup.gallery.catalogue.sqlite import row_checksum
 from tests.support import GOLDEN
 from tests.support.galleries import PEOPLE, enroll, small
@@ -102,13 +104,13 @@ def test_a_policy_that_was_set_moves_calibrations_and_ends_an_override(tmp_path)
         engine.add_templates([f"s{i}" for i in range(40)], {"face": vectors})
         probe = bd.Encounter(templates={"face": again(vectors[:1], 0.5)[0]})
         moved = engine.identify(probe).best.score_db
-        engine.set_policy(bd.Policy(own_strangers=False), by="A", reason="the card's scores")
+        engine.set_policy(bd.Policy(use_gallery_impostors=False), by="A", reason="the card's scores")
         card = engine.identify(probe).best.score_db
         assert moved != card
     with opened(tmp_path / "g", bd.Policy(), override_policy=True) as engine:
         assert engine.identify(probe).best.score_db == pytest.approx(moved)
-        engine.set_policy(bd.Policy(own_strangers=False, fpir=1e-4), by="A", reason="stricter")
-        assert engine.policy == bd.Policy(own_strangers=False, fpir=1e-4)
+        engine.set_policy(bd.Policy(use_gallery_impostors=False, fpir=1e-4), by="A", reason="stricter")
+        assert engine.policy == bd.Policy(use_gallery_impostors=False, fpir=1e-4)
         assert engine.identify(probe).best.score_db == pytest.approx(card)
 
 
@@ -198,7 +200,7 @@ def test_a_merge_decides_by_the_central_policy_else_by_the_one_of_all_districts(
 
 
 @pytest.mark.parametrize(
-    "field", [{"fpir": "1e-3"}, {"trust_extrapolation": "no"}, {"own_strangers": 1}, {"duplicate_db": True}]
+    "field", [{"fpir": "1e-3"}, {"trust_extrapolation": "no"}, {"use_gallery_impostors": 1}, {"duplicate_db": True}]
 )
 def test_a_policy_of_values_that_no_gallery_could_keep_is_refused(field):
     with pytest.raises(bd.InvalidInput, match=next(iter(field))):
@@ -212,3 +214,26 @@ def test_the_reason_of_a_change_steers_no_terminal(engine):
         with pytest.raises(bd.InvalidInput, match=r"U\+"):
             engine.set_policy(bd.Policy(fpir=1e-6), by="A. Officer", reason=reason)
     assert len(engine.policies()) == 1
+
+
+def test_the_old_name_of_a_field_still_works_and_warns(tmp_path):
+    with pytest.warns(DeprecationWarning, match="use_gallery_impostors"):
+        policy = bd.Policy(own_strangers=False)
+    assert policy == bd.Policy(use_gallery_impostors=False)
+    with pytest.warns(DeprecationWarning, match="use_gallery_impostors"):
+        assert policy.own_strangers is False
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[policy]\nown_strangers = false\n")
+    with pytest.warns(DeprecationWarning, match=r"policy\.own_strangers"):
+        assert bd.Config.load(settings).policy == policy
+    settings.write_text("[policy]\nown_strangers = false\nuse_gallery_impostors = true\n")
+    with pytest.raises(bd.InvalidInput, match="name one setting"):
+        bd.Config.load(settings)
+
+
+def test_a_gallery_stores_the_renamed_field_as_earlier_releases_do():
+    policy = bd.Policy(use_gallery_impostors=False)
+    assert json.loads(policies.to_text(policy))["own_strangers"] is False
+    assert policies.from_text(policies.to_text(policy), "it") == policy
+    text = json.dumps(json.loads(policies.to_text(policy)), sort_keys=True)
+    assert policies.policy_digest(policy) == hashlib.sha256(text.encode()).hexdigest()[:32]

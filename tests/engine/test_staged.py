@@ -214,7 +214,10 @@ def test_similarities_are_those_of_the_stored_vectors(tmp_path):
         assert [part.columns["face"].codec is None for part in snapshot.parts] == [False, True]
         rows = np.random.default_rng(0).permutation(700)[:400]
         wanted = snapshot.embeddings(rows, "face") @ probes.T
-        assert np.abs(snapshot.similarities(rows, "face", probes) - wanted).max() < 1e-6
+        assert (
+            np.abs(snapshot.similarities(rows, "face", probes[None], np.zeros(len(rows), np.int64)) - wanted).max()
+            < 1e-6
+        )
 
 
 @pytest.mark.slow

@@ -390,7 +390,7 @@ def test_a_checkpoint_of_another_gallery_key_or_content_is_told(folder, config, 
     assert "signature" in problem
     for content in ("{}", "[]", "", '{"signature": "00", "signed_by": "00"}'):
         (tmp_path / "d").write_text(content)
-        with pytest.raises(bd.InvalidInput, match="no signed document"):
+        with pytest.raises(bd.InvalidInput, match="not a signed document"):
             jobs.verify_log(folder, config, checkpoint=tmp_path / "d")
 
 

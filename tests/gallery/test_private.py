@@ -17,7 +17,7 @@ from biodedup import jobs
 from biodedup.cli import app
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.jobs.health import canary_file
-from biodedup.jobs.shared.checkpoint import Notes
+from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.testing import internals
 from tests.support.galleries import PEOPLE, enroll, nearest, small
 
@@ -69,7 +69,7 @@ def test_whatever_is_written_is_for_its_owner_alone(tmp_path, open_umask):
         engine.compact()
         engine.backup(home / "backup")
         jobs.find_duplicates(engine, home / "out" / "pairs.parquet", threshold_db=0.0)
-        with Notes(home / "job.notes", {"job": 1}) as notes:
+        with CheckpointFile(home / "job.notes", {"job": 1}) as notes:
             notes.append({"done": 1})
     with jobs.Backlog.open(home / "g") as backlog:
         backlog.announce([], 0.0)
@@ -194,7 +194,7 @@ def test_a_result_in_the_making_does_not_write_through_a_link(tmp_path):
     assert (tmp_path / "mine").read_bytes() == b"mine"
     with pytest.raises(bd.NotAGallery, match="symbolic link"):
         (tmp_path / "r.notes").symlink_to(tmp_path / "mine")
-        Notes(tmp_path / "r.notes", {})
+        CheckpointFile(tmp_path / "r.notes", {})
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 

@@ -414,7 +414,7 @@ def test_parquet_rolls_keep_their_ids_and_wrong_types_are_named(engine, tmp_path
         read_roll(tmp_path / "in.parquet")
     with pytest.raises(bd.InvalidInput, match="does not exist"):
         read_roll(tmp_path / "absent.csv")
-    with pytest.raises(bd.InvalidInput, match="end it with"):
+    with pytest.raises(bd.InvalidInput, match="end the name with"):
         jobs.audit(engine, tmp_path / "in.parquet", tmp_path / "out.xlsx")
 
 

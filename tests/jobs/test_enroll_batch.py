@@ -282,7 +282,7 @@ def test_what_is_no_table_is_a_mistake_and_leaves_nothing(tmp_path):
         with pytest.raises(bd.InvalidInput, match=name):
             run(tmp_path, tmp_path / name)
     assert not list(tmp_path.glob("out*"))
-    with pytest.raises(bd.InvalidInput, match="end it with"):
+    with pytest.raises(bd.InvalidInput, match="end the name with"):
         run(tmp_path, tmp_path / "c.csv", out="out.xlsx")
 
 

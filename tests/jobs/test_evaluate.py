@@ -291,7 +291,7 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path):
     }.items():
         with pytest.raises(bd.InvalidInput, match=text):
             jobs.evaluate(tmp_path / name, tmp_path / "r.json")
-    with pytest.raises(bd.InvalidInput, match="end it with"):
+    with pytest.raises(bd.InvalidInput, match="end the name with"):
         jobs.evaluate(tmp_path / "flat", tmp_path / "r.txt")
 
 

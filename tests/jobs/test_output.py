@@ -26,7 +26,7 @@ from biodedup.jobs.manifests.tables import TableFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import PAGES
-from biodedup.jobs.shared.spreadsheet import disarmed, rearmed
+from biodedup.jobs.shared.spreadsheet import escaped_formulas, unescaped
 from biodedup.texts import KnownId, id_problem, json_text, shown
 from tests.support.vectors import again, people
 
@@ -289,8 +289,8 @@ def test_csv_cells_are_no_formulas_and_are_read_back_as_they_were(tmp_path):
         header, *rows = csv.reader(file)
     assert header == ["'=name", "number"]
     assert all(not row[0].startswith(tuple("=+-@\t\r\n\uff1d")) and row[1] == "-1.5" for row in rows)
-    assert [rearmed(row[0]) for row in rows] == CELLS
-    assert disarmed(pa.table({"a": pa.array(["=x"]).dictionary_encode()}))["a"].to_pylist() == ["'=x"]
+    assert [unescaped(row[0]) for row in rows] == CELLS
+    assert escaped_formulas(pa.table({"a": pa.array(["=x"]).dictionary_encode()}))["a"].to_pylist() == ["'=x"]
     write_table(table, tmp_path / "t.parquet")
     assert pa.parquet.read_table(tmp_path / "t.parquet")["=name"].to_pylist() == CELLS
 

@@ -156,7 +156,7 @@ def test_titles_of_a_sheet_before_its_header_are_left_out_and_told(tmp_path, tit
     table = TableFile(tmp_path / "m.csv")
     assert table.names == ["subject_id", "path", "name"]
     assert [(number, row["subject_id"]) for number, row in table.rows()] == [(1, "001"), (3, "002")]
-    assert "taken for titles" in jobs.check_encounters(tmp_path / "m.csv").form
+    assert "skipped as titles" in jobs.check_encounters(tmp_path / "m.csv").form
 
 
 def test_a_header_of_one_column_is_no_title(tmp_path):
@@ -282,7 +282,7 @@ def test_dates_are_read_in_the_declared_form_and_others_cost_their_row(tmp_path)
     records = list(Manifest(tmp_path / "m.csv", TableOptions(date_format="%d/%m/%Y")).records())
     assert [record.captured_at for record in records] == [at, None, None]
     assert [record.problem and record.problem.reason for record in records] == [None, "wrong_type", None]
-    assert "wanted the form %d/%m/%Y" in records[1].problem.detail
+    assert "wanted the format %d/%m/%Y" in records[1].problem.detail
     for name in "abc":
         (tmp_path / f"{name}.jpg").write_bytes(b"x")
     planned, broken = read_manifest(tmp_path / "m.csv", bytes_max=100, options=TableOptions(date_format="%d/%m/%Y"))
@@ -291,7 +291,7 @@ def test_dates_are_read_in_the_declared_form_and_others_cost_their_row(tmp_path)
 
 @pytest.mark.parametrize("form", ["%H:%M", "dd/mm/yyyy", "%Y-%m", "%Q", ""])
 def test_a_form_that_states_no_day_is_refused(form):
-    with pytest.raises(bd.InvalidInput, match="does not tell year, month and day"):
+    with pytest.raises(bd.InvalidInput, match="does not state year, month and day"):
         TableOptions(date_format=form)
 
 
@@ -325,7 +325,7 @@ def test_a_mapping_that_does_not_fit_is_refused(tmp_path):
 
 def test_a_column_that_a_job_would_leave_out_is_an_error_unless_it_is_to_be_ignored(tmp_path):
     (tmp_path / "m.csv").write_text("subject_id,path,village\n1,a.jpg,Bogor\n2,b.jpg,Depok\n")
-    with pytest.raises(bd.InvalidInput, match=r"columns that are not known here: 'village'.*--ignore-columns"):
+    with pytest.raises(bd.InvalidInput, match=r"unknown columns: 'village'.*--ignore-columns"):
         jobs.dedup(tmp_path / "m.csv", tmp_path / "out" / "o.csv")
     assert not (tmp_path / "out").exists()
     with pytest.raises(bd.InvalidInput, match="'village'"):
@@ -344,7 +344,7 @@ def test_a_column_that_a_job_would_leave_out_is_an_error_unless_it_is_to_be_igno
 def test_jobs_that_carry_columns_along_refuse_those_that_look_misspelt(tmp_path):
     (tmp_path / "m.csv").write_text("subject_id,path,postion,village\n1,a.jpg,right_index,Bogor\n2,b.jpg,face,Depok\n")
     for read in (Manifest, read_roll, lambda path: read_labelled(path, bd.Config())):
-        with pytest.raises(bd.InvalidInput, match="'postion', which is not known; did you mean position"):
+        with pytest.raises(bd.InvalidInput, match="unknown column 'postion'; did you mean position"):
             read(tmp_path / "m.csv")
     ignoring = TableOptions(ignore_columns=True)
     assert next(iter(Manifest(tmp_path / "m.csv", ignoring).records())).metadata == {"postion": "right_index", "village": "Bogor"}  # fmt: skip
@@ -379,7 +379,7 @@ def test_a_check_names_times_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "m.csv").write_text("subject_id,path,captured_at\n1,a.jpg,31/12/2026\n2,a.jpg,2026-12-31\n")
     (note,) = jobs.check_encounters(tmp_path / "m.csv").notes
-    assert note.startswith("captured_at is no time in 1 of 2 rows, first in row 1; state its form")
+    assert note.startswith("captured_at is not a time in 1 of 2 rows, first in row 1; state the date format")
     declared = jobs.check_encounters(tmp_path / "m.csv", TableOptions(date_format="%d/%m/%Y"))
     assert declared.notes == () and [row.number for row in declared.refused] == [2]
 

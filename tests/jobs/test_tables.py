@@ -150,7 +150,9 @@ def test_tables_are_read_with_and_without_a_byte_order_mark(tmp_path, encoding, 
 
 def test_a_header_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "m.csv").write_bytes(b"subject_id,path,\xe9t\xe9\na,b,c\n")
-    with pytest.raises(bd.InvalidInput, match="header that is not UTF-8 text; name its encoding, as --encoding cp1252"):
+    with pytest.raises(
+        bd.InvalidInput, match=r"the header of .* is not UTF-8 text; name its encoding, such as --encoding cp1252"
+    ):
         TableFile(tmp_path / "m.csv")
     (tmp_path / "m.csv").write_text("subject_id,Subject ID,path\na,b,c\n")
     with pytest.raises(bd.InvalidInput, match="repeats a column name"):
@@ -429,11 +431,11 @@ def test_a_file_with_another_suffix_is_compared_if_its_content_is_a_picture(tmp_
     others = {
         "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(8), "HEIC, which is not read"),
         "film.mp4": (b"\0\0\0\x18ftypisom" + bytes(8), "a video, which is not read"),
-        "scan.pdf": (b"%PDF-1.7\n", "a PDF, not a picture"),
-        "list.docx": (b"PK\3\4" + bytes(20), "a ZIP archive or an office document, not a picture"),
+        "scan.pdf": (b"%PDF-1.7\n", "a PDF, not an image"),
+        "list.docx": (b"PK\3\4" + bytes(20), "a ZIP archive or an office document, not an image"),
         "raw.nef": (b"II*\0" + bytes(20), "a raw photograph, which is not read"),
-        "plan.txt": (b"P1 is the first plan", "no picture by its first bytes"),
-        "more.txt": (b"BM is short for benchmark", "no picture by its first bytes"),
+        "plan.txt": (b"P1 is the first plan", "its first bytes are not those of an image"),
+        "more.txt": (b"BM is short for benchmark", "its first bytes are not those of an image"),
         "nothing": (b"", "empty"),
     }
     for name, content in (files | {name: content for name, (content, _) in others.items()}).items():
@@ -559,7 +561,7 @@ def test_a_text_file_of_ids_costs_no_more_than_its_bad_lines(tmp_path, content, 
     (tmp_path / "ids.txt").write_bytes(content)
     with bd.Engine.open(tmp_path / "g") as engine:
         if ids is None:
-            with pytest.raises(bd.InvalidInput, match="one id each"):
+            with pytest.raises(bd.InvalidInput, match="one id for each vector"):
                 jobs.load(engine, tmp_path / "v.npy", ids=tmp_path / "ids.txt")
         else:
             assert jobs.load(engine, tmp_path / "v.npy", ids=tmp_path / "ids.txt").refused == 3 - len(ids)

@@ -44,7 +44,7 @@ def test_impostors_of_any_gallery_reach_a_score_as_rarely_as_it_says(tmp_path):
     others = alike(600, 21)  # who are not enrolled
     cosines = (others @ others.T)[np.triu_indices(600, 1)]
     own = scores_db(tmp_path / "g", cosines)
-    shipped = scores_db(tmp_path / "g", cosines, bd.Config(policy=bd.Policy(own_strangers=False)))
+    shipped = scores_db(tmp_path / "g", cosines, bd.Config(policy=bd.Policy(use_gallery_impostors=False)))
     assert measured_fmr(shipped, 20).ratio > 5
     for nominal_db in (20, 30):
         assert 0.4 < measured_fmr(own, nominal_db).ratio < 1.6  # the tail's shape stays the card's
@@ -170,7 +170,7 @@ def test_an_evaluation_scores_as_a_gallery_of_its_people_would():
         for i, face in enumerate(faces)
     ]
     for own in (True, False):
-        config = bd.Config(policy=bd.Policy(own_strangers=own))
+        config = bd.Config(policy=bd.Policy(use_gallery_impostors=own))
         found = evaluate_encounters(made, config, source="a test", made_at=0.0).comparisons.calibrations
         assert ("own people" in found.of(load_card("sface").model_id).source) == own
 

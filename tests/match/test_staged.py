@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
+from biodedup.common.vectors import dot_products
 from biodedup.config import Policy
 from biodedup.embed.cards import joint_id, load_card, minutiae_card, shipped_cards
 from biodedup.engine.decide import first_of
-from biodedup.match.candidates import TemplateCandidates
+from biodedup.match.candidates import JoinedCandidates, TemplateCandidates
 from biodedup.match.compare import Comparer
 from biodedup.match.judgement import judge
 from biodedup.match.ranked import Ranked, ScoreModel
@@ -244,3 +245,69 @@ def test_all_that_may_reach_a_joins_threshold_are_compared():
     staged, count = compared(probe_of(columns), candidates, Stage(0, threshold_db, RISK))
     assert staged.reaching(threshold_db) == everything.reaching(threshold_db) != []
     assert count < full / 2
+
+
+@st.composite
+def searches(draw):
+    """Probes of one gallery with the candidates of each."""
+    columns = st.lists(st.sampled_from(("face", "unknown", *TEN[:3])), min_size=1, max_size=3, unique=True)
+    record = st.one_of(st.none(), st.floats(0, 40))
+    person = columns.flatmap(
+        lambda cs: st.tuples(*(st.builds(capture, st.just(c), st.floats(-0.25, 1.0), record) for c in cs))
+    )
+    gallery = [{t.column: t for t in row} for row in draw(st.lists(person, min_size=1, max_size=8))]
+    kinds = draw(st.lists(columns.map(lambda cs: {c: draw(record) for c in cs}), min_size=1, max_size=2))
+    cosine = st.floats(-0.25, 1.0)
+    probes = [
+        {column: capture(column, draw(cosine), minutiae) for column, minutiae in draw(st.sampled_from(kinds)).items()}
+        for _ in range(draw(st.integers(1, 5)))
+    ]
+    some = st.lists(st.integers(0, len(gallery) - 1), unique=True).map(sorted)
+    rows = [np.array(draw(some), np.int64) for _ in probes]
+    subjects = [draw(st.sampled_from([None, np.arange(len(r)) // 2])) for r in rows]
+    above = st.sampled_from([None, (5.0, 0.0), (20.0, 10.0)])
+    risk = draw(st.sampled_from([0.0, RISK]))
+    stages = [Stage(draw(st.integers(0, 2)), 30.0, risk, 40.0, above=draw(above)) for _ in probes]
+    return probes, gallery, rows, subjects, draw(st.sampled_from([stages, [None] * len(probes)])), draw(st.booleans())
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=150)
+@given(searches())
+def test_probes_that_are_compared_together_score_as_each_alone(drawn_searches):
+    probes, gallery, rows, subjects, stages, across = drawn_searches
+    comparer, source = Comparer(KNOWN.of, Records(), KNOWN.with_minutiae), TemplateCandidates(*gallery)
+    together = comparer.compare_each(probes, source, rows, across=across, subjects=subjects, stages=stages)
+    for probe, some, of_probe, stage, ranked in zip(probes, rows, subjects, stages, together, strict=True):
+        alone = comparer.compare(probe, source, some, across=across, subjects=of_probe, stage=stage)
+        assert list(ranked) == list(alone)
+        assert ranked.by_embeddings.tolist() == alone.by_embeddings.tolist()
+        assert ranked.compared == alone.compared
+
+
+def test_a_cosine_is_the_same_to_the_last_bit_in_any_company():
+    rng = np.random.default_rng(6)
+    for dimension in (2, 127, 128, 512):
+        vectors, probes = (unit(rng.standard_normal((40, dimension))) for _ in range(2))
+        which = np.sort(rng.integers(0, 40, 40))
+        together = dot_products(vectors, probes[:, None], which)[:, 0]
+        alone = [
+            dot_products(vectors[i : i + 1], probes[which[i]][None, None], np.zeros(1, np.int64)) for i in range(40)
+        ]
+        for_one = [dot_products(vectors, probes[which[i]][None, None], np.zeros(40, np.int64))[i] for i in range(40)]
+        assert together.tolist() == [one.item() for one in alone] == [one.item() for one in for_one]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_candidates_of_two_sources_are_those_of_one():
+    rng, columns = np.random.default_rng(8), ("face", *TEN[:2])
+    people = [drawn(rng, columns) for _ in range(9)]
+    joined = JoinedCandidates(TemplateCandidates(*people[:5]), TemplateCandidates(*people[5:]), 5)
+    comparer, rows = Comparer(KNOWN.of, Records(), KNOWN.with_minutiae), np.arange(9)
+    probe = probe_of(columns)
+    assert list(comparer.compare(probe, joined, rows)) == list(
+        comparer.compare(probe, TemplateCandidates(*people), rows)
+    )

@@ -87,7 +87,7 @@ def test_json_is_one_line_of_the_same_document(values):
 
 def test_the_repr_is_one_short_line(values):
     for value in values:
-        if type(value).__module__ == "biodedup.values":
+        if type(value).__module__.startswith("biodedup.values."):
             assert len(repr(value)) < 260 and repr(value).isprintable(), repr(value)
     review, refused, case, found, anna, *_ = map(repr, values)
     assert review.startswith(

@@ -478,8 +478,8 @@ class Crowd:
     def presence(self, rows):
         return np.full(len(rows), sum(BIT[column] for column in self._columns), np.uint16)
 
-    def similarities(self, rows, column, probes):
-        return self._vectors[column][rows] @ probes.T
+    def similarities(self, rows, column, probes, which):
+        return np.einsum("nd,nqd->nq", self._vectors[column][rows], probes[which])
 
     def model_ids(self):
         return dict.fromkeys(self._columns, MODEL)

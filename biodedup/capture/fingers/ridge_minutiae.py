@@ -22,6 +22,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from biodedup.capture.fingers.ridges import RidgeMap
+from biodedup.capture.fingers.skeleton import skeleton_of
 from biodedup.capture.minutiae.record import MinutiaeRecord
 from biodedup.values import Float32
 
@@ -57,8 +58,6 @@ class RidgeMinutiae:
 
 def ridge_minutiae(ridges: RidgeMap, shape: tuple[int, ...]) -> RidgeMinutiae:
     """shape: height and width of the picture at 500 dpi."""
-    from skimage.morphology import skeletonize  # takes a second; loaded only where a print is read
-
     height, width = shape[:2]
     framed = cv2.copyMakeBorder(ridges.inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     depth = np.asarray(cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1], np.float32)
@@ -66,7 +65,7 @@ def ridge_minutiae(ridges: RidgeMap, shape: tuple[int, ...]) -> RidgeMinutiae:
     dark = fine > _DARK
     dark[[0, -1]] = False
     dark[:, [0, -1]] = False
-    thin = np.ascontiguousarray(skeletonize(dark), np.uint8)  # type: ignore[no-untyped-call]
+    thin = skeleton_of(dark)
     points, features = np.empty((_MOST, 4), np.float32), np.zeros((_MOST, _FEATURES), np.float32)
     scale = np.array([ridges.ridges.shape[1] / width, ridges.ridges.shape[0] / height])
     _erase(thin, _AROUND)

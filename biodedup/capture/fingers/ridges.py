@@ -92,9 +92,9 @@ def directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]
     gradient = moments[..., 2] + np.float32(1e-6)
     cosine, sine = -moments[..., 0] / gradient, -2 * moments[..., 1] / gradient  # ridges run across the gradient
     frequency = np.sqrt(gradient / (moments[..., 3] + np.float32(1e-6)))
-    fields = np.dstack([cosine, sine, np.hypot(cosine, sine), frequency])
-    cosine, sine, coherence, frequency = cv2.split(
-        cv2.resize(np.ascontiguousarray(fields), (width, height), interpolation=cv2.INTER_LINEAR)
+    cosine, sine, coherence, frequency = (
+        cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR)
+        for field in (cosine, sine, np.hypot(cosine, sine), frequency)
     )
     return (
         np.asarray(cv2.phase(cosine, sine) / 2, np.float32),

@@ -24,12 +24,22 @@ _AROUND = np.array([[-1, -1, 0, 1, 1, 1, 0, -1], [0, 1, 1, 1, 0, -1, -1, -1]])  
 
 def thinned(ridges: RidgeMap) -> NDArray[np.uint8]:
     """The skeleton of the map's ridges: uint8 (h, w), 1 on it; the outermost pixels are 0."""
-    from skimage.morphology import skeletonize  # takes a second; loaded only where a print is read
-
     dark = (ridges.ridges > 0) & (ridges.inside > 0)
     dark[[0, -1]] = False
     dark[:, [0, -1]] = False
-    return np.ascontiguousarray(skeletonize(dark), np.uint8)  # type: ignore[no-untyped-call]
+    return skeleton_of(dark)
+
+
+def skeleton_of(dark: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The skeleton of an image: uint8 (h, w), 1 on it."""
+    from skimage.morphology import skeletonize  # takes a second; loaded only where a print is read
+
+    thin = np.zeros(dark.shape, np.uint8)
+    rows, columns = np.flatnonzero(dark.any(axis=1)), np.flatnonzero(dark.any(axis=0))
+    if len(rows):  # the rest is passed over again and again
+        within = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        thin[within] = skeletonize(dark[within])  # type: ignore[no-untyped-call]
+    return thin
 
 
 def skeleton_minutiae(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -> Float32:

@@ -40,6 +40,7 @@ from biodedup.cli.base import (
     settings,
     show_table,
 )
+from biodedup.common.renamed import old_names
 from biodedup.common.tables import differences, flat, hints, made, plain
 from biodedup.config import Config, GalleryConfig, Policy
 from biodedup.errors import InvalidInput
@@ -86,7 +87,8 @@ def show(
 def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, wait: float, gallery: Path | RegisterUrl, config: Path | None, as_json: bool, **given: Any) -> None:  # fmt: skip
     """Store a new version of the gallery's policy, which applies from then on. Settings that no option names keep their values."""
     folder = named or gallery
-    wanted = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    wanted = {new: _parsed(new, given.pop(old)) for old, new in old_names(Policy).items() if given[old] is not None}
+    wanted |= {name: _parsed(name, value) for name, value in given.items() if value is not None}
     if not wanted:
         raise InvalidInput("no option says what is to change; name one, as --fpir 1e-6")
     chosen = replace(
@@ -101,7 +103,8 @@ def set_policy(named: Path | None, *, by: str, sign: Path | None, reason: str, w
 
 def _signature() -> inspect.Signature:
     """What `policy set` takes: an option for each field of `Policy`, so that a new field has one by itself."""
-    fields = [(name, _option(name, hint)) for name, hint in hints(Policy).items()]
+    fields = [(name, _option(name, name)) for name in hints(Policy)]
+    fields += [(old, _option(old, new, hidden=True)) for old, new in old_names(Policy).items()]
     others = [
         ("sign", SignOption, None),
         ("wait", WaitOption, 0.0),
@@ -123,17 +126,18 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _option(name: str, hint: Any) -> Any:
-    flag, usual = f"--{name.replace('_', '-')}", f"Default of a new gallery: {shown(flat(Policy())[name])}."
+def _option(name: str, field: str, *, hidden: bool = False) -> Any:
+    hint, flag = hints(Policy)[field], f"--{name.replace('_', '-')}"
+    usual = f"Default of a new gallery: {shown(flat(Policy())[field])}."
     if hint is bool:
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=usual)]
+        flags = f"{flag}/--no-{flag.removeprefix('--')}"
+        return Annotated[bool | None, typer.Option(flags, help=usual, hidden=hidden)]
     if hint in (int, float, str):
-        return Annotated[hint | None, typer.Option(flag, help=usual)]
+        return Annotated[hint | None, typer.Option(flag, help=usual, hidden=hidden)]
     if hint == float | None:
-        return Annotated[str | None, typer.Option(flag, metavar=f"NUMBER|{_NONE}", help=usual)]
-    return Annotated[
-        list[str] | None, typer.Option(flag, metavar="TEXT", help=f"Repeatable; {_NONE} for nothing. {usual}")
-    ]
+        return Annotated[str | None, typer.Option(flag, metavar=f"NUMBER|{_NONE}", help=usual, hidden=hidden)]
+    several = f"Repeatable; {_NONE} for nothing. {usual}"
+    return Annotated[list[str] | None, typer.Option(flag, metavar="TEXT", help=several, hidden=hidden)]
 
 
 def _parsed(name: str, value: Any) -> Any:

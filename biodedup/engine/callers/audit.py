@@ -134,7 +134,7 @@ def counted(count: int) -> None:
 
 
 class AuditLog:
-    """The audit log of one open gallery, its `Recorder`. mode: of `config.AUDITS`; clock: the time in seconds. Thread-safe."""
+    """The audit log of one open gallery, its `Recorder`. mode: of `config.config.AUDITS`; clock: the time in seconds. Thread-safe."""
 
     def __init__(self, gallery: Gallery, mode: str, clock: Callable[[], float]) -> None:
         self.mode, self.clock = mode, clock

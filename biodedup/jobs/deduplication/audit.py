@@ -31,7 +31,7 @@ from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.fields import located
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
 from biodedup.jobs.manifests.roll import Roll, read_roll
-from biodedup.jobs.shared.checkpoint import Notes
+from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.page import write_page
 from biodedup.jobs.shared.progress import Progress, silent, warn
@@ -159,7 +159,7 @@ def audit(
     for path in (out, report):
         if path is not None:
             make_private_folder(path.parent)
-    with Notes(out.with_name(out.name + ".notes"), key, engine.config.keys) as notes:
+    with CheckpointFile(out.with_name(out.name + ".notes"), key, engine.config.keys) as notes:
         if notes.entries:
             threshold_db = notes.entries[0]["threshold_db"]
         elif threshold_db is None:
@@ -216,7 +216,7 @@ def _place(finding: Finding) -> tuple[int, int, int, int, str]:
 
 
 def _of_subjects(
-    engine: Engine, roll: Roll, threshold_db: float, notes: Notes, progress: Progress
+    engine: Engine, roll: Roll, threshold_db: float, notes: CheckpointFile, progress: Progress
 ) -> tuple[list[Finding], int, int]:
     """(findings, subjects that were compared, links of large clusters that were left out)."""
     encoded = roll.table["subject_id"].combine_chunks().dictionary_encode()
@@ -283,7 +283,9 @@ def _of_crowds(
     return more
 
 
-def _links(engine: Engine, present: Sequence[str], threshold_db: float, notes: Notes, progress: Progress) -> Links:
+def _links(
+    engine: Engine, present: Sequence[str], threshold_db: float, notes: CheckpointFile, progress: Progress
+) -> Links:
     """Pairs of a listed subject and any other that reach the threshold, each once."""
     info = engine.info()
     state = {"version": info["gallery_version"], "sealed_rows": info["sealed_rows"]}
@@ -353,7 +355,7 @@ def _finding(
 
 
 def _of_captures(
-    engine: Engine, roll: Roll, folder: Path, threshold_db: float, notes: Notes, progress: Progress
+    engine: Engine, roll: Roll, folder: Path, threshold_db: float, notes: CheckpointFile, progress: Progress
 ) -> tuple[list[Finding], int]:
     """(findings, entries that could be compared)."""
     entries = _entries(roll)

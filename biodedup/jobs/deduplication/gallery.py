@@ -25,7 +25,7 @@ from biodedup.engine import Engine
 from biodedup.gallery.files.names import DATABASE_NAME
 from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.deduplication.tiles import joined_tiles
-from biodedup.jobs.shared.checkpoint import Notes
+from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.output import check_table_name, write_table
 from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.search.clusters import Links
@@ -91,7 +91,7 @@ def find_duplicates(
     return result
 
 
-def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
+def join_notes(engine: Engine, path: Path, threshold_db: float) -> CheckpointFile:
     """The notes of a join of this gallery, as it is now."""
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
@@ -100,10 +100,12 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> Notes:
         key["across_positions"] = True
     if engine.config.search.miss_risk != SearchConfig.miss_risk:
         key["miss_risk"] = engine.config.search.miss_risk
-    return Notes(path, key, engine.config.keys)
+    return CheckpointFile(path, key, engine.config.keys)
 
 
-def linked(engine: Engine, notes: Notes, threshold_db: float, progress: Progress, executor: Executor = LOCAL) -> Links:
+def linked(
+    engine: Engine, notes: CheckpointFile, threshold_db: float, progress: Progress, executor: Executor = LOCAL
+) -> Links:
     """The links of a gallery with itself, those of the notes included."""
     links = Links()
     for tile in notes.entries:

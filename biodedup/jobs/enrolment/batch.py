@@ -1,17 +1,17 @@
-"""`enroll_batch`: enrols a manifest of encounters; each is searched in the whole gallery, its own batch included.
+"""`enroll_batch`: enrols a manifest of encounters. Each encounter is searched in the whole gallery, including its own batch.
 
-Owns the flow and the outcome of each record. Never extracts, compares or stores itself: worker processes extract while the engine searches
-and commits the previous batch.
+Owns the flow and the outcome of each record. Never extracts, compares or stores: worker processes extract templates, while the engine
+searches and commits the previous batch.
 
     manifest -> read -> (workers) quality gate, templates -> engine: search, decide, commit -> outcome
 
-1. The gallery's journal is authoritative: an encounter that it has decided is reported as decided, and not extracted again.
-2. Each encounter is decided against all before it, in batches that depend on the manifest alone, so that a job that was killed and
-   started again ends with the same result. Two things may differ: `decided_at`; and a row's embedding is rounded to eight bits when it is
-   sealed in the background, which can move a score by hundredths of a decibel. An encounter that was decided keeps its first decision.
-3. A bad record costs itself alone. A record that was refused and never decided may be sent again with other content under its encounter_id;
-   a record whose file is absent or unreadable is not decided before the file comes, and every run tries it again.
-4. Within one manifest the first record of an encounter_id owns it; another with other content is refused.
+1. The gallery's journal is authoritative. An encounter that it has decided is reported with that decision, and not extracted again.
+2. Each encounter is compared with all encounters before it. The batches depend only on the manifest, so that a job that was killed and
+   restarted ends with the same result. Two things may differ: `decided_at`, and scores by hundredths of a decibel, because sealing in the
+   background rounds embeddings to eight bits. A decided encounter keeps its first decision.
+3. A bad record is refused alone. A record that was refused without a decision may be sent again with other content under its encounter_id.
+   A record whose file is absent or unreadable stays undecided until the file arrives: every run tries it again.
+4. Within one manifest, the first record with an encounter_id owns it. A later record with the same id and other content is refused.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ from biodedup.values import Decision, Encounter, Refusal, Template, Verification
 Templates: TypeAlias = dict[str, Any]
 _T = TypeVar("_T")
 
-_AHEAD, _AHEAD_MOST = (
-    2,
-    16,
-)  # batches in the workers' hands while one is searched; the most, whatever an executor asks for
-_TASK_ENCOUNTERS = 8  # what a worker takes at once: the networks are quicker with several images
+_AHEAD, _AHEAD_MAX = 2, 16
+"""Batches that are extracted while one is searched: the default, and the most that an executor gets."""
+_TASK_ENCOUNTERS = 8
+"""Encounters in a worker's task: the networks are faster with several images at once."""
 _BATCH_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True)
 class BatchResult(Described):
-    """What became of a manifest. already: of the enrolled, how many were before; repeated: records that were in it before.
+    """The outcome of a manifest. already: how many of the enrolled subjects were enrolled before; repeated: records that repeat an earlier
+    record of the manifest.
 
-    seconds: of the whole, and of its parts in the calling process: reading, waiting for extraction, searching and committing.
-    extracted: encounters that were extracted now, not decided before.
+    extracted: encounters whose templates this run extracted; decided_now: encounters that this run decided. seconds: the duration of the run,
+    and of its parts in the calling process: reading, waiting for extraction, searching and committing.
     """
 
     records: int
@@ -83,11 +83,11 @@ class BatchResult(Described):
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """The counts of `statuses` by outcome: `unique`, `duplicate`, `review`, `refused`."""
+        """The counts of `statuses`, by outcome: `unique`, `duplicate`, `review`, `refused`."""
         return {outcome_of(status) or status: count for status, count in self.statuses.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Counts, JSON-ready."""
+        """The counts, JSON-ready."""
         rate = self.decided_now / self.seconds["all"] if self.seconds["all"] else 0.0
         return {
             "records": self.records,
@@ -102,8 +102,8 @@ class BatchResult(Described):
 
 @dataclass(eq=False)
 class _Item:
-    """A record on its way. listed: it has a line in the backlog; stale: which does not say the outcome yet; repeats: the record of
-    this manifest that it is a copy of."""
+    """A record in progress. listed: it has a line in the backlog; stale: that line does not have the known outcome yet; repeats: the earlier
+    record of this manifest that it is a copy of."""
 
     record: Record
     content: Content | None = None
@@ -120,11 +120,11 @@ class _Item:
 
 @dataclass(eq=False)
 class _Batch:
-    """Records that are read and noted together. extracts: of some of them, what the workers will have extracted; waiting: those that
-    the engine is to decide; finished: those whose outcome is to be noted."""
+    """Records that are decided and noted together. extractions: items and the running extraction of their captures; waiting: items that the
+    engine has to decide; finished: items whose outcome the backlog has to note."""
 
     items: list[_Item] = field(default_factory=list)
-    extracts: list[tuple[list[_Item], Extraction]] = field(default_factory=list)
+    extractions: list[tuple[list[_Item], Extraction]] = field(default_factory=list)
     waiting: deque[tuple[_Item, Encounter]] = field(default_factory=deque)
     finished: list[_Item] = field(default_factory=list)
 
@@ -132,13 +132,15 @@ class _Batch:
 def announce(
     backlog: Backlog, manifest: Path, *, options: TableOptions = DEFAULT_OPTIONS, clock: Callable[[], float] = time.time
 ) -> int:
-    """Lists the encounters of a manifest as captured, before their captures are here; returns how many.
+    """Adds the encounters of a manifest to the backlog as captured, before their captures arrive. Returns the number of records.
 
-    Raises InvalidInput where the manifest is no table, or has no column encounter_id.
+    Raises InvalidInput if the manifest is not a table, or has no column encounter_id.
     """
     table = Manifest(manifest, options)
     if not table.has_ids:
-        raise InvalidInput(f"{manifest} has no column encounter_id; what is announced has to be known again by it")
+        raise InvalidInput(
+            f"{manifest} has no column encounter_id; add it, so that the captures can be recognised when they arrive"
+        )
     survey = table.survey()
     backlog.announce(_arrivals(table), clock())
     return survey.count
@@ -162,15 +164,16 @@ def enroll_batch(
     pool: Workers | None = None,
     executor: Executor = LOCAL,
 ) -> BatchResult:
-    """Enrols a manifest (.parquet or .csv) and writes `out` (.parquet or .csv), a row a record, and a page for an official.
+    """Enrols a manifest (.parquet or .csv). Writes `out` (.parquet or .csv) with one row for each record, and optionally a page for an official.
 
-    Batches are of `engine.config.batch_size` records. Interrupted, it goes on where it was; run again, it changes nothing and
-    writes the same table. workers: processes that extract. capture_s_max: seconds that one may take for a capture before it is killed;
-    None: as the config's `isolation` says.
-    retry_failed: try again what workers died of, or took too long for. model_id: what made the vectors of a manifest that has some, one
-    for all or by column; needed where the gallery has no model there. executor: where captures are extracted (`jobs.ray_executor`); with
-    another one than this machine's, workers is not used.
-    Raises InvalidInput where the manifest is no table, StorageUnavailable.
+    An interrupted job resumes. A finished job that is run again changes nothing and writes the same table. A batch has
+    `engine.config.batch_size` records.
+
+    report: path of the HTML page; None writes none. workers: number of processes that extract. capture_s_max: time limit of a capture in
+    seconds, after which its worker is killed; None takes the limit of the config's `isolation`. retry_failed: retry captures whose worker died
+    or took too long. model_id: the model of the manifest's embeddings, one id for all or a mapping by column; required if the gallery has no
+    model for a column. executor: where captures are extracted (`jobs.ray_executor`); `workers` is only used on this machine.
+    Raises InvalidInput if the manifest is not a table, StorageUnavailable.
     """
     check_table_name(out)
     table = Manifest(manifest, options)
@@ -236,7 +239,7 @@ class _Job:
         self._owners: dict[str, _Item] = {}
 
     def run(self, writer: OutcomeWriter, progress: Progress) -> Tally:
-        """Decides every record, and writes its outcome."""
+        """Decides every record and writes its outcome."""
         started = self._stopwatch()
         survey = self._table.survey()
         self._suspected = survey.repeated
@@ -266,41 +269,41 @@ class _Job:
         )
 
     def _settled_batches(self) -> Iterator[_Batch]:
-        """Batches in the manifest's order, each with its outcomes, committed; the next ones are extracted meanwhile."""
-        for batch in self._ready():
-            yield self._timed(partial(self._settled, batch))
+        """Batches in the manifest's order, each decided and committed. Meanwhile the next batches are extracted."""
+        for batch in self._extracted_batches():
+            yield self._timed(partial(self._settle, batch))
 
-    def _settled(self, batch: _Batch) -> _Batch:
-        """Has a batch decided and committed. Batches depend on the manifest alone, and each is searched after the commit of the one before:
-        so a score, which moves with the gallery, does not depend on where an earlier run was killed."""
+    def _settle(self, batch: _Batch) -> _Batch:
+        """Decides and commits a batch. Scores depend on the gallery. They are the same in every run, because the batches depend only on the
+        manifest, and each batch is searched after the previous one is committed."""
         decisions = self._engine.enroll_many([encounter for _, encounter in batch.waiting])
         for (item, encounter), decision in zip(batch.waiting, decisions, strict=True):
-            self._decide(item, encounter, decision)
+            item.outcome = self._outcome_of(encounter, decision)
         batch.waiting.clear()
-        return self._finished(batch)
+        return self._finish(batch)
 
     def _timed(self, work: Callable[[], _T]) -> _T:
-        """Does it, and counts it as searching and committing."""
+        """Does the work, and adds its duration to that of searching and committing."""
         began = self._stopwatch()
-        done = work()
+        result = work()
         self._seconds["searching"] += self._stopwatch() - began
-        return done
+        return result
 
     # reading ----------------------------------------------------------------------------------------------------
 
-    def _ready(self) -> Iterator[_Batch]:
-        """Batches whose captures are extracted; the next ones are in the workers' hands."""
+    def _extracted_batches(self) -> Iterator[_Batch]:
+        """Batches whose captures are extracted. Workers extract the next batches meanwhile."""
         ahead: deque[_Batch] = deque()
         tasks = max(self._engine.config.batch_size // _TASK_ENCOUNTERS, 1)
-        most = min(max(_AHEAD, -(-self._executor.pieces_ahead // tasks)), _AHEAD_MOST)
-        for batch in chain(self._begun(), [None] * most):
+        ahead_max = min(max(_AHEAD, -(-self._executor.pieces_ahead // tasks)), _AHEAD_MAX)
+        for batch in chain(self._submitted_batches(), [None] * ahead_max):
             if batch is not None:
                 ahead.append(batch)
-            if ahead and (batch is None or len(ahead) > most):
-                yield self._extracted(ahead.popleft())
+            if ahead and (batch is None or len(ahead) > ahead_max):
+                yield self._collect(ahead.popleft())
 
-    def _begun(self) -> Iterator[_Batch]:
-        """Batches whose files are read, and whose captures are with the workers."""
+    def _submitted_batches(self) -> Iterator[_Batch]:
+        """Batches whose files are read, and whose captures are submitted to the workers."""
         items: list[_Item] = []
         byte_count, began = 0, self._stopwatch()
         for record in self._table.records():
@@ -308,15 +311,15 @@ class _Job:
             items.append(item)
             byte_count += item.content.byte_count if item.content else 0
             if len(items) >= self._engine.config.batch_size or byte_count >= _BATCH_BYTES_MAX:
-                batch = self._handed_out(items)
+                batch = self._submit(items)
                 self._seconds["reading"] += self._stopwatch() - began
                 yield batch
                 items, byte_count, began = [], 0, self._stopwatch()
         if items:
-            yield self._handed_out(items)
+            yield self._submit(items)
 
     def _read(self, record: Record) -> _Item:
-        """A record with its content, and with its outcome if that is known before anything is extracted."""
+        """Reads the files of a record. Sets its outcome if that is known before extraction."""
         if record.problem is not None:
             item = _Item(record, None, record.encounter_id, refused([record.problem]))
             self._compare_with_owner(item)
@@ -331,7 +334,7 @@ class _Job:
         return item
 
     def _compare_with_owner(self, item: _Item) -> None:
-        """Looks whether an earlier record of this manifest has the same encounter_id: it is repeated, or in conflict."""
+        """Compares a record with the first record of this manifest that has the same encounter_id: it is a repetition, or a conflict."""
         if item.encounter_id is None or name_hash(name_of(item.record)) not in self._suspected:
             return
         owner = self._owners.setdefault(item.encounter_id, item)
@@ -341,31 +344,31 @@ class _Job:
         if owner.content is not None and item.content is not None and owner.content.digest == item.content.digest:
             item.repeats = owner
         elif item.outcome is None:
-            item.outcome = _conflict(f"row {owner.record.row} of the manifest has it, too")
+            item.outcome = _conflict(f"row {owner.record.row} of the manifest has the same encounter_id")
 
     def _is_open(self, item: _Item) -> bool:
-        """Whether nothing is known of an encounter but that it was to come."""
-        assert item.encounter_id is not None, "listed"
+        """Whether an encounter has no outcome yet, neither in the backlog nor in the journal."""
+        assert item.encounter_id is not None, "a listed item has an id"
         entry = self._backlog.entry(item.encounter_id)
         return (entry is None or entry.outcome is None) and self._decided_before(item.encounter_id) is None
 
     def _decided_before(self, encounter_id: str) -> Decision | None:
-        """What the gallery's journal has of an encounter, unless it may be sent again."""
+        """The decision on an encounter in the gallery's journal; None if there is none, or if the encounter may be sent again."""
         decision = self._engine.decision(encounter_id)
         return decision if decision is not None and decision.final else None
 
     def _recall(self, item: _Item, content: Content) -> None:
-        """The outcome of an encounter that was decided, or refused with this very content, in an earlier run."""
-        assert item.encounter_id is not None, "read"
+        """Sets the outcome of an encounter that an earlier run decided, or refused with the same content."""
+        assert item.encounter_id is not None, "an item that was read has an id"
         entry = self._backlog.entry(item.encounter_id)
         decision = self._decided_before(item.encounter_id)
         noted = None if entry is None or entry.outcome is None else Outcome.from_json(entry.outcome)
         same = entry is not None and entry.digest == content.digest
         if decision is not None:
-            # without a digest, the encounter was decided by another command or the backlog was lost: nothing to compare
+            # without a digest there is nothing to compare: another command decided the encounter, or the backlog was lost
             unknown = entry is None or entry.digest is None or content.late
             if decision.subject_id != item.record.subject_id or not (same or unknown):
-                item.outcome, item.listed = _conflict("it was decided with other content before"), False
+                item.outcome, item.listed = _conflict("the encounter was decided with other content before"), False
                 return
             item.outcome = decided(decision, noted.before if noted else ())
             item.stale = entry is None or entry.status != item.outcome.status
@@ -373,27 +376,28 @@ class _Job:
             item.outcome = noted
 
     def _still_holds(self, record: Record, noted: Outcome) -> bool:
-        """Whether an outcome that the gallery's journal does not have is to be told again."""
+        """Whether an outcome of an earlier run is still valid, although the gallery's journal does not have it."""
         if noted.reason == "already_enrolled":
             return record.subject_id in self._engine
         if noted.reason == INCOMPLETE and noted.required is not None:
             return noted.required == self._engine.policy.required
         return noted.status == "refused" and not (self._retry_failed and noted.reason in FAILURES)
 
-    def _handed_out(self, items: list[_Item]) -> _Batch:
+    def _submit(self, items: list[_Item]) -> _Batch:
+        """Makes a batch, and submits its captures to the workers."""
         batch = _Batch(items)
-        todo = [item for item in items if item.undecided]
+        undecided = [item for item in items if item.undecided]
         self._list(item for item in items if item.undecided or item.stale)
-        with_captures = [item for item in todo if item.content and item.content.captures]
+        with_captures = [item for item in undecided if item.content and item.content.captures]
         for first in range(0, len(with_captures), _TASK_ENCOUNTERS):
             task = with_captures[first : first + _TASK_ENCOUNTERS]
             captures = [item.content.captures for item in task if item.content]
-            batch.extracts.append((task, self._executor.submit(self._pool, captures)))
+            batch.extractions.append((task, self._executor.submit(self._pool, captures)))
         self._extracted_count += len(with_captures)
         return batch
 
     def _list(self, items: Iterable[_Item]) -> None:
-        """Gives items their lines in the backlog."""
+        """Adds items to the backlog as received."""
         arrivals = [
             Arrival(
                 item.encounter_id,
@@ -409,18 +413,18 @@ class _Job:
 
     # deciding ---------------------------------------------------------------------------------------------------
 
-    def _extracted(self, batch: _Batch) -> _Batch:
-        """With what the workers made of its captures: refused, or waiting for a decision."""
+    def _collect(self, batch: _Batch) -> _Batch:
+        """Waits for the templates of a batch. Items with templates then wait for a decision; the other undecided items are refused."""
         began = self._stopwatch()
         extracted: dict[_Item, Sequence[Template | Refusal]] = {}
-        for items, extraction in batch.extracts:
+        for items, extraction in batch.extractions:
             extracted |= zip(items, extraction.result(), strict=True)
         self._seconds["waiting"] += self._stopwatch() - began
         batch.finished = [item for item in batch.items if item.stale]
         for item in batch.items:
             if item.undecided:
                 batch.finished.append(item)
-                assert item.content is not None, "undecided ones were read"
+                assert item.content is not None, "an undecided item was read"
                 templates, refusals = _templates(item.content, extracted.get(item, ()))
                 if templates:
                     record = item.record
@@ -441,18 +445,17 @@ class _Job:
             self._backlog.search(notes, self._clock())
         return batch
 
-    def _decide(self, item: _Item, encounter: Encounter, decision: Decision) -> None:
+    def _outcome_of(self, encounter: Encounter, decision: Decision) -> Outcome:
         if decision.outcome == "refused" and decision.refusals and decision.refusals[0].reason == "subject_exists":
-            item.outcome = self._enrolled_before(encounter, decision)
-        else:
-            item.outcome = decided(decision, required=self._engine.policy.required)
+            return self._enrolled_before(encounter, decision)
+        return decided(decision, required=self._engine.policy.required)
 
-    def _finished(self, batch: _Batch) -> _Batch:
-        """Every record has its outcome."""
+    def _finish(self, batch: _Batch) -> _Batch:
+        """Sets the outcomes of repeated records, and notes all new outcomes in the backlog."""
         for item in batch.items:
             if item.repeats is not None:
                 item.outcome = item.repeats.outcome
-            if item.content is not None:  # an owner of repeated records is kept, its captures need not be
+            if item.content is not None:  # an item stays in memory if records may repeat it; its captures are freed
                 item.content = replace(item.content, captures=(), templates={})
         if batch.finished:
             self._backlog.finish(self._line(item) for item in batch.finished)
@@ -460,8 +463,8 @@ class _Job:
         return batch
 
     def _enrolled_before(self, encounter: Encounter, decision: Decision) -> Outcome:
-        """Of an encounter whose subject_id is enrolled: the same person, or a case that a person rules on."""
-        assert decision.subject_id is not None, "enrolled under it"
+        """The outcome of an encounter whose subject_id is already enrolled: the same person, or a case."""
+        assert decision.subject_id is not None, "the subject is enrolled under this id"
         match verify_or_dispute(self._engine, encounter, decision.subject_id):
             case Verification() as verified:
                 return already_enrolled(verified, decision.decided_at)
@@ -470,7 +473,7 @@ class _Job:
         return decided(decision, encounter.declined)
 
     def _line(self, item: _Item) -> Finished:
-        assert item.outcome is not None and item.encounter_id is not None, "finished"
+        assert item.outcome is not None and item.encounter_id is not None, "a finished item has an outcome and an id"
         decided_at = self._clock() if item.outcome.decided_at is None else item.outcome.decided_at
         return Finished(item.encounter_id, item.outcome.status, decided_at, item.outcome.to_json())
 
@@ -480,7 +483,7 @@ def _conflict(detail: str) -> Outcome:
 
 
 def _templates(content: Content, extracted: Sequence[Template | Refusal]) -> tuple[Templates, tuple[Refusal, ...]]:
-    """Column -> template, and the captures that were declined; of two captures of a finger the better one counts."""
+    """(column -> template, refused captures). Of two captures of a finger, the better one is kept and the other is refused."""
     templates: Templates = dict(content.templates)
     refusals = list(content.refusals)
     for result in extracted:

@@ -1,10 +1,9 @@
-"""`load`: adds ready templates from Parquet, Arrow or numpy files, or a stream, to a gallery without a search.
+"""`load`: adds existing templates from Parquet, Arrow or numpy files, or from a stream, to a gallery without a search.
 
-Owns the reading in bounded memory. Each batch is one durable, idempotent write named by its content, so that an interrupted load resumes when
-it is started again.
+Owns the reading in bounded memory. Never searches for duplicates, and never extracts templates.
 
-A row that cannot be used is refused by itself, and reported. A subject may lack a column (null, or an empty list): it is loaded with the
-columns it has.
+1. Each batch is one durable, idempotent write, so that an interrupted load that is run again resumes.
+2. A row that cannot be used is refused alone, and reported. A subject may lack a column (null, or an empty list).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import COLUMNS, Refusal
 
 BATCH_ROWS, BATCH_BYTES = 1 << 16, 1 << 28
-"""Of a batch at most; a face and ten fingers with minutiae are some 14 kB a row."""
+"""The largest batch. A row with a face and ten fingers with minutiae has about 14 kB."""
 ROWS_NAMED_MAX = 20
 _BAD_ID = ("subject_id is not", "subject_id was")
 _KNOWN = tuple(dict.fromkeys((*KNOWN, *GROUP_COLUMNS)))
@@ -52,10 +51,11 @@ _TEMPLATES = tuple(name for name in KNOWN if name.removesuffix(MINUTIAE) in COLU
 
 @dataclass(frozen=True)
 class LoadResult(Described):
-    """added: subjects new to the gallery; present: found there with the same templates; refused: rows left out.
+    """The outcome of a load. added: number of subjects that were added; present: subjects that the gallery already had with the same templates;
+    refused: number of refused rows.
 
-    refused_rows: the first of these, by position in the source, from 0; refused_ids: the subject of each, '' where it has no usable id.
-    reasons: how many were refused for each reason.
+    refused_rows: the positions in the source of the first 20 refused rows, from 0; refused_ids: their subject_ids, '' if unusable. reasons:
+    reason -> number of rows.
     """
 
     added: int
@@ -77,22 +77,22 @@ def load(
     batch_rows: int = BATCH_ROWS,
     progress: Progress = silent,
 ) -> LoadResult:
-    """Adds the subjects of a table: a string column `subject_id`, `face` (or a finger position) as a list of d
-    floating-point numbers, unit length, null where a subject has none, and optionally `groups`, a list of strings, or a text, `a;b`.
+    """Adds the subjects of a table to a gallery, without a search.
 
-    A binary column holds minutiae records of the finger that it is named by, null where a subject has none. Fingers of records
-    in the column `unknown` are filed under the positions that the records state, unless the row has them already.
+    The table has a string column `subject_id`, and a column `face` or columns of finger positions. Such a column holds either embeddings: lists
+    of d floating-point numbers with unit length; or minutiae records (binary). A null means that the subject has no template there. Records in
+    the column `unknown` are stored under the finger positions that they state, unless the row has a template there. An optional column `groups`
+    holds lists of strings, or texts `a;b`.
 
-    source: a Parquet file, an Arrow file or stream (`-` reads a stream from standard input), an iterable of
-    pyarrow.RecordBatch, or `vectors.npy`, float32 (n, d), which takes `ids` (`.npy`, or a text file with one id a line) and
-    `column`. options: names of columns, and the encoding of `ids`. model_id: what made the vectors, one for all or by column; it can be left out where the gallery has a model there.
-    Rows that cannot be used are refused one by one, those among them whose subject_id is enrolled with other
-    templates.
+    source: a Parquet file; an Arrow file or stream (`-` reads a stream from standard input); an iterable of pyarrow.RecordBatch; or a `.npy`
+    file, float32 (n, d), which needs `ids` (`.npy`, or a text file with one id per line) and `column`. options: names of columns, and the
+    encoding of `ids`. model_id: the model of the embeddings, one id for all or a mapping by column; optional if the gallery has a model for the
+    column. A row that cannot be used is refused alone, also if its subject_id is enrolled with other templates.
 
-    Raises InvalidInput, ModelMismatch, StorageUnavailable; batches before it are in the gallery.
+    Raises InvalidInput, ModelMismatch, StorageUnavailable. Batches before the error stay in the gallery.
     """
     batches, total = _opened(source, ids, column, options)
-    batches = _read(batches, source)
+    batches = _checked_batches(batches, source)
     added = present = position = 0
     reasons: Counter[str] = Counter()
     refused: list[tuple[int, str]] = []
@@ -111,7 +111,7 @@ def load(
     try:
         engine.maintain()
     except StorageUnavailable:
-        pass  # everything is durable already; the next writer merges
+        pass  # all batches are durable; the next writer merges the segments
     places, names = (tuple(values) for values in zip(*refused, strict=True)) if refused else ((), ())
     return LoadResult(added, present, reasons.total(), places, dict(sorted(reasons.items())), names)
 
@@ -125,9 +125,12 @@ def accept_load(
     model_id: str | Mapping[str, str] | None = None,
     options: TableOptions = DEFAULT_OPTIONS,
 ) -> Path | Iterable[Any]:
-    """Checks the beginning of a source before a gallery is made for it, and returns what `load` is to read. Its first rows are loaded into a
-    gallery that is thrown away, so that all rules of a new gallery are applied. Raises what `load` raises."""
-    batches = _read(_opened(source, ids, column, options)[0], source)
+    """Checks the first batch of a source before a gallery is created for it. Returns the source that `load` then reads: a stream starts again at
+    its first batch.
+
+    The first batch is loaded into a temporary gallery, so that all rules of a new gallery are applied. Raises the errors of `load`.
+    """
+    batches = _checked_batches(_opened(source, ids, column, options)[0], source)
     first = next(batches, None)
     if first is not None:
         usable = _prepared(first, _name(source), options).usable
@@ -150,9 +153,9 @@ def check_load(
     model_id: str | Mapping[str, str] | None = None,
     options: TableOptions = DEFAULT_OPTIONS,
 ) -> Checked:
-    """Reads a whole source as `load` does, and says which rows it would refuse. Touches no gallery. Raises what `load` raises."""
+    """Reads a whole source as `load` does, and reports the rows that `load` would refuse. Opens no gallery. Raises the errors of `load`."""
     accepted = accept_load(config, source, ids=ids, column=column, model_id=model_id, options=options)
-    batches = _read(_opened(accepted, ids, column, options)[0], source)
+    batches = _checked_batches(_opened(accepted, ids, column, options)[0], source)
     refused: list[RefusedRow] = []
     position = 0
     for batch in _rechunked(batches, BATCH_ROWS):
@@ -168,8 +171,8 @@ def check_load(
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """A batch of the source as an engine takes it. usable: without the rows whose groups are unsound; kept: the index of each of its rows;
-    refusals: of the other rows; subject_ids: of all rows, Arrow strings."""
+    """A batch of the source, prepared for the engine. usable: the batch without rows whose groups are refused; kept: int64, the index in the
+    batch of each usable row; refusals: index -> reason, for the other rows; subject_ids: Arrow strings, for all rows."""
 
     usable: Any
     kept: NDArray[np.int64]
@@ -177,16 +180,16 @@ class _Rows:
     subject_ids: Any
 
     def all_refusals(self, of_usable: Mapping[int, str]) -> dict[int, str]:
-        """With those of the usable rows, by the rows of the source."""
+        """All refusals by index in the batch. of_usable: the refusals by index in `usable`."""
         return self.refusals | {int(self.kept[i]): reason for i, reason in of_usable.items()}
 
     def name(self, row: int, reason: str) -> str:
-        """The subject of a row, '' where it has no usable id."""
+        """The subject_id of a row, '' if it is unusable."""
         return "" if reason.startswith(_BAD_ID) else self.subject_ids[row].as_py() or ""
 
 
 def _prepared(batch: Any, source: str, options: TableOptions) -> _Rows:
-    """Columns by their own names, and groups as lists. Raises InvalidInput where the columns are none that can be loaded."""
+    """Renames the columns to the library's names, and parses the groups. Raises InvalidInput if the columns cannot be loaded."""
     batch = batch.rename_columns(options.names(batch.schema.names, source, _KNOWN))
     columns = [n for n in batch.schema.names if n in _TEMPLATES and not pa.types.is_null(batch.column(n).type)]
     if "subject_id" not in batch.schema.names or not columns:
@@ -210,12 +213,12 @@ def _prepared(batch: Any, source: str, options: TableOptions) -> _Rows:
 def _opened(
     source: Path | Iterable[Any], ids: Path | None, column: str, options: TableOptions
 ) -> tuple[Iterator[Any], int]:
-    """(record batches, their rows in all or 0)."""
+    """Opens a source. Returns (record batches, the total number of rows, or 0 if unknown)."""
     if not isinstance(source, Path):
         return iter(source), 0
     if source.is_dir():
         raise InvalidInput(
-            f"{source} is a folder that `biodedup export` did not write; name one that it did, or a file"
+            f"{source} is a folder that `biodedup export` did not write; name an exported folder, or a file"
         )
     try:
         if str(source) == "-":
@@ -224,12 +227,14 @@ def _opened(
             return _numpy_batches(source, ids, column, options)
         if source.suffix in (".arrow", ".feather", ".ipc", ".arrows"):
             return _arrow_batches(source)
-        file = pa.parquet.ParquetFile(source, pre_buffer=False)  # its buffers would be kept to the end of the file
+        file = pa.parquet.ParquetFile(
+            source, pre_buffer=False
+        )  # pre-buffering keeps the buffers until the file is closed
         written = file.schema_arrow.names
         names = options.names(written, source, _KNOWN)
-        if "subject_id" in names and set(names) & set(_TEMPLATES):  # else that is what is wrong
+        if "subject_id" in names and set(names) & set(_TEMPLATES):  # otherwise `_prepared` reports the missing columns
             options.check_columns(names, _KNOWN, source, carried=False)
-        wanted = [own for own, name in zip(written, names, strict=True) if name in _KNOWN] or None
+        wanted = [in_file for in_file, name in zip(written, names, strict=True) if name in _KNOWN] or None
         return file.iter_batches(batch_size=BATCH_ROWS // 4, columns=wanted), file.metadata.num_rows
     except FileNotFoundError as error:
         raise InvalidInput(
@@ -240,8 +245,8 @@ def _opened(
             raise
         if is_container(_beginning(source)):
             raise InvalidInput(
-                f"{source} is a record or file of captures (ISO/IEC 19794, ANSI/NIST-ITL), and `load` takes tables of templates; name it in "
-                "the column `finger` of a manifest for `enroll-batch`, or take its templates with bd.Encounter"
+                f"{source} is a record or file of captures (ISO/IEC 19794, ANSI/NIST-ITL), but `load` reads tables of templates; name it in "
+                "the column `finger` of a manifest for `enroll-batch`, or extract its templates with bd.Encounter"
             ) from None
         raise InvalidInput(
             f"{source} is not a Parquet, Arrow or npy file ({type(error).__name__}); write it with pyarrow, pandas or numpy"
@@ -256,13 +261,13 @@ def _beginning(source: Path) -> bytes:
         return b""
 
 
-def _read(batches: Iterator[Any], source: Path | Iterable[Any]) -> Iterator[Any]:
-    """The batches; a source that breaks off is the caller's mistake."""
+def _checked_batches(batches: Iterator[Any], source: Path | Iterable[Any]) -> Iterator[Any]:
+    """The batches. Raises InvalidInput if the source is cut short."""
     try:
         yield from batches
     except (pa.ArrowException, OSError, EOFError) as error:
         raise InvalidInput(
-            f"{_name(source)} breaks off ({type(error).__name__}); what came before is in the gallery, load the whole one again"
+            f"{_name(source)} is cut short ({type(error).__name__}); earlier batches are in the gallery, load the whole source again"
         ) from error
 
 
@@ -278,7 +283,7 @@ def _arrow_batches(source: Path) -> tuple[Iterator[Any], int]:
 
 def _numpy_batches(source: Path, ids: Path | None, column: str, options: TableOptions) -> tuple[Iterator[Any], int]:
     if ids is None:
-        raise InvalidInput(f"{source} holds vectors alone; name the file of their subject_ids, as ids")
+        raise InvalidInput(f"{source} holds only vectors; name the file of their subject_ids with ids")
     if column not in COLUMNS:
         raise InvalidInput(f"column {column!r} is not known; use one of {', '.join(COLUMNS)}")
     vectors = np.load(source, mmap_mode="r", allow_pickle=False)
@@ -286,7 +291,7 @@ def _numpy_batches(source: Path, ids: Path | None, column: str, options: TableOp
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
         raise InvalidInput(f"{source} has shape {vectors.shape}, dtype {vectors.dtype}; wanted float32 (n, d)")
     if len(names) != len(vectors):
-        raise InvalidInput(f"{ids} has shape ({len(names)},) for {len(vectors)} vectors; pass one id each")
+        raise InvalidInput(f"{ids} has shape ({len(names)},) for {len(vectors)} vectors; pass one id for each vector")
 
     def batches() -> Iterator[Any]:
         for low in range(0, len(vectors), BATCH_ROWS // 4):
@@ -299,7 +304,7 @@ def _numpy_batches(source: Path, ids: Path | None, column: str, options: TableOp
 
 
 def _loaded_ids(path: Path) -> Any:
-    """An Arrow array of strings; bytes that are no UTF-8 come out as they are read elsewhere."""
+    """The ids of a `.npy` file as an Arrow array of strings. Bytes that are not UTF-8 become U+FFFD, and `load` refuses these rows."""
     names = np.load(path, allow_pickle=False)
     if names.ndim != 1 or names.dtype.kind not in "USiu":
         raise InvalidInput(f"{path} has shape {names.shape}, dtype {names.dtype}; wanted (n,) strings or whole numbers")
@@ -309,7 +314,7 @@ def _loaded_ids(path: Path) -> Any:
 
 
 def _ids_of_text(path: Path, options: TableOptions) -> Any:
-    """One id a line. A line that is no text in the file's encoding costs its own row."""
+    """The ids of a text file with one id per line. Bytes that cannot be decoded become U+FFFD, and `load` refuses these rows."""
     with open_text(path, options.encoding or detected(path)[0]) as file:
         lines = file.read().removeprefix("\ufeff").split("\n")
     if not lines[-1].strip():
@@ -318,13 +323,13 @@ def _ids_of_text(path: Path, options: TableOptions) -> Any:
 
 
 def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
-    """Batches of exactly `rows` but the last, or of fewer where these would have more than BATCH_BYTES: a power of two, by the size of the
-    source's first rows."""
+    """Batches of exactly `rows` rows, except the last. If such a batch would exceed BATCH_BYTES, estimated from the first rows, all batches
+    have a smaller power of two of rows."""
     held: list[Any] = []
-    count, settled = 0, False
+    count, measured = 0, False
     for batch in batches:
-        if not settled and len(batch):
-            fitting, settled = BATCH_BYTES * len(batch) // max(batch.nbytes, 1), True
+        if not measured and len(batch):
+            fitting, measured = BATCH_BYTES * len(batch) // max(batch.nbytes, 1), True
             rows = min(rows, 1 << max(fitting, 1).bit_length() - 1)
         while count + len(batch) >= rows:
             head = batch.slice(0, rows - count)
@@ -338,8 +343,8 @@ def _rechunked(batches: Iterator[Any], rows: int) -> Iterator[Any]:
 
 
 def _groups(columns: dict[str, Any], refusals: NDArray[Any]) -> list[list[str]]:
-    """The groups of each row; refusals gets the rows whose groups cannot be used."""
-    known: dict[str, list[str]] = {}  # most rows have the groups of others
+    """The groups of each row. A row whose groups cannot be used gets a reason in `refusals`, an object array (n,)."""
+    known: dict[str, list[str]] = {}  # a cache: most rows have the same groups as others
     found: list[list[str]] = []
     for i, cells in enumerate(zip(*map(values_of, columns.values()), strict=True)):
         key = repr(cells)

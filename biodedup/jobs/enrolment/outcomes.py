@@ -1,6 +1,6 @@
-"""The outcome of each record of a bulk enrolment: its row, the result table, and the sentences for officials.
+"""Describes the outcome of each record of a bulk enrolment: in a row of the result table, and in sentences for officials.
 
-Owns the schema of the result and the meaning of each reason in plain words. Never decides.
+Owns the schema of the result table, and the meaning of each reason in plain words. Never decides.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from biodedup.gallery.files.private import make_private_folder
 from biodedup.jobs.manifests.encounters import Record
 from biodedup.jobs.shared.files import new_file
 from biodedup.jobs.shared.output import check_table_name
-from biodedup.jobs.shared.spreadsheet import disarmed, disarmed_schema
+from biodedup.jobs.shared.spreadsheet import escaped_formulas, escaped_names
 from biodedup.outcomes import outcome_of
 from biodedup.required import INCOMPLETE, SUPERSEDED
 from biodedup.values import COLUMNS, Decision, Refusal, Verification
 
 STATUS_OF = {"unique": "enrolled", "duplicate": "duplicate", "review": "adjudicate", "refused": "refused"}
 SHOWN_MAX = 500
-"""Rows of a kind that a page lists; the table has all."""
-_GROUP_ROWS = 8_192
+"""The page lists at most this many rows of each status; the table has all rows."""
+_ROW_GROUP_ROWS = 8_192
 _RESULT = pa.schema(
     [
         ("row", pa.int64()),
@@ -67,20 +67,20 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "another person is enrolled under this number",
         "find out which of the two owns the number; one is wrong",
     ),
-    "incomplete_search": ("part of the gallery could not be seen", "run `biodedup doctor`, then decide by hand"),
+    "incomplete_search": ("part of the gallery could not be searched", "run `biodedup doctor`, then decide by hand"),
     "between_thresholds": (
-        "similar to an enrolled person, but not surely the same",
+        "similar to an enrolled person, but not certainly the same person",
         "a trained person compares the two",
     ),
     "uncalibrated": (
-        "similar to an enrolled person, but it is not known yet how alike different people are here",
-        "a trained person compares the two; from 200 people on the gallery checks its calibration by itself, a model of your own "
-        "needs `biodedup calibrate`",
+        "similar to an enrolled person, but the gallery cannot tell yet how similar different people are",
+        "a trained person compares the two; with 200 people or more the gallery checks its calibration itself; your own model needs "
+        "`biodedup calibrate`",
     ),
-    "repeated": ("the record is in the manifest a second time", "nothing"),
+    "repeated": ("the manifest has the record twice", "nothing"),
     "encounter_conflict": (
         "the encounter number was used before, with other content",
-        "give the later encounter a number of its own",
+        "give the later encounter a new number",
     ),
     "failed": ("the program failed on this capture", "look at the file; then run again with --retry-failed"),
     "decoder_failed": (
@@ -102,27 +102,30 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "recapture": ("the person who judged the case asks for new captures", "recapture, as another encounter"),
     "incomplete": (
         "captures are missing or cannot be used; the detail names each",
-        "supply or recapture them, or state why they cannot be had, and send the encounter again under its number",
+        "supply or recapture them, or state why this is impossible, and send the encounter again under its number",
     ),
-    "not_sent": ("a capture that every encounter needs was not sent", "capture it, or state why it cannot be had"),
-    "too_few_fingers": ("fewer fingers than every encounter needs", "capture more, or state why they cannot be had"),
-    "missing_file": ("the file is not where the manifest says", "supply it and run the same command again"),
+    "not_sent": ("a required capture was not sent", "capture it, or state why this is impossible"),
+    "too_few_fingers": ("the encounter has too few fingers", "capture more, or state why this is impossible"),
+    "missing_file": ("the file that the manifest names does not exist", "supply it and run the same command again"),
     "unreadable": ("the file cannot be read", "check the disk and the permissions, and run the same command again"),
     "not_a_file": ("the path names a folder, a pipe or a device", "repair the manifest and run again"),
-    "empty_file": ("the file is empty", "copy it again from where it was captured, and run the same command again"),
+    "empty_file": ("the file is empty", "copy it again from the capture device, and run the same command again"),
     "too_many_pixels": ("the image is larger than any scanner makes", "check the file"),
     "too_many_scans": (
-        "the image goes over its pixels more often than any camera makes it",
+        "the image has more scans (passes over its pixels) than any camera writes",
         "save it again, or recapture",
     ),
-    "too_complex": ("the file asks for more work than any capture needs", "save it again, or recapture"),
+    "too_complex": ("the file takes more work to decode than any capture needs", "save it again, or recapture"),
     "too_large_file": ("the file is larger than any capture", "check the file"),
-    "malformed_row": ("the line does not fit the table's columns", "repair the manifest and run again"),
+    "malformed_row": (
+        "the line has another number of cells than the table has columns",
+        "repair the manifest and run again",
+    ),
     "wrong_type": ("a cell holds the wrong kind of value", "repair the manifest and run again"),
     "not_utf8": ("a cell is not UTF-8 text", "write the manifest in UTF-8 and run again"),
     "no_subject_id": ("the record names no subject", "repair the manifest and run again"),
     "unusable_id": ("an identifier is too long, or cannot be printed", "repair the manifest and run again"),
-    "unknown_position": ("the position names no finger and no face", "repair the manifest and run again"),
+    "unknown_position": ("the position is neither a finger nor the face", "repair the manifest and run again"),
     "no_capture": ("the record has no capture", "repair the manifest, or capture the person"),
     "invalid_input": ("a value cannot be used", "see the detail"),
     "model_mismatch": ("the template was made by another model", "extract it again with the gallery's model"),
@@ -131,7 +134,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one encounter; reasons as in `WORDS`."""
+    """The outcome of one encounter. reason: a key of `WORDS`."""
 
     status: str
     reason: str | None = None
@@ -150,9 +153,9 @@ class Outcome:
     decided_at: float | None = None
     refusals: tuple[Refusal, ...] = ()
     before: tuple[Refusal, ...] = ()
-    """Of the refusals, those that the gallery's journal does not have: jobs before release 0.3 kept them to themselves."""
+    """The refusals that the gallery's journal does not have: jobs before release 0.3 did not store them there."""
     required: tuple[str, ...] | None = None
-    """What the policy required of an encounter that was refused as incomplete."""
+    """The captures that the policy required, if the encounter was refused as incomplete."""
 
     def to_json(self) -> str:
         return json.dumps(self, default=vars, separators=(",", ":"))  # asdict would copy every value
@@ -167,11 +170,11 @@ class Outcome:
 
 
 def refused(refusals: Sequence[Refusal], decided_at: float | None = None) -> Outcome:
-    """Declined for the only one of these, or for several as incomplete."""
-    lacks = [refusal for refusal in refusals if refusal.reason != SUPERSEDED]
-    if len(lacks) > 1:
+    """The outcome of a refused encounter: with the reason of its only refusal, or as incomplete if it has several."""
+    faults = [refusal for refusal in refusals if refusal.reason != SUPERSEDED]
+    if len(faults) > 1:
         return incomplete(refusals, decided_at)
-    first = lacks[0] if lacks else Refusal("encounter", "no_capture")
+    first = faults[0] if faults else Refusal("encounter", "no_capture")
     detail = first.detail if first.column == "encounter" else f"{first.column}: {first.detail}".removesuffix(": ")
     return Outcome(
         "refused",
@@ -187,31 +190,31 @@ def refused(refusals: Sequence[Refusal], decided_at: float | None = None) -> Out
 def incomplete(
     refusals: Sequence[Refusal], decided_at: float | None = None, required: tuple[str, ...] | None = None
 ) -> Outcome:
-    """Declined for lack of captures, each of which the detail names. required: by the policy."""
-    lacks = sorted((refusal for refusal in refusals if refusal.reason != SUPERSEDED), key=_place)
-    detail = "; ".join(f"{refusal.column}: {refusal.reason}" for refusal in lacks)
+    """The outcome of an encounter that was refused because captures are missing or unusable. required: the captures that the policy requires."""
+    faults = sorted((refusal for refusal in refusals if refusal.reason != SUPERSEDED), key=_column_index)
+    detail = "; ".join(f"{refusal.column}: {refusal.reason}" for refusal in faults)
     return Outcome(
         "refused", INCOMPLETE, detail or None, decided_at=decided_at, refusals=tuple(refusals), required=required
     )
 
 
-def _place(refusal: Refusal) -> int:
+def _column_index(refusal: Refusal) -> int:
     return COLUMNS.index(refusal.column) if refusal.column in COLUMNS else len(COLUMNS)
 
 
 def decided(decision: Decision, before: Sequence[Refusal] = (), required: tuple[str, ...] | None = None) -> Outcome:
-    """As the gallery decided. before: captures that were declined, and that the decision does not name; required: by the policy."""
+    """The outcome of a decision. before: refusals that the decision does not have; required: the captures that the policy requires."""
     before, refusals = tuple(before), (*before, *decision.refusals)
     if decision.outcome == "refused" and INCOMPLETE in decision.reasons:
         return incomplete(refusals, decision.decided_at, required)
     if decision.outcome == "refused":
         return refused(decision.refusals or refusals, decision.decided_at)
     best = decision.best
-    compared = best is not None and bool(best.evidence)  # else it is a candidate by its number alone
+    compared = best is not None and bool(best.evidence)  # without evidence, only the subject_id makes it a candidate
     return Outcome(
         STATUS_OF[decision.outcome],
         _why(decision),
-        None if compared or best is None else "no capture in common with the enrolled ones",
+        None if compared or best is None else "no capture in common with the enrolled captures",
         duplicate_of=best.subject_id if best and decision.outcome == "duplicate" else None,
         strongest=best.subject_id if best else None,
         score_db=round(best.score_db, 3) if best and compared else None,
@@ -246,8 +249,8 @@ def already_enrolled(verified: Verification, decided_at: float) -> Outcome:
 def _why(decision: Decision) -> str | None:
     """The reason of an encounter that was not refused."""
     if decision.outcome == "unique":
-        own = any(candidate.subject_id == decision.subject_id for candidate in decision.cleared)
-        return "already_enrolled" if own else None
+        enrolled_before = any(candidate.subject_id == decision.subject_id for candidate in decision.cleared)
+        return "already_enrolled" if enrolled_before else None
     if decision.outcome != "review":
         return None
     if "another_person" in decision.reasons:
@@ -259,7 +262,7 @@ def _why(decision: Decision) -> str | None:
 
 @dataclass
 class Tally:
-    """Counts, and the first rows of each kind for the page."""
+    """The counts of a job, and the first rows of each status, for the page."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     already: int = 0
@@ -289,18 +292,18 @@ class Tally:
 
 
 class OutcomeWriter:
-    """Writes the table while the job goes on, under another name; the rows of one manifest give one content."""
+    """Writes the result table while the job runs. The same outcomes give the same table."""
 
     def __init__(self, path: Path, metadata: Any, labels: LabelConfig) -> None:
         self._labels = labels
         self._metadata = metadata
         self._schema = pa.schema(
-            [*_RESULT, *(field.with_name(_free(field.name)).with_metadata(None) for field in metadata)]
+            [*_RESULT, *(field.with_name(_result_name(field.name)).with_metadata(None) for field in metadata)]
         )
         self._rows: list[dict[str, Any]] = []
         self._as_csv = path.suffix == ".csv"
         self._writer = (
-            pa.csv.CSVWriter(path, disarmed_schema(self._schema))
+            pa.csv.CSVWriter(path, escaped_names(self._schema))
             if self._as_csv
             else pa.parquet.ParquetWriter(path, self._schema)
         )
@@ -312,9 +315,9 @@ class OutcomeWriter:
         row["decided_at"] = None if at is None else datetime.fromtimestamp(at, UTC)
         row["refusals"] = json.dumps(outcome.refusals, default=vars) if outcome.refusals else None
         row |= {"outcome": outcome_of(outcome.status), "label": self._labels.of(outcome.status)}
-        row |= {_free(name): record.metadata.get(name) for name in self._metadata.names}
+        row |= {_result_name(name): record.metadata.get(name) for name in self._metadata.names}
         self._rows.append(row)
-        if len(self._rows) >= _GROUP_ROWS:
+        if len(self._rows) >= _ROW_GROUP_ROWS:
             self._flush()
 
     def close(self) -> None:
@@ -324,13 +327,13 @@ class OutcomeWriter:
     def _flush(self) -> None:
         if self._rows:
             table = pa.Table.from_pylist(self._rows, self._schema)
-            self._writer.write_table(disarmed(table) if self._as_csv else table)
+            self._writer.write_table(escaped_formulas(table) if self._as_csv else table)
             self._rows = []
 
 
 @contextmanager
 def outcome_table(path: Path, metadata: Any, labels: LabelConfig) -> Iterator[OutcomeWriter]:
-    """A writer whose table gets its name when all is in it. Raises InvalidInput for another name, StorageUnavailable."""
+    """Yields a writer. On exit the table gets its final name. Raises InvalidInput for a name that is not a table's, StorageUnavailable."""
     check_table_name(path)
     with translated(f"writing {path}"):
         make_private_folder(path.parent)
@@ -340,6 +343,6 @@ def outcome_table(path: Path, metadata: Any, labels: LabelConfig) -> Iterator[Ou
             writer.close()
 
 
-def _free(name: str) -> str:
-    """The name of a metadata column in the result, whose own names it must not take."""
+def _result_name(name: str) -> str:
+    """The name of a metadata column in the result table: prefixed if the result has a column of that name."""
     return f"manifest_{name}" if name in _RESULT.names else name

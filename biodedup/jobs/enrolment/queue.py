@@ -1,12 +1,12 @@
-"""The backlog of bulk enrolments: the state of each encounter, and since when it has that state.
+"""Keeps the backlog of bulk enrolments: the status of each encounter, and the time since which it has that status.
 
-Owns one SQLite file beside the gallery, with counts, ages, rates, and the expected time to empty the queue. It is bookkeeping: the gallery's
-journal holds the decisions, and no enrolment is lost with the backlog. Never decides, and holds no biometric data.
+Owns an SQLite file beside the gallery, and computes counts, ages, rates, and the expected time to empty the queue. Never decides, and holds no
+biometric data. The gallery's journal holds the decisions: if the backlog is lost, no enrolment is lost.
 
     captured -> received -> searching -> enrolled | duplicate | adjudicate | refused
 
-1. Each change of states is one durable transaction (rollback journal, `synchronous=FULL`).
-2. A refused encounter may be received again; for the others the gallery says whether they were decided.
+1. Each change is one durable transaction (rollback journal, `synchronous=FULL`).
+2. A refused encounter may be received again. For other encounters, the gallery's journal says whether they were decided.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ WAITING = ("received", "searching")
 
 MEANINGS = {
     "captured": "announced; the captures are still to come",
-    "received": "here, waiting for quality check and comparison",
+    "received": "the captures are here, and wait for quality check and comparison",
     "searching": "being compared with every enrolled person",
     "adjudicate": "a trained person has to decide",
     "duplicate": "the same person is enrolled under another number",
     "enrolled": "in the gallery",
-    "refused": "to be recaptured, or the manifest to be mended",
+    "refused": "recapture the person, or repair the manifest",
 }
 
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
-_SPAN_S_MIN = 600.0  # a rate over less than ten minutes says little
+_SPAN_S_MIN = 600.0  # a rate over less than ten minutes is not reliable
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS backlog (
     encounter_id TEXT PRIMARY KEY,
@@ -67,7 +67,7 @@ CREATE INDEX IF NOT EXISTS by_decision ON backlog (decided_at);
 
 @dataclass(frozen=True)
 class Arrival:
-    """An encounter that a manifest names. digest: of its content, once that was read."""
+    """An encounter that a manifest names. digest: of its content, once that is read."""
 
     encounter_id: str
     subject_id: str | None = None
@@ -77,7 +77,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of an encounter. outcome: JSON, as the job that wrote it reads it."""
+    """The outcome of an encounter. outcome: JSON, which only the job interprets."""
 
     encounter_id: str
     status: str
@@ -87,7 +87,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the backlog knows of an encounter."""
+    """The backlog's record of an encounter."""
 
     status: str
     digest: bytes | None
@@ -96,7 +96,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class StatusLine:
-    """Encounters of one status. Ages: seconds in it; of the captured, since their capture."""
+    """The encounters with one status. oldest_s, median_s: seconds since they got the status, or since their capture if it is `captured`."""
 
     count: int
     oldest_s: float | None
@@ -105,8 +105,12 @@ class StatusLine:
 
 @dataclass(frozen=True)
 class QueueStatus(Described):
-    """Where all encounters are, and whether the work keeps pace. Rates are encounters an hour; those of decisions count from the
-    first of the window on, and for at least ten minutes, so that an hour in which work began at the end is not averaged away."""
+    """The state of the backlog, and whether the work keeps up with the intake.
+
+    waiting: encounters without a decision, whose captures are here. intake_hour, intake_day, decided_hour, decided_day: encounters per hour,
+    in the last hour and day. A decision rate is measured from the first decision in that window, over at least ten minutes, so that a job that
+    has just begun is not averaged over the whole window.
+    """
 
     at: float
     lines: dict[str, StatusLine]
@@ -116,7 +120,7 @@ class QueueStatus(Described):
     decided_hour: float
     decided_day: float
     clear_s: float | None
-    """Seconds until the queue is empty at the present rate; None where nothing is known of a rate."""
+    """Seconds until the queue is empty at the present rate; None if the rate is unknown."""
     warning: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +128,7 @@ class QueueStatus(Described):
 
 
 class Backlog:
-    """The open file. One process writes: the one that holds the gallery."""
+    """An open backlog file. Only the process that holds the gallery's lock writes it."""
 
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
@@ -135,11 +139,11 @@ class Backlog:
     def open(
         cls, gallery: Path, config: Config | None = None, *, read_only: bool = False, storage: Storage | None = None
     ) -> Backlog:
-        """Opens the backlog of a gallery, creating it where it is absent. config: needed for the key of an encrypted gallery. Raises
+        """Opens the backlog of a gallery, and creates it if it is absent. config: needed for the key of an encrypted gallery. Raises
         NotAGallery, KeyMismatch, StorageUnavailable."""
         path = gallery / BACKLOG_NAME
         if not (gallery / DATABASE_NAME).is_file():
-            raise NotAGallery(f"{gallery} holds no gallery; name the folder that enroll-batch was given")
+            raise NotAGallery(f"{gallery} holds no gallery; name the gallery's folder, as for enroll-batch")
         storage = storage or LocalStorage(None if config is None else config.keys)
         with translated(f"opening {path}"):
             storage.unlock(gallery, new=False)
@@ -165,7 +169,7 @@ class Backlog:
     # changes ----------------------------------------------------------------------------------------------------
 
     def announce(self, arrivals: Iterable[Arrival], now: float) -> None:
-        """Encounters that were captured elsewhere, and whose captures are still to come. Known ones stay as they are."""
+        """Adds encounters that were captured elsewhere, and whose captures are still to come. Known encounters are not changed."""
         rows = (
             (a.encounter_id, a.subject_id, now if a.captured_at is None else a.captured_at, a.captured_at)
             for a in arrivals
@@ -177,7 +181,7 @@ class Backlog:
         )
 
     def enqueue(self, arrivals: Iterable[Arrival], now: float) -> None:
-        """Encounters whose captures are here. Those that are known, and not merely captured, stay as they are."""
+        """Adds encounters whose captures have arrived. Known encounters with a status other than captured are not changed."""
         rows = ((a.encounter_id, a.subject_id, now, a.captured_at, now) for a in arrivals)
         self._write(
             "INSERT INTO backlog (encounter_id, subject_id, status, since, captured_at, received_at) "
@@ -188,7 +192,7 @@ class Backlog:
         )
 
     def receive(self, arrivals: Iterable[Arrival], now: float) -> None:
-        """Encounters whose content was read and is to be decided, whatever they were before."""
+        """Sets encounters to received: their content was read and has to be decided. Earlier outcomes are dropped."""
         rows = ((a.encounter_id, a.subject_id, now, a.captured_at, now, a.digest) for a in arrivals)
         self._write(
             "INSERT INTO backlog (encounter_id, subject_id, status, since, captured_at, received_at, digest) "
@@ -201,21 +205,21 @@ class Backlog:
         )
 
     def search(self, encounters: Iterable[tuple[str, str]], now: float) -> None:
-        """Encounters that are being compared with the gallery: (encounter_id, what is known so far, as JSON)."""
+        """Sets encounters to searching: they are being compared with the gallery. encounters: (encounter_id, interim outcome as JSON)."""
         self._write(
             "UPDATE backlog SET status = 'searching', since = ?, outcome = ? WHERE encounter_id = ?",
             ((now, note, encounter_id) for encounter_id, note in encounters),
         )
 
     def finish(self, finished: Iterable[Finished]) -> None:
-        """Encounters with an outcome."""
+        """Stores the outcomes of encounters."""
         self._write(
             "UPDATE backlog SET status = ?, since = ?, decided_at = ?, outcome = ? WHERE encounter_id = ?",
-            ((one.status, one.decided_at, one.decided_at, one.outcome, one.encounter_id) for one in finished),
+            ((each.status, each.decided_at, each.decided_at, each.outcome, each.encounter_id) for each in finished),
         )
 
     def judge(self, encounter_id: str, status: str, now: float) -> None:
-        """A person has judged an encounter that was to be adjudicated."""
+        """Sets the status of an encounter after its adjudication."""
         self._write(
             "UPDATE backlog SET status = ?, since = ? WHERE encounter_id = ? AND status = 'adjudicate'",
             [(status, now, encounter_id)],
@@ -232,21 +236,21 @@ class Backlog:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    # looking in -------------------------------------------------------------------------------------------------
+    # queries ----------------------------------------------------------------------------------------------------
 
     def entry(self, encounter_id: str) -> Entry | None:
-        """What is known of an encounter, or None."""
+        """The record of an encounter; None if it is unknown."""
         row = self._one("SELECT status, digest, outcome FROM backlog WHERE encounter_id = ?", encounter_id)
         return None if row is None else Entry(*row)
 
     def status(self, now: float) -> QueueStatus:
-        """Counts, ages and rates as of now, in seconds."""
+        """The state of the backlog. now: seconds since 1970."""
         with self._reading():
             return self._status(now)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """One view of the table, while another process may write."""
+        """A read transaction: a consistent view of the table, while another process may write."""
         with translated(f"reading {self._name}"):
             self._connection.execute("BEGIN")
             try:
@@ -257,7 +261,7 @@ class Backlog:
     def _status(self, now: float) -> QueueStatus:
         lines = {status: self._line(status, now) for status in STATUSES}
         waiting = sum(lines[status].count for status in WAITING)
-        came = {window_s: self._count("received_at", now - window_s, now) for window_s in (_HOUR_S, _DAY_S)}
+        received = {window_s: self._count("received_at", now - window_s, now) for window_s in (_HOUR_S, _DAY_S)}
         decided_hour, decided_day = self._decided_per_hour(now, _HOUR_S), self._decided_per_hour(now, _DAY_S)
         present = decided_hour or decided_day
         oldest_s = max((lines[status].oldest_s or 0.0 for status in WAITING), default=0.0)
@@ -266,12 +270,14 @@ class Backlog:
             at=now,
             lines=lines,
             waiting=waiting,
-            intake_hour=float(came[_HOUR_S]),
-            intake_day=round(came[_DAY_S] * _HOUR_S / _DAY_S, 1),
+            intake_hour=float(received[_HOUR_S]),
+            intake_day=round(received[_DAY_S] * _HOUR_S / _DAY_S, 1),
             decided_hour=decided_hour,
             decided_day=decided_day,
             clear_s=clear_s,
-            warning=_warning(waiting, oldest_s, came[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s),
+            warning=_warning(
+                waiting, oldest_s, received[_DAY_S], self._count("decided_at", now - _DAY_S, now), clear_s
+            ),
         )
 
     def _line(self, status: str, now: float) -> StatusLine:
@@ -308,7 +314,7 @@ class Backlog:
 
 
 def queue_status(gallery: Path, now: float, config: Config | None = None) -> QueueStatus:
-    """The state of a gallery's bulk enrolments, read while another process may write. Raises NotAGallery, KeyMismatch,
+    """The state of a gallery's bulk enrolments. Another process may write meanwhile. now: seconds since 1970. Raises NotAGallery, KeyMismatch,
     StorageUnavailable."""
     if (gallery / DATABASE_NAME).is_file() and not (gallery / BACKLOG_NAME).is_file():
         nothing = StatusLine(0, None, None)
@@ -328,27 +334,27 @@ def queue_status(gallery: Path, now: float, config: Config | None = None) -> Que
 
 
 def note_verdict(gallery: Path, decision: Decision, now: float, config: Config | None = None) -> None:
-    """Tells the backlog, where there is one, what became of a case. Raises StorageUnavailable."""
+    """Stores the outcome of a closed case in the backlog, if the gallery has one. Raises StorageUnavailable."""
     if (gallery / BACKLOG_NAME).is_file() and decision.outcome != "review" and decision.encounter_id is not None:
         with Backlog.open(gallery, config) as backlog:
             backlog.judge(decision.encounter_id, STATUS_OF[decision.outcome], now)
 
 
 def write_status_page(path: Path, status: QueueStatus) -> None:
-    """The state as a page for officials. Raises StorageUnavailable."""
+    """Writes the state as an HTML page for officials. Raises StorageUnavailable."""
     write_page(path, "status.html", status=status, meanings=MEANINGS)
 
 
-def _warning(waiting: int, oldest_s: float, came: int, decided: int, clear_s: float | None) -> str:
-    """oldest_s: how long the first of the queue waits; came, decided: encounters of the last day. A manifest that is through within the hour
-    is no queue, and one that came within ten minutes may just have been started."""
+def _warning(waiting: int, oldest_s: float, received: int, decided: int, clear_s: float | None) -> str:
+    """The warning of a growing or stalled queue, or ''. oldest_s: waiting time of the oldest encounter; received, decided: encounters of the
+    last day. No warning if the queue clears within an hour, or if a job may just have started (ten minutes)."""
     if not waiting or (clear_s is None and oldest_s < _SPAN_S_MIN):
         return ""
     if clear_s is None:
         return f"{waiting:,} encounters wait, and nothing was decided within a day: start enroll-batch again"
-    if came > decided and clear_s > _HOUR_S:
+    if received > decided and clear_s > _HOUR_S:
         return (
-            f"more comes in than is decided: in the last day {came:,} encounters came, and {decided:,} were decided; while that is so "
-            "the queue grows: add hours or machines"
+            f"the queue grows: in the last day {received:,} encounters were received, but only {decided:,} were decided; run more hours or "
+            "add machines"
         )
     return ""

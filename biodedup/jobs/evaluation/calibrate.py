@@ -122,7 +122,7 @@ def calibrate(
     Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
     """
     if out.suffix != ".toml":
-        raise InvalidInput(f"the card is named {out.name}; end it with .toml")
+        raise InvalidInput(f"the card cannot be named {out.name}; end the name with .toml")
     card, minutiae = _cards(model_id, out)
     keys = None if config is None else config.keys
     found = (

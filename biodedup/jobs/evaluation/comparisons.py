@@ -105,9 +105,9 @@ class _Held:
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
         return np.asarray(self._presence[rows])
 
-    def similarities(self, rows: Int64, column: str, probes: Float32) -> Float32 | None:
+    def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32 | None:
         vectors = self._vectors[column][self._place[column][rows]]
-        return similarities_of(vectors, column, probes) if vectors.shape[1] else None
+        return similarities_of(vectors, column, probes, which) if vectors.shape[1] else None
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
         records = self._records[column]
@@ -215,9 +215,11 @@ def _impostor_pairs(subject: Int64) -> int:
 
 def _calibrations(encounters: Sequence[Labelled], gallery: Bool, held: _Held, config: Config) -> Calibrations:
     drawn = {name: _drawn(encounters, gallery, name) for name in set(held.model_ids().values())}
-    own = config.stated_policy.own_strangers
+    use_gallery = config.stated_policy.use_gallery_impostors
     return Calibrations(
-        Extractor(config).cards, lambda model_id: drawn.get(model_id, NO_SAMPLE), own_strangers=lambda: own
+        Extractor(config).cards,
+        lambda model_id: drawn.get(model_id, NO_SAMPLE),
+        use_gallery_impostors=lambda: use_gallery,
     )
 
 

@@ -97,7 +97,7 @@ def evaluate(
     of the worst pairs the report shows. Raises InvalidInput, StorageUnavailable.
     """
     if out.suffix != ".json":
-        raise InvalidInput(f"the result is named {out.name}; end it with .json")
+        raise InvalidInput(f"the result cannot be named {out.name}; end the name with .json")
     if report is not None:
         plots.require()
     config = config or Config(isolation=IsolationConfig())

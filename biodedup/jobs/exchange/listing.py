@@ -19,7 +19,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.jobs.shared.files import new_file
 from biodedup.jobs.shared.output import check_table_name
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.jobs.shared.spreadsheet import disarmed
+from biodedup.jobs.shared.spreadsheet import escaped_formulas
 
 _BATCH = 8_192
 SUBJECTS = pa.schema(
@@ -56,7 +56,7 @@ def write_subjects(
                     for subject in batch
                 ]
                 table = pa.Table.from_pylist(rows, SUBJECTS)
-                writer.write_table(disarmed(table) if result.suffix == ".csv" else table)
+                writer.write_table(escaped_formulas(table) if result.suffix == ".csv" else table)
                 done += len(batch)
                 progress("listing", done, max(len(engine), done))
     return done

@@ -20,7 +20,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.private import make_private_folder, open_private
 from biodedup.gallery.gallery import Gallery
-from biodedup.jobs.shared.acting import Actor, begun_by
+from biodedup.jobs.shared.acting import Actor, authorised_job
 from biodedup.keys import KeySource, fetched, new_key
 
 __all__ = ["KeyStatus", "decrypt", "encrypt", "key_status", "make_register_key", "rotate_key"]
@@ -82,7 +82,7 @@ def _approved(
         if "key" not in gallery.policies[-1].policy.two_people:
             return
     with closing(Gallery.open(folder, storage=storage, config=config.gallery, settings={}, gallery_id="")) as gallery:
-        with begun_by(actor, gallery, config, "key", facts, role="administer", kind="key") as begin:
+        with authorised_job(actor, gallery, config, "key", facts, role="administer", kind="key") as begin:
             with gallery.transaction() as transaction:
                 begin(transaction)
 

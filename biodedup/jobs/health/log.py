@@ -22,7 +22,7 @@ from biodedup.errors import GalleryDamaged, InvalidInput, StorageUnavailable
 from biodedup.gallery.care.log import LogReport, Mark, verify_chain
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.private import replace_private
-from biodedup.jobs.shared.signing import make_signing_key, opened, signed
+from biodedup.jobs.shared.signing import make_signing_key, read_signed, sign_document
 
 __all__ = ["Checkpoint", "LogReport", "log_checkpoint", "make_signing_key", "verify_log"]
 
@@ -90,7 +90,7 @@ def log_checkpoint(
         name = "the register" if _is_register(gallery) else gallery  # a URL may hold a password
         raise GalleryDamaged(f"the log of {name} is not sound: {report.problems[0]}; nothing was signed")
     values = (1, mark.gallery_id, mark.number, mark.commits, mark.value, round(float(clock()), 3))
-    document = signed(_TITLE, dict(zip(_FIELDS, values, strict=True)), key)
+    document = sign_document(_TITLE, dict(zip(_FIELDS, values, strict=True)), key)
     content = json.dumps(document, indent=2).encode() + b"\n"
     replace_private(out, content)
     if url is not None:
@@ -125,7 +125,7 @@ def _is_register(gallery: str | Path) -> bool:
 
 def _read(path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
     """(the checkpoint, what is wrong with its signature). Raises InvalidInput."""
-    document, wrong = opened(_TITLE, path, public_key)
+    document, wrong = read_signed(_TITLE, path, public_key)
     if document.get("format") != 1 or any(type(document.get(name)) is not kind for name, kind in _FIELDS.items()):
         raise InvalidInput(f"{path} is no checkpoint of this format; name a file of `biodedup log checkpoint`")
     return document, wrong

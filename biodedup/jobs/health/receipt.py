@@ -16,7 +16,7 @@ from biodedup.common.described import Described
 from biodedup.engine.engine import Engine
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.private import replace_private
-from biodedup.jobs.shared.signing import opened, signed
+from biodedup.jobs.shared.signing import read_signed, sign_document
 
 _TITLE, _FORMAT = "receipt", 1
 
@@ -39,7 +39,7 @@ def write_receipt(
     if out.exists():
         raise InvalidInput(f"{out} exists, and a receipt is never replaced; name a new file")
     fields = {"format": _FORMAT, **engine.receipt(encounter_id).to_dict(), "issued_at": round(float(clock()), 3)}
-    document = signed(_TITLE, fields, key)
+    document = sign_document(_TITLE, fields, key)
     replace_private(out, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
@@ -47,7 +47,7 @@ def write_receipt(
 def verify_receipt(file: Path, public_key: Path | None = None) -> ReceiptCheck:
     """Checks the signature of a receipt, without the gallery. public_key: PEM, of the key that signed it; without it the signature proves only
     that the file is whole. Raises InvalidInput for what is no receipt."""
-    document, wrong = opened(_TITLE, file, public_key)
+    document, wrong = read_signed(_TITLE, file, public_key)
     if document.get("format") != _FORMAT or not {"gallery_id", "encounter_id", "outcome", "chain"} <= document.keys():
         raise InvalidInput(f"{file} is no receipt of this format; name a file of `biodedup receipt`")
     notes = []

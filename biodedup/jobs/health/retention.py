@@ -22,7 +22,7 @@ from biodedup.gallery.files.names import SEGMENT_FOLDER
 from biodedup.gallery.files.private import replace_private
 from biodedup.gallery.segments.layout import file_name
 from biodedup.jobs.shared.acting import Actor
-from biodedup.jobs.shared.signing import signed
+from biodedup.jobs.shared.signing import sign_document
 
 _TITLE, _FORMAT = "retention", 1
 
@@ -90,7 +90,7 @@ def run_retention(
     if receipt is not None and receipt.exists():
         raise InvalidInput(f"{receipt} exists, and a receipt is never replaced; name a new file")
     if key is not None:
-        signed(_TITLE, {}, key)  # a wrong key is told before anything is erased
+        sign_document(_TITLE, {}, key)  # a wrong key is told before anything is erased
     Engine.open(gallery, config, read_only=True, clock=clock).close()  # raises where there is none
     with Engine.open(gallery, config, clock=clock) as engine:
         due, segments, number, link = actor.engine(engine).run_retention()
@@ -112,7 +112,7 @@ def run_retention(
         problems=tuple(_still_there(gallery, config, clock, due)),
     )
     if key is not None and receipt is not None:
-        document = signed(_TITLE, {"format": _FORMAT, **result.to_dict()}, key)
+        document = sign_document(_TITLE, {"format": _FORMAT, **result.to_dict()}, key)
         replace_private(receipt, json.dumps(document, indent=2).encode() + b"\n")
     return result
 

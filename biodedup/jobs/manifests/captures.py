@@ -1,9 +1,11 @@
-"""Reads captures from disk: a folder of images, or a manifest with one row a capture.
+"""Finds the captures of a job on disk: in a folder of images, or in a manifest (a table) with one row for each capture.
 
-Owns the form of such a source, the report of what was left out, and the mark by which a job sees that files changed. Never decodes an image.
+Owns the format of such a source, the report of skipped files and rows, and the digest that tells a resumed job whether files changed. Never
+decodes an image.
 
-1. Everything left out is reported: files that are no images are counted by their suffix and named with the reason, rows that cannot be used are named by their number.
-2. One bad cell costs its row; an odd file name costs nothing.
+1. Everything that is skipped is reported. Files that are not images are counted by suffix, and the first 1,000 are named with the reason.
+   Rows that cannot be used are named by their number.
+2. A bad cell makes only its row unusable. An unusual file name makes nothing unusable.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ IMAGE_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 RESERVED = ("subject_id", "path", "position", "dpi", "encounter_id")
-"""Columns of a manifest that have a meaning; all others describe the subject or the capture."""
+"""Columns of a manifest that this module reads. Other columns describe the subject or the capture."""
 
 _APPLE_DOUBLE, _NO_SUFFIX = "._*", "no suffix"
 _MAGIC = (
     *(b"\x89PNG", b"\xff\xd8\xff", b"\xff\xa0\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ", b"GIF8", b"II*\0", b"MM\0*"),
 )  # fmt: skip
-_ROWS_NAMED_MAX = 1000
-_FILES_TOLD = 10
+_NAMED_MAX = 1000
+_FILES_LISTED = 10
 _RAW_SUFFIXES = frozenset(
     (".cr2", ".nef", ".arw", ".dng", ".orf", ".rw2", ".pef", ".srw")
 )  # TIFF files by their first bytes
@@ -61,7 +63,7 @@ _MEDIA = {
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row of a manifest that cannot be used. subject_id: None where it has no usable id."""
+    """A row of a manifest that cannot be used. subject_id: None if the row has no usable id."""
 
     number: int
     subject_id: str | None
@@ -74,7 +76,7 @@ class RefusedRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files and rows that a job left out. files: suffix -> number of files; reasons: path of each file -> why, the first 1,000."""
+    """Files and rows that a job skipped. files: suffix -> number of files; reasons: path -> reason, for the first 1,000 files."""
 
     files: Mapping[str, int] = field(default_factory=dict)
     rows: tuple[RefusedRow, ...] = ()
@@ -83,23 +85,23 @@ class LeftOut:
     def __bool__(self) -> bool:
         return bool(self.files or self.rows)
 
-    def sentences(self, rows_max: int = 20, files_max: int = _FILES_TOLD) -> list[str]:
-        """The sentences of a report."""
-        told = [row.sentence for row in self.rows[:rows_max]]
+    def sentences(self, rows_max: int = 20, files_max: int = _FILES_LISTED) -> list[str]:
+        """The report as sentences. rows_max, files_max: how many rows and files it names."""
+        report = [row.sentence for row in self.rows[:rows_max]]
         if len(self.rows) > rows_max:
-            told.append(f"... and {len(self.rows) - rows_max:,} rows more")
+            report.append(f"... and {len(self.rows) - rows_max:,} more rows")
         if self.files:
             count = sum(self.files.values())
             by_suffix = ", ".join(f"{suffix} {n:,}" for suffix, n in self.files.items())
-            told.append(f"{count:,} file{'s' if count > 1 else ''} left out: {by_suffix}")
-        told += [f"  {path}: {why}" for path, why in list(self.reasons.items())[:files_max]]
-        return told
+            report.append(f"{count:,} file{'s' if count > 1 else ''} left out: {by_suffix}")
+        report += [f"  {path}: {why}" for path, why in list(self.reasons.items())[:files_max]]
+        return report
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; names at most the first 1,000 rows."""
+        """The report, JSON-ready. It names at most the first 1,000 rows."""
         rows = [
             {"row": r.number, "subject_id": r.subject_id, "reason": r.refusal.reason, "detail": r.refusal.detail}
-            for r in self.rows[:_ROWS_NAMED_MAX]
+            for r in self.rows[:_NAMED_MAX]
         ]
         files = {"files_left_out": dict(self.files), "left_out_files": dict(self.reasons)}
         return files | {"rows_refused": len(self.rows), "refused_rows": rows}
@@ -107,7 +109,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Row:
-    """One capture of a manifest. other_columns: name -> cell of columns without a meaning here."""
+    """One capture of a manifest. other_columns: name -> cell, for columns that are not in `RESERVED`."""
 
     number: int
     subject_id: str
@@ -120,21 +122,24 @@ class Row:
 
 
 def images_of(folder: Path) -> tuple[dict[str, Path], LeftOut]:
-    """(name -> path relative to the folder, in a fixed order; what was left out). Images are told by their suffix, and other files by their
-    first bytes. A name is the path with `/`; bytes of it that are no UTF-8 are written as `\\xe9`."""
+    """Finds the images in a folder. Returns (name -> path relative to the folder, in a fixed order; the skipped files).
+
+    A file is an image by its suffix, or else by its first bytes. The name is the relative path with `/`; bytes that are not UTF-8 are written
+    as `\\xe9`.
+    """
     found: dict[str, Path] = {}
     left_out: Counter[str] = Counter()
     reasons: dict[str, str] = {}
 
     def leave_out(path: Path, kind: str, why: str) -> None:
         left_out[kind] += 1
-        if len(reasons) < _ROWS_NAMED_MAX:
+        if len(reasons) < _NAMED_MAX:
             reasons[shown(path.relative_to(folder))] = why
 
     for path in _files(folder, leave_out):
         suffix = path.suffix.lower()
         if path.name.startswith("._"):
-            leave_out(path, _APPLE_DOUBLE, "macOS writes it beside a file on a memory stick")
+            leave_out(path, _APPLE_DOUBLE, "a file that macOS writes beside each file on a memory stick")
             continue
         why = None if suffix in IMAGE_SUFFIXES else no_image(path)
         if why is not None:
@@ -142,13 +147,15 @@ def images_of(folder: Path) -> tuple[dict[str, Path], LeftOut]:
             continue
         relative = path.relative_to(folder)
         name = writable(relative.as_posix())
-        while name in found:  # another file has a backslash in its name
+        while name in found:  # a file name with a real backslash can look like an escaped byte of another name
             name += "~"
         found[name] = relative
     return found, LeftOut(dict(sorted(left_out.items(), key=lambda entry: (-entry[1], entry[0]))), reasons=reasons)
 
 
 def _files(folder: Path, leave_out: Callable[[Path, str, str], None]) -> Iterator[Path]:
+    """All files below a folder, sorted. Linked and unreadable folders are passed to leave_out(path, kind, reason)."""
+
     def unreadable(error: OSError) -> None:
         leave_out(Path(error.filename), "unreadable folder", "the folder cannot be read; check its permissions")
 
@@ -164,12 +171,12 @@ def _in(parent: str, names: Sequence[str]) -> list[str]:
 
 
 def is_image(path: Path) -> bool:
-    """By its first bytes."""
+    """Whether the first bytes of a file are those of an image format that is read."""
     return no_image(path) is None
 
 
 def no_image(path: Path) -> str | None:
-    """Why a file is no image that is read here, by its first bytes; None where it is one."""
+    """The reason why a file is not a readable image, by its first bytes; None if it is an image."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return "not a file"
@@ -185,16 +192,23 @@ def no_image(path: Path) -> str | None:
     if head[4:8] == b"ftyp":
         return f"{_MEDIA.get(head[8:12], 'a video')}, which is not read; save it as JPEG or PNG"
     kind = next((kind for mark, kind in _OTHER_KINDS if head.startswith(mark)), None)
-    return "empty" if not head else "no picture by its first bytes" if kind is None else f"{kind}, not a picture"
+    return (
+        "empty"
+        if not head
+        else "its first bytes are not those of an image"
+        if kind is None
+        else f"{kind}, not an image"
+    )
 
 
 def no_images(folder: Path, left_out: LeftOut) -> InvalidInput:
-    told = "".join(f"; {sentence}" for sentence in left_out.sentences(files_max=0))
-    return InvalidInput(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){told}; name another folder")
+    """The error for a folder without images."""
+    report = "".join(f"; {sentence}" for sentence in left_out.sentences(files_max=0))
+    return InvalidInput(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){report}; name another folder")
 
 
 def label_of(relative: Path) -> str | None:
-    """The first-level folder that an image is filed under."""
+    """The name of the first-level folder of an image; None if the image is not in a subfolder."""
     return writable(relative.parts[0]) if len(relative.parts) > 1 else None
 
 
@@ -204,13 +218,16 @@ def label_of(relative: Path) -> str | None:
 def read_rows(
     manifest: Path, options: TableOptions = DEFAULT_OPTIONS, *, carried: bool = False
 ) -> tuple[list[Row], LeftOut]:
-    """A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a finger's
-    position), dpi and encounter_id. carried: it may have others, which describe the subject. Raises InvalidInput for what is no manifest."""
+    """Reads a manifest with one row for each capture. Returns (the usable rows, the refused rows).
+
+    Required columns: subject_id and path (relative to the manifest). Optional columns: position (`face`, or the position of a finger), dpi and
+    encounter_id. carried: further columns, which describe the subject, are kept. Raises InvalidInput if the file is not such a manifest.
+    """
     table = TableFile(manifest, options)
     absent = {"subject_id", "path"} - set(table.names)
     if absent:
         raise InvalidInput(
-            f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}. Name them, as --column subject_id=NAME"
+            f"{manifest} lacks the columns {sorted(absent)}; it has {table.names}. Map each to its name in the file: --column subject_id=NAME"
         )
     options.check_columns(table.names, (*RESERVED, "missing"), manifest, carried=carried)
     rows: list[Row] = []
@@ -236,10 +253,10 @@ def _row(number: int, subject_id: str, cells: Mapping[str, Any], folder: Path) -
 
 
 def mark_of(name: str, captures: Sequence[Capture]) -> str:
-    """A digest that changes with the size or time of a file, so that a resumed job knows what is done."""
+    """A digest of some captures that changes with the size or time of a file, so that a resumed job knows which work is done."""
     digest = hashlib.sha256(name.encode())
     for capture in captures:
-        assert isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path), "units are made of files"
+        assert isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path), "these captures are files"
         digest.update(f"\0{capture.column}\0{getattr(capture, 'dpi', None)}\0".encode() + os.fsencode(capture.data))
         try:
             status = capture.data.stat()

@@ -1,6 +1,6 @@
-"""Checks a manifest as a job would read it, without touching anything: `--check` of the commands.
+"""Checks an input table as its job would read it, and changes nothing: the option `--check` of the commands.
 
-Owns the report of such a check. Never opens a gallery, and never decodes a capture.
+Owns the report of a check. Never opens a gallery, and never decodes a capture.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from biodedup.jobs.manifests.roll import read_roll
 from biodedup.jobs.manifests.tables import TableFile
 from biodedup.values import COLUMNS, Refusal
 
-_NAMES = {"utf-8": "UTF-8", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "cp1252": "Windows-1252"}
-_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tabulator", "|": "vertical bar"}
+_ENCODINGS = {
+    "utf-8": "UTF-8",
+    "utf-16": "UTF-16",
+    "utf-16-le": "UTF-16",
+    "utf-16-be": "UTF-16",
+    "cp1252": "Windows-1252",
+}
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
 
 @dataclass(frozen=True)
 class Checked(Described):
-    """A manifest that was accepted. rows: of it, those refused included; columns: our name -> its name in the file; form: encoding and separator
-    of a CSV file, in words; notes: sentences about what a job does not refuse."""
+    """The report on a readable source. rows: all rows, refused rows included; columns: the library's name -> name in the file; form: encoding
+    and separator of a CSV file, in words; notes: sentences about problems for which a job does not refuse a row; left_out: skipped files."""
 
     source: str
     rows: int
@@ -41,25 +47,26 @@ class Checked(Described):
         return replace(self.left_out, rows=self.refused)
 
     def sentences(self, rows_max: int = 20) -> list[str]:
-        """The sentences of a report."""
-        renamed = [f"{own} is {name}" for name, own in self.columns.items() if name != own]
-        told = [f"{self.source}{f': {self.form}' if self.form else ''}"]
-        told += [f"columns: {', '.join(renamed)}"] if renamed else []
-        told += self._left_out().sentences(rows_max)
-        told += self.notes
+        """The report as sentences. rows_max: how many refused rows it names."""
+        renamed = [f"{written} is {name}" for name, written in self.columns.items() if name != written]
+        report = [f"{self.source}{f': {self.form}' if self.form else ''}"]
+        report += [f"columns: {', '.join(renamed)}"] if renamed else []
+        report += self._left_out().sentences(rows_max)
+        report += self.notes
         return [
-            *told,
+            *report,
             f"{self.rows:,} rows, {self.rows - len(self.refused):,} can be used, {len(self.refused):,} refused; nothing was changed",
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The report, JSON-ready."""
         facts = {"source": self.source, "rows": self.rows, "form": self.form, "columns": dict(self.columns)}
         return facts | {"notes": list(self.notes)} | self._left_out().to_dict()
 
 
 def check_captures(source: Path, options: TableOptions = DEFAULT_OPTIONS, *, carried: bool = False) -> Checked:
-    """A folder of images, or a manifest with a row a capture, as `dedup` and `evaluate` (carried) read it. Raises InvalidInput."""
+    """Checks a folder of images, or a manifest with one row for each capture. carried: False as `dedup` reads it, True as `evaluate` does,
+    which accepts further columns and tables of templates. Raises InvalidInput."""
     if source.is_dir():
         images, left_out = images_of(source)
         if not images:
@@ -76,9 +83,9 @@ def check_captures(source: Path, options: TableOptions = DEFAULT_OPTIONS, *, car
 
 
 def _check_templates(table: TableFile) -> Checked:
-    """A table of templates, as `evaluate` reads it: the ids of its rows."""
+    """Checks the ids of a table of templates, which `evaluate` reads."""
     if "subject_id" not in table.names:
-        raise InvalidInput(f"{table.path} has the columns {table.names}; wanted subject_id beside the templates")
+        raise InvalidInput(f"{table.path} has the columns {table.names}; wanted subject_id and the templates")
     table.options.check_columns(table.names, (*RESERVED, *COLUMNS), table.path, carried=True)
     refused: list[RefusedRow] = []
     count = 0
@@ -93,11 +100,11 @@ def _check_templates(table: TableFile) -> Checked:
 
 
 def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
-    """A manifest as `enroll_batch` reads it; a record counts as one row. Raises InvalidInput."""
+    """Checks a manifest as `enroll_batch` reads it. A record counts as one row. Raises InvalidInput."""
     table = Manifest(manifest, options)
     refused: list[RefusedRow] = []
-    count = clocks = 0
-    first_clock: Record | None = None
+    count = unreadable_times = 0
+    first_unreadable: Record | None = None
     table.survey()
     for record in table.records():
         count += 1
@@ -108,24 +115,24 @@ def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) ->
         refused += [] if bad is None else [bad]
         stated = record.metadata.get("captured_at")
         if stated is not None and record.problem is None and moment_of(stated, options.date_format) is None:
-            clocks += 1
-            first_clock = first_clock or record
+            unreadable_times += 1
+            first_unreadable = first_unreadable or record
     notes = []
-    if first_clock is not None:
+    if first_unreadable is not None:
         notes.append(
-            f"captured_at is no time in {clocks:,} of {count:,} rows, first in row {first_clock.row}; state its form, as --date-format %d/%m/%Y, or write "
-            "day numbers of a spreadsheet as dates"
+            f"captured_at is not a time in {unreadable_times:,} of {count:,} rows, first in row {first_unreadable.row}; state the date format, such as "
+            "--date-format %d/%m/%Y, and write a spreadsheet's day numbers as dates"
         )
     return _checked(TableFile(manifest, options), count, refused, notes)
 
 
 def accept_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) -> None:
-    """Raises InvalidInput for a manifest that `enroll_batch` cannot read to its end."""
+    """Raises InvalidInput if `enroll_batch` cannot read a manifest to its end."""
     Manifest(manifest, options).survey()
 
 
 def check_roll(roll: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
-    """A roll as `audit` reads it. Raises InvalidInput."""
+    """Checks a roll (an office's list of people) as `audit` reads it. Raises InvalidInput."""
     listed = read_roll(roll, options)
     refused = [RefusedRow(line, None, Refusal("encounter", "invalid_input", why)) for line, _, why in listed.refused]
     if listed.of_captures:
@@ -137,7 +144,7 @@ def check_roll(roll: Path, options: TableOptions = DEFAULT_OPTIONS) -> Checked:
 
 
 def _absent(number: int, subject_id: str | None, paths: Iterable[Any]) -> RefusedRow | None:
-    """A refusal for a file that is not there."""
+    """The refusal of a row of which a file does not exist; None if all files exist."""
     for path in paths:
         if isinstance(path, Path) and not path.exists():
             return RefusedRow(number, subject_id, Refusal("encounter", "missing_file", f"{path} does not exist"))
@@ -147,11 +154,11 @@ def _absent(number: int, subject_id: str | None, paths: Iterable[Any]) -> Refuse
 def _checked(table: TableFile, rows: int, refused: Iterable[RefusedRow], notes: Iterable[str] = ()) -> Checked:
     form = ""
     if table.form is not None:
-        encoding = _NAMES.get(table.form.encoding, table.form.encoding)
-        guessed = " (found by its letters; --encoding names another)" if table.form.guessed else ""
+        encoding = _ENCODINGS.get(table.form.encoding, table.form.encoding)
+        guessed = " (guessed from its letters; --encoding sets another)" if table.form.guessed else ""
         form = f"{encoding}{guessed}, separated by {_SEPARATORS.get(table.form.delimiter, repr(table.form.delimiter))}"
         if table.form.titles:
-            form += f"; {table.form.titles} lines before the header are taken for titles"
+            form += f"; {table.form.titles} lines before the header are skipped as titles"
     return Checked(str(table.path), rows, _in_order(refused), table.written, form, tuple(notes))
 
 

@@ -1,12 +1,12 @@
-"""Reads the manifest of a bulk enrolment: encounters from a Parquet or CSV table, one by one, in bounded memory.
+"""Reads the manifest of a bulk enrolment: a Parquet or CSV table of encounters, which are read one by one in bounded memory.
 
-Owns the two forms of the table, the validation of each record, and the reading of the files it names. Never extracts or decides.
+Owns the two forms of the table, the validation of each record, and the reading of the named files. Never extracts templates or decides.
 
-1. Every row becomes a record; one that cannot be used carries its refusal. Only a file that is no such table raises.
+A table has one row for each capture (`path` or `image`, with `position` and `dpi`), or one row for each encounter (`face`, `right_index`, ...:
+a path, the bytes of an image or a minutiae record, or an embedding). All other columns are metadata.
+
+1. Every row belongs to a record. A record that cannot be used carries its refusal. Only a file that is not such a table raises.
 2. The same manifest and files give the same records with the same digests.
-
-A table has one row a capture (`path` or `image`, with `position` and `dpi`) or one row an encounter (`face`, `right_index`, ...: a path, the
-bytes of an image or a minutiae record, or an embedding). All other columns are metadata.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CAPTURE_COLUMNS = ("path", "image", "position", "dpi", "missing")
 
 @dataclass(frozen=True)
 class Cell:
-    """One capture of the table: a path, the content of an image or a minutiae record, or an embedding."""
+    """One capture of the table. source: a path, the content of an image or a minutiae record, or an embedding."""
 
     column: str
     source: str | bytes | list[float] = field(repr=False)
@@ -60,7 +60,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Record:
-    """One encounter of a manifest. row: its first row. encounter_id: None where the table has none. problem: why it cannot be used."""
+    """One encounter of a manifest. row: number of its first row; encounter_id: None if the table states none; problem: the refusal of a record
+    that cannot be used."""
 
     row: int
     subject_id: str | None = None
@@ -75,9 +76,10 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """The content of a record's cells. digest: SHA-256 of everything that matters to a decision.
+    """The content of a record's cells. digest: SHA-256 of everything that a decision depends on.
 
-    late: a file is absent or unreadable, and may come later. Then nothing else is kept: the record is not decided without the file.
+    late: a file is absent or unreadable, and may arrive later. Then only the refusals and the digest are set: the record is not decided without
+    the file.
     """
 
     captures: tuple[Face | Finger, ...]
@@ -90,17 +92,17 @@ class Content:
 
 @dataclass(frozen=True)
 class Survey:
-    """The number of records, and the hashes of names that several records share."""
+    """The number of records of a manifest, and the hashes (`name_hash`) of names that several records share."""
 
     count: int
     repeated: frozenset[int]
 
 
 class Manifest:
-    """An opened manifest. metadata: the schema of its metadata columns."""
+    """An opened manifest. by_capture: it has one row for each capture; metadata: the schema of its metadata columns."""
 
     def __init__(self, path: Path, options: TableOptions = DEFAULT_OPTIONS) -> None:
-        """Raises InvalidInput where the file is no table, or has no captures in it."""
+        """Raises InvalidInput if the file is not a table, or has no column of captures."""
         self.path, self.options = path, options
         self._table = TableFile(path, options)
         self._schema = self._table.schema
@@ -110,24 +112,24 @@ class Manifest:
         columns = [name for name in names if name in COLUMNS]
         if "subject_id" not in names or not (self.by_capture or columns):
             raise InvalidInput(
-                f"{path} has the columns {names}; wanted subject_id and either path (a row a capture) or face, right_index, ... "
-                "(a row an encounter). Name them, as --column subject_id=NAME"
+                f"{path} has the columns {names}; wanted subject_id and either path (one row for each capture) or face, right_index, ... "
+                "(one row for each encounter). Map each to its name in the file: --column subject_id=NAME"
             )
         used = (*KEYS, *GROUP_COLUMNS, *(_CAPTURE_COLUMNS if self.by_capture else (*COLUMNS, "dpi")))
         options.check_columns(names, used, path, carried=True)
         known = {*KEYS, *GROUP_COLUMNS, *(_CAPTURE_COLUMNS if self.by_capture else COLUMNS)} - {"captured_at"}
-        self.metadata = pa.schema([one for one in self._schema if one.name not in known])
+        self.metadata = pa.schema([column for column in self._schema if column.name not in known])
         self._columns = columns
         self._scattered = False
 
     def survey(self) -> Survey:
-        """Reads the names alone, to count the records and to find which names are repeated. Raises InvalidInput."""
+        """Counts the records and finds repeated names. Reads only the columns `KEYS`. Raises InvalidInput."""
         whole, names = array.array("Q"), array.array("Q")
         for rows in self._groups([name for name in KEYS if name in self._schema.names]):
             subject_id, encounter_id = (rows[0][1].get(name) for name in KEYS[:2])
             whole.append(name_hash(f"{subject_id!r} {encounter_id!r}"))
             names.append(name_hash(_text(encounter_id) or f"\0{_text(subject_id)}"))
-        # a row a capture: rows of one encounter that lie apart are brought together
+        # with one row for each capture, the rows of an encounter may be scattered over the table: `_gathered` joins them
         self._scattered = self.by_capture and bool(_repeated(whole))
         if self._scattered:
             names = array.array("Q")
@@ -137,23 +139,23 @@ class Manifest:
         return Survey(len(names), frozenset(_repeated(names)))
 
     def records(self) -> Iterator[Record]:
-        """All records, in the table's order. Raises InvalidInput where the file breaks off."""
+        """All records, in the table's order. Raises InvalidInput if the file is cut short."""
         for rows in self._groups(None):
             yield self._record(rows)
 
     def keys(self) -> Iterator[Record]:
-        """Records with their names alone."""
+        """All records with usable ids, with only their ids and times."""
         for rows in self._groups([name for name in KEYS if name in self._schema.names]):
             cells = rows[0][1]
             try:
                 names = id_of(cells, "subject_id"), id_of(cells, "encounter_id")
                 captured_at = moment_of(cells.get("captured_at"), self.options.date_format)
             except Unusable:
-                continue  # it will be refused, and has no line in a queue
+                continue  # the record will be refused, and is not listed in the queue
             yield Record(rows[0][0], *names, captured_at=captured_at)
 
     def read(self, record: Record, limits: CaptureConfig) -> Content:
-        """Reads the files of a record that can be used; paths are relative to the manifest."""
+        """Reads the files of a usable record. Paths are relative to the manifest."""
         digest = hashlib.sha256()
         captures: list[Face | Finger] = []
         templates: dict[str, Float32] = {}
@@ -212,7 +214,7 @@ class Manifest:
             groups = groups_of(row for _, row in rows)
             captures = [self._capture(row) for _, row in rows] if self.by_capture else list(self._cells(cells))
             if not captures:
-                raise Unusable("no_capture", "every capture's cell is empty")
+                raise Unusable("no_capture", "all cells of captures are empty")
             if len(captures) > CAPTURES_MAX:
                 raise Unusable(
                     "invalid_input", f"{len(captures):,} captures of one encounter, wanted at most {CAPTURES_MAX}"
@@ -238,18 +240,19 @@ class Manifest:
             )
 
     def _capture(self, row: Mapping[str, Any]) -> Cell | Missing:
-        """The capture of a row, in the shape of a row a capture."""
+        """The capture of a row, in a table with one row for each capture."""
         capture = capture_of(row, images=True)
         if capture is None:
             raise Unusable(
-                "no_capture", f"{position_of(row.get('position'))}: neither a path nor a reason why it is missing"
+                "no_capture",
+                f"{position_of(row.get('position'))}: the row has neither a path nor a reason in the column missing",
             )
         if isinstance(capture, Missing):
             return capture
         return Cell(capture.position, capture.source, capture.dpi)
 
     def _cells(self, cells: Mapping[str, Any]) -> Iterator[Cell]:
-        """The captures of a row, in the shape of a row an encounter."""
+        """The captures of a row, in a table with one row for each encounter."""
         dpi = dpi_of(cells.get("dpi"))
         for column in self._columns:
             cell = cells.get(column)
@@ -257,7 +260,7 @@ class Manifest:
                 continue
             if isinstance(cell, list):
                 if not cell or not all(isinstance(number, float) for number in cell):
-                    raise Unusable("wrong_type", f"{column} is a list that is not of floating-point numbers alone")
+                    raise Unusable("wrong_type", f"{column} is a list; wanted only floating-point numbers in it")
                 yield Cell(column, cell)
             else:
                 yield Cell(column, cell if isinstance(cell, bytes) else path_of(cell, column) or "", dpi)
@@ -265,7 +268,7 @@ class Manifest:
     # rows -------------------------------------------------------------------------------------------------------
 
     def _groups(self, columns: list[str] | None) -> Iterator[list[Row]]:
-        """The rows of each encounter."""
+        """The rows of each encounter. columns: None reads all columns."""
         rows = self._gathered(columns) if self._scattered else self._table.rows(columns)
         held: list[Row] = []
         name: object = None
@@ -275,13 +278,13 @@ class Manifest:
                 yield held
                 held = []
             held.append(row)
-            # a row without a subject is a record by itself
+            # a row without a subject_id is a record of its own
             name = _key(row[1]) if row[1] and row[1].get("subject_id") not in (None, "") else object()
         if held:
             yield held
 
     def _gathered(self, columns: list[str] | None) -> Iterator[Row]:
-        """The rows, those of an encounter together, in the order in which encounters begin; all in memory."""
+        """All rows, grouped by encounter, in the order of each encounter's first row. Holds the table in memory."""
         order: dict[object, list[Row]] = {}
         for row in self._table.rows(columns):
             order.setdefault(_key(row[1]) if row[1] else row[0], []).append(row)
@@ -290,17 +293,17 @@ class Manifest:
 
 
 def name_hash(name: str) -> int:
-    """A 64-bit hash of a name, to find candidates for repetition."""
+    """A 64-bit hash of a name. Equal hashes mean that a name may be repeated."""
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
 
 
 def name_of(record: Record) -> str:
-    """The name of a record before its content is read: its encounter_id, or else its subject."""
+    """The name of a record before its content is read: its encounter_id, or else its subject_id after a NUL."""
     return record.encounter_id or f"\0{record.subject_id}"
 
 
 def derived_id(record: Record, content: Content) -> str:
-    """The encounter_id of a record that states none: of its subject and its content, the same whenever it is sent."""
+    """An encounter_id for a record that states none: a digest of its subject and content, so that the same record always gets the same id."""
     digest = hashlib.sha256((record.subject_id or "").encode() + content.digest).hexdigest()
     return KnownId(f"batch:{digest[:40]}")
 
@@ -317,7 +320,7 @@ def _key(cells: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _text(cell: Any) -> str | None:
-    """An identifier as text; None where it is absent or nothing of the kind."""
+    """An id as text; None if the cell is empty or not an id."""
     if isinstance(cell, int) and not isinstance(cell, bool):
         return str(cell)
     return cell if isinstance(cell, str) and cell else None

@@ -1,12 +1,13 @@
-"""Parses the cells of a manifest: ids, finger positions, resolution, times, groups, paths and column names.
+"""Parses the cells of input tables: ids, finger positions, resolutions, times, groups, paths and column names.
 
-Every reader of a table takes the meaning of a cell from here, so that one row means the same in all jobs. Never opens a file.
+Owns the meaning of a cell, so that a row means the same in all jobs. Never opens a file.
 
-1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids; one with spaces around it is refused. A typed table's whole number is the id of its digits. An id
-   that a spreadsheet rounded (`3.17E+15`), gave decimals (`31712345.0`; `1.0` is an id) or replaced by an error (`#N/A`) is refused.
-2. A cell that cannot be used raises `Unusable`, with a reason of `enrolment/outcomes.py` and a detail that names the column. The job decides
-   what that costs: a row or an encounter.
-3. `engine.arrow.ids.ids_of` gives a whole Arrow column the meaning that `id_of` gives one cell.
+1. Ids are text and keep every letter: `0012`, `1e5`, `NA` and `true` are ids. An id with spaces around it is refused. In a typed table, a whole
+   number is the id with its digits. An id is refused if a spreadsheet rounded it (`3.17E+15`), gave it decimals (`31712345.0`; but `1.0` is
+   an id) or replaced it by an error (`#N/A`).
+2. A cell that cannot be used raises `Unusable` with a reason of `enrolment/outcomes.py` and a detail that names the column. The job refuses
+   the row, or the encounter.
+3. `engine.arrow.ids.ids_of` parses a whole Arrow column by the same rules as `id_of` parses a cell.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ KNOWN = (
     "subject_id", "encounter_id", "captured_at", "path", "image", "position", "dpi", "missing", *GROUP_COLUMNS, "district", "entry",
     *COLUMNS,
 )  # fmt: skip
-"""Columns that have a meaning in some job."""
+"""All columns that at least one job reads."""
 
 _PATH_LENGTH_MAX = 4_096
 _CODE = re.compile(r"(?:(?:finger|fgp)[\s_-]*)?0*([0-9]{1,2})(?:\.0+)?", re.IGNORECASE)
@@ -51,7 +52,7 @@ _DPI = re.compile(r"(\d+(?:[.,]\d*)?)\s*(?:dpi|ppi)?", re.IGNORECASE)
 
 
 class Unusable(Exception):
-    """A cell cannot be used. refusal: why; its row or encounter is refused with it."""
+    """A cell cannot be used. refusal: the refusal of its row or encounter."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)
@@ -60,14 +61,14 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class CaptureCell:
-    """The capture of a row. source: a path, or the content of an image or a minutiae record; position: `face` or a finger's."""
+    """The capture of a row. source: a path, or the content of an image or a minutiae record; position: `face` or a finger position."""
 
     position: str
     source: str | bytes
     dpi: float | None
 
     def capture(self, data: CaptureData) -> Face | Finger:
-        """data: what the source points to."""
+        """The capture as a value. data: the content of the source, or its path."""
         return Face(data) if self.position == "face" else Finger(data, self.position, self.dpi)
 
 
@@ -75,9 +76,9 @@ class CaptureCell:
 
 
 def check_fields(cells: Mapping[str, Any]) -> None:
-    """Raises Unusable for a line that does not fit the table, which a reader gives as a row without cells."""
+    """Raises Unusable for a row without cells: readers return one for a line whose fields do not fit the header."""
     if not cells:
-        raise Unusable("malformed_row", "the line has another number of fields than the header")
+        raise Unusable("malformed_row", "the line and the header have different numbers of fields")
 
 
 def subject_of(cells: Mapping[str, Any]) -> str:
@@ -89,8 +90,8 @@ def subject_of(cells: Mapping[str, Any]) -> str:
 
 
 def capture_of(cells: Mapping[str, Any], *, images: bool = False) -> CaptureCell | Missing | None:
-    """The capture of a row, from its columns path, position and dpi; or the reason in `missing` why there is none; or None where the row
-    names neither. images: the column image may hold the content itself. Raises Unusable."""
+    """The capture of a row, from its columns path, position and dpi. If the row has no path but a reason in `missing`, returns that; if it has
+    neither, None. images: the column image may hold the content of the capture. Raises Unusable."""
     position, path, dpi = position_of(cells.get("position")), path_of(cells.get("path")), dpi_of(cells.get("dpi"))
     missing = missing_of(position, cells.get("missing"))
     image = (cells.get("image") or None) if images else None
@@ -100,13 +101,14 @@ def capture_of(cells: Mapping[str, Any], *, images: bool = False) -> CaptureCell
     if source and missing:
         raise Unusable(
             "invalid_input",
-            f"it has both {'a path' if path else 'an image'} and a reason why {position} is missing; leave one of them empty",
+            f"the row has both {'a path' if path else 'an image'} and a reason why {position} is missing; leave one of them empty",
         )
     return CaptureCell(position, source, dpi) if source else missing
 
 
 def column_name(written: str, known: Collection[str] = KNOWN) -> str:
-    """The name of a known column, in any capitals and spacing (`Subject ID`, `right-index`); any other name without spaces around it."""
+    """The library's name of a known column, whatever its capitals and separators (`Subject ID`, `right-index`). Another name is only stripped
+    of spaces around it."""
     name = written.strip().removeprefix("\ufeff").strip()
     folded = re.sub(r"[\s_-]+", "_", name).lower()
     return folded if folded in known else name
@@ -116,7 +118,7 @@ def column_name(written: str, known: Collection[str] = KNOWN) -> str:
 
 
 def text_of(cell: Any, column: str) -> str | None:
-    """The text of a cell, None where it is empty. Whole numbers of a typed table are text as well."""
+    """The text of a cell; None if it is empty. A whole number of a typed table becomes text."""
     if isinstance(cell, int) and not isinstance(cell, bool):
         return str(cell)
     if cell is None or cell == "":
@@ -126,13 +128,13 @@ def text_of(cell: Any, column: str) -> str | None:
     if UNREADABLE in cell:
         raise Unusable(
             "not_utf8",
-            f"{column} is not UTF-8 text: {_quoted(cell)}; is the file in another encoding, name it (--encoding)",
+            f"{column} is not UTF-8 text: {_quoted(cell)}; if the file has another encoding, name it with --encoding",
         )
     return cell
 
 
 def id_of(cells: Mapping[str, Any], column: str) -> str | None:
-    """A usable id, or None where the cell is empty."""
+    """The id in a cell; None if the cell is empty. Raises Unusable."""
     text = text_of(cells.get(column), column)
     if text is not None:
         for pattern, problem in SPOILT.items():
@@ -146,18 +148,18 @@ def id_of(cells: Mapping[str, Any], column: str) -> str | None:
 
 
 def path_of(cell: Any, column: str = "path") -> str | None:
-    """The path of a file, None where the cell is empty."""
+    """The path in a cell; None if the cell is empty. Raises Unusable."""
     if isinstance(cell, int):
         raise Unusable("wrong_type", f"{column} is of type {type(cell).__name__}, wanted a path")
     path = text_of(cell, column)
     if path is not None and ("\0" in path or len(path) > _PATH_LENGTH_MAX):
-        raise Unusable("wrong_type", f"{column} is no path of a file: {_quoted(path)}")
+        raise Unusable("wrong_type", f"{column} is not a file path: {_quoted(path)}")
     return path
 
 
 def located(folder: Path, written: str) -> Path:
-    """The file that a path names, relative to the folder of its table. If it does not exist, the path is read as Windows writes it
-    (`faces\\a.jpg`), and with accented letters as macOS writes them (NFD) and as others do (NFC)."""
+    """The file of a path that is relative to the folder of its table. If no such file exists, the path is tried with the separators of Windows
+    (`faces\\a.jpg`), and with accented letters in the Unicode forms NFC and NFD (macOS)."""
     plain = folder / written
     if written.isascii() and "\\" not in written:
         return plain
@@ -167,10 +169,10 @@ def located(folder: Path, written: str) -> Path:
 
 
 def position_of(cell: Any) -> str:
-    """`face`, or the position of a finger: by its name (`right_index`, `Right Index`, `index finger, right`), or by its code of ISO/IEC
-    19794-2 and of ANSI/NIST (FGP), 0 to 10, 11 and 12 for plain thumbs. An empty cell is a face."""
+    """The position of a capture: `face`, or a finger by its name (`right_index`, `Right Index`, `index finger, right`) or by its code of
+    ISO/IEC 19794-2 and ANSI/NIST (FGP): 0 to 10, and 11 and 12 for plain thumbs. An empty cell means a face. Raises Unusable."""
     if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)  # a typed column of numbers with gaps
+        cell = int(cell)  # pandas writes a column of whole numbers as floats if cells are empty
     text = text_of(cell, "position")
     if text is None:
         return "face"
@@ -178,13 +180,14 @@ def position_of(cell: Any) -> str:
     position = _NAMES.get(_folded(text)) if code is None else _POSITION_OF_CODE.get(code[1])
     if position is None:
         raise Unusable(
-            "unknown_position", f"position is {_quoted(text)}, wanted {', '.join(COLUMNS)}, or a code from 0 to 12"
+            "unknown_position",
+            f"position is {_quoted(text)}, wanted {', '.join(COLUMNS)}, or a finger code from 0 to 12",
         )
     return position
 
 
 def dpi_of(cell: Any) -> float | None:
-    """Dots per inch, as `500`, `500.0` or `500 dpi`; None where the cell is empty."""
+    """The resolution in dots per inch, written as `500`, `500.0` or `500 dpi`; None if the cell is empty. Raises Unusable."""
     if isinstance(cell, str):
         cell = cell.strip()
     if cell is None or cell == "":
@@ -205,7 +208,7 @@ def dpi_of(cell: Any) -> float | None:
 
 
 def missing_of(position: str, cell: Any) -> Missing | None:
-    """The stated reason why there is no capture at a position; None where the cell is empty."""
+    """The stated reason why a position has no capture; None if the cell is empty. Raises Unusable."""
     reason = text_of(cell, "missing")
     try:
         return None if reason is None else Missing(position, reason)
@@ -214,7 +217,7 @@ def missing_of(position: str, cell: Any) -> Missing | None:
 
 
 def groups_of(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The groups that rows name in `group` and `groups`: `a;b`, `a|b`, or lists of texts."""
+    """The groups in the columns `group` and `groups` of some rows: `a;b`, `a|b`, or lists of texts. Raises Unusable."""
     named: set[str] = set()
     for cells in rows:
         for column in GROUP_COLUMNS:
@@ -226,7 +229,7 @@ def groups_of(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def split_groups(cell: Any, column: str = "groups") -> list[str]:
-    """The names in one cell, not checked."""
+    """The names of groups in one cell, not validated."""
     if isinstance(cell, list):
         return [name for part in cell if (name := text_of(part, column)) is not None]
     text = text_of(cell, column)
@@ -234,13 +237,16 @@ def split_groups(cell: Any, column: str = "groups") -> list[str]:
 
 
 def moment_of(cell: Any, date_format: str | None = None) -> float | None:
-    """Seconds since 1970 of a time, a date, a number, or a text: ISO 8601, or seconds. UTC where no zone is stated. None where it is no time:
-    a wrong clock never keeps a record out. A number of 20,000 to 80,000 is no time: it is the day number of a spreadsheet (1954 to 2119). date_format: of texts, as the caller declares it; one of another form raises Unusable."""
+    """The time in a cell, in seconds since 1970. Texts are ISO 8601 or seconds; times without a zone are UTC.
+
+    None if the cell is not a time: a wrong clock never makes a record unusable. A number from 20,000 to 80,000 is not a time, since it is the
+    day number of a spreadsheet (1954 to 2119). date_format: the declared format of texts; a text in another format raises Unusable.
+    """
     if isinstance(cell, str) and date_format is not None and cell.strip():
         try:
             cell = datetime.strptime(cell.strip(), date_format)
         except ValueError:
-            raise Unusable("wrong_type", f"captured_at is {_quoted(cell)}, wanted the form {date_format}") from None
+            raise Unusable("wrong_type", f"captured_at is {_quoted(cell)}, wanted the format {date_format}") from None
     try:
         if isinstance(cell, str):
             try:
@@ -251,14 +257,14 @@ def moment_of(cell: Any, date_format: str | None = None) -> float | None:
             cell = datetime(cell.year, cell.month, cell.day)
         if isinstance(cell, datetime):
             return (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
-        plain = isinstance(cell, (int, float)) and isfinite(cell) and not 20_000 <= cell <= 80_000
-        return float(cell) if plain else None
+        is_time = isinstance(cell, (int, float)) and isfinite(cell) and not 20_000 <= cell <= 80_000
+        return float(cell) if is_time else None
     except (ValueError, OverflowError):
         return None
 
 
 def _quoted(cell: Any) -> str:
-    """A cell for an error text, at most 40 characters of it."""
+    """The first 40 characters of a cell, for an error message."""
     if not isinstance(cell, (str, int, float)):
         return type(cell).__name__
     text = shown(cell)
@@ -266,7 +272,7 @@ def _quoted(cell: Any) -> str:
 
 
 def _folded(text: str) -> str:
-    """The letters of a position's name, hand first and finger second."""
+    """A position's name in lower-case letters: the hand first, then the finger."""
     words = [word for word in re.split(r"[\s_.,-]+", text.casefold()) if word not in _WORDS_WITHOUT_MEANING]
     joined = "".join(_INDONESIAN.get(word, word) for word in words).removesuffix("finger")
     for hand in ("right", "left"):
@@ -287,7 +293,7 @@ _INDONESIAN = {
 }
 _NAMES = {
     **{position.replace("_", ""): position for position in COLUMNS},
-    # `RI`, `R Index`: hand and finger by their first letters
+    # abbreviations: `RI`, `R Index`
     **{f"{hand[0]}{name[0]}": f"{hand}_{name}" for hand in ("right", "left") for name in _FINGERS},
     **{f"{hand[0]}{name}": f"{hand}_{name}" for hand in ("right", "left") for name in _FINGERS},
     **{f"{hand}{name}": f"{hand}_little" for hand in ("right", "left") for name in ("pinky", "pinkie")},

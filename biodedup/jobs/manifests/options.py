@@ -1,6 +1,6 @@
-"""What a caller says about a table that the table itself does not: its encoding, its names of columns, and its form of dates.
+"""Options for reading an input table: its encoding, the names of its columns, and its date format.
 
-Owns the options and their checks. Never opens a file.
+Owns the options and their validation. Never opens a file.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from pathlib import Path
 from biodedup.errors import InvalidInput
 from biodedup.jobs.manifests.fields import KNOWN, column_name
 
-_NEAR = 0.85
-_CLOCK = datetime(2024, 12, 31, 23, 58, 59)
+_SIMILAR = 0.85
+"""Similarity (difflib's ratio) from which on an unknown column counts as a misspelt known column."""
+_SAMPLE_TIME = datetime(2024, 12, 31, 23, 58, 59)
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """encoding: of a CSV file, as `cp1252`; None detects it. columns: our name of a column -> its name in the file, as
-    `{"subject_id": "NIK"}`. date_format: of the texts in captured_at, as `%d/%m/%Y`; None reads ISO 8601 and seconds.
-    ignore_columns: columns that are not known, or look misspelt, are no error."""
+    """Options for reading an input table.
+
+    encoding: encoding of a CSV file, such as `cp1252`; None detects it. columns: the library's name of a column -> its name in the file, such as
+    `{"subject_id": "NIK"}`. date_format: format of texts in captured_at, such as `%d/%m/%Y`; None reads ISO 8601 and seconds.
+    ignore_columns: unknown columns and columns that look misspelt are accepted and ignored.
+    """
 
     encoding: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -46,47 +50,51 @@ class TableOptions:
             _check_date_format(self.date_format)
 
     def names(self, written: Iterable[str], path: Path | str, known: Collection[str] = KNOWN) -> list[str]:
-        """The names by which jobs know the columns of a file. Raises InvalidInput for a mapped column that is absent, and for repetitions."""
-        given = list(written)
+        """The library's names of the columns of a file. written: their names in the file. Raises InvalidInput if a mapped column is absent,
+        and if a name is repeated."""
+        in_file = list(written)
         mapped: dict[str, str] = {}
-        for name, own in self.columns.items():
-            alike = [one for one in given if _bare(one) == _bare(own)]
-            alike = alike or [one for one in given if _bare(one).casefold() == _bare(own).casefold()]
-            if len(alike) != 1:
-                raise InvalidInput(f"{path} has no column {own!r} for {name}; it has {list(map(_bare, given))}")
-            mapped[alike[0]] = name
-        names = [mapped.get(one) or column_name(one, known) for one in given]
+        for name, mapped_name in self.columns.items():
+            matching = [each for each in in_file if _bare(each) == _bare(mapped_name)]
+            matching = matching or [each for each in in_file if _bare(each).casefold() == _bare(mapped_name).casefold()]
+            if len(matching) != 1:
+                raise InvalidInput(
+                    f"{path} has no column {mapped_name!r} for {name}; it has {list(map(_bare, in_file))}"
+                )
+            mapped[matching[0]] = name
+        names = [mapped.get(each) or column_name(each, known) for each in in_file]
         if len(set(names)) < len(names):
-            raise InvalidInput(
-                f"{path} repeats a column name, one of {names} is there twice; give each column a name of its own"
-            )
+            raise InvalidInput(f"{path} repeats a column name; it has {names}. Give each column its own name")
         return names
 
     def check_columns(self, names: Iterable[str], used: Collection[str], path: Path | str, *, carried: bool) -> None:
-        """Raises InvalidInput for a column that the job would leave out without a word. used: columns with a meaning in this job; carried:
-        others are carried along, so that only those are wrong that look like a misspelt name."""
+        """Raises InvalidInput for a column that the job would ignore silently.
+
+        used: the columns that this job reads. carried: the job keeps other columns as metadata, so that only a name that looks like a misspelt
+        known name is an error.
+        """
         if self.ignore_columns:
             return
         others = [name for name in names if name not in used]
         for name in others:
-            near = difflib.get_close_matches(re.sub(r"[\s_-]+", "_", name).lower(), [*used], 1, _NEAR)
-            if near and name not in KNOWN:
+            similar = difflib.get_close_matches(re.sub(r"[\s_-]+", "_", name).lower(), [*used], 1, _SIMILAR)
+            if similar and name not in KNOWN:
                 raise InvalidInput(
-                    f"{path} has a column {name!r}, which is not known; did you mean {near[0]}? Rename it, map it as --column {near[0]}="
+                    f"{path} has an unknown column {name!r}; did you mean {similar[0]}? Rename it, map it with --column {similar[0]}="
                     f"{name}, or pass --ignore-columns"
                 )
         unknown = [name for name in others if name not in _HARMLESS]
         if unknown and not carried:
             raise InvalidInput(
-                f"{path} has columns that are not known here: {', '.join(map(repr, unknown))}; known are {', '.join(used)}. Map them, as "
-                f"--column subject_id={unknown[0]}, or leave them out with --ignore-columns"
+                f"{path} has unknown columns: {', '.join(map(repr, unknown))}; known columns are {', '.join(used)}. Map them, such as "
+                f"--column subject_id={unknown[0]}, or ignore them with --ignore-columns"
             )
 
 
 DEFAULT_OPTIONS = TableOptions()
 
 _HARMLESS = frozenset(("encounter_id", "captured_at", "group", "groups", "district", "entry"))
-"""Columns of other jobs that say nothing about a capture."""
+"""Columns that only other jobs read, and that do not change the meaning of a capture. Every job may ignore them."""
 
 
 def _bare(written: str) -> str:
@@ -104,10 +112,10 @@ def _check_encoding(encoding: str) -> None:
 
 def _check_date_format(form: str) -> None:
     try:
-        day = datetime.strptime(_CLOCK.strftime(form), form).date()
+        day = datetime.strptime(_SAMPLE_TIME.strftime(form), form).date()
     except ValueError:
         day = None
-    if day != _CLOCK.date():
+    if day != _SAMPLE_TIME.date():
         raise InvalidInput(
-            f"the date format {form!r} does not tell year, month and day; write it as %d/%m/%Y, or %Y-%m-%d %H:%M"
+            f"the date format {form!r} does not state year, month and day; write it such as %d/%m/%Y, or %Y-%m-%d %H:%M"
         )

@@ -1,11 +1,11 @@
-"""Finds how a CSV file is written: its encoding, what separates its columns, and which lines come before the header.
+"""Detects the form of a CSV file: its encoding, its separator, and the lines before its header.
 
-Owns the detection, and a stream that gives any encoding as UTF-8. Never parses a row.
+Owns the detection, and a stream that converts any encoding to UTF-8. Never parses a row.
 
-1. A byte order mark counts. Without one, a file of UTF-8 text is UTF-8, also where some cells are damaged: these are refused one by one.
-2. A file in which no line with other letters is UTF-8 may be Windows-1252, in which Excel saves. It is taken for that if five lines or more
-   have such letters and charset-normalizer agrees. Fewer are no evidence: a wrong guess gives a person another name. They are refused,
-   and the caller names the encoding.
+1. A byte order mark decides. Without one, a file is UTF-8 if at least one non-ASCII line is valid UTF-8. Damaged cells are refused one by one.
+2. A file without any valid non-ASCII line may be Windows-1252, which Excel writes. It is read so if it has at least five non-ASCII lines and
+   charset-normalizer agrees. Fewer lines are not enough evidence, and a wrong guess would change a person's name: their cells are refused,
+   and the caller must name the encoding.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ GUESSED_LINES_MIN = 5
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _CANDIDATES = ["cp1252", "cp1250", "cp1251", "cp1254", "mac_roman", "cp850", "gb18030", "shift_jis"]
 _TURKISH = frozenset(b"\xd0\xdd\xde\xf0\xfd\xfe")
-"""Letters in which Windows-1252 (Icelandic) and Windows-1254 (Turkish) differ."""
+"""The bytes that mean different letters in Windows-1252 (Icelandic) and Windows-1254 (Turkish)."""
 _CHUNK = 1 << 18
 _SAMPLE_LINES = 500
 _HEADER_BYTES = 1 << 20
 _TITLES_MAX = 20
-"""Lines at the start of a file among which the header is looked for."""
+"""The header is looked for in this many lines at the start of a file."""
 _SEP_LINE = re.compile(r"\ufeff?sep=(.)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """encoding: a codec's name, `utf-8` with or without a byte order mark; guessed: whether it was found by its letters alone; lines_before:
-    the header: `sep=;` as Excel writes it, empty ones and titles; titles: how many of these are titles of the sheet; header: the first line
-    after them."""
+    """The form of a CSV file. encoding: a codec's name; `utf-8` also stands for UTF-8 with a byte order mark; header: the header line;
+    lines_before: number of lines before the header: Excel's `sep=;`, empty lines and titles; guessed: the encoding was guessed from the
+    letters; titles: how many of the lines before the header are titles of the sheet."""
 
     encoding: str
     delimiter: str
@@ -53,7 +53,7 @@ class TextForm:
 
 
 def text_form(path: Path, encoding: str | None = None) -> TextForm:
-    """encoding: as the caller declared it, None detects it. Raises OSError; InvalidInput for what is no text with a header."""
+    """Detects the form of a CSV file. encoding: the declared encoding; None detects it. Raises OSError."""
     guessed = False
     if encoding is None:
         encoding, guessed = detected(path)
@@ -65,21 +65,22 @@ def text_form(path: Path, encoding: str | None = None) -> TextForm:
         before += 1
     titles = 0
     if _is_title(first[before]):
-        after = [at for at in range(before, len(first)) if first[at].strip() and not _is_title(first[at])]
-        if after and _cells(first[after[0]]) > 1:  # otherwise a table of one column
-            titles = sum(bool(line.strip()) for line in first[before : after[0]])
-            before = after[0]
+        headers = [i for i in range(before, len(first)) if first[i].strip() and not _is_title(first[i])]
+        if headers and _cells(first[headers[0]]) > 1:  # otherwise it is a table with one column
+            titles = sum(bool(line.strip()) for line in first[before : headers[0]])
+            before = headers[0]
     header = first[before].removeprefix("\ufeff").rstrip("\r\n")
     return TextForm(encoding, _delimiter(header) if sep is None else sep[1], header, before, guessed, titles)
 
 
 def _is_title(line: str) -> bool:
-    """Whether a line may be the title of a sheet: words in one cell, all others empty. Names of columns have no spaces, or stand in several."""
+    """Whether a line may be the title of a sheet: exactly one cell has text, and the text has a space. A header has several cells, or one name
+    without spaces."""
     return _cells(line) == 1 and " " in line.strip(SEPARATORS + '"\ufeff \r\n')
 
 
 def _cells(line: str) -> int:
-    """How many cells of a line hold something, by the separator that makes most of them."""
+    """The number of non-empty cells of a line, with the separator that gives the most."""
     return max(sum(map(bool, map(str.strip, cells))) for cells in _by_separator(line).values())
 
 
@@ -88,16 +89,16 @@ def _by_separator(line: str) -> dict[str, list[str]]:
 
 
 def header_of(path: Path, form: TextForm) -> list[str]:
-    """The names of the columns; a quoted one may hold several lines. Raises OSError, InvalidInput."""
+    """The names of the columns. A quoted name may span several lines. Raises OSError, InvalidInput."""
     with open_text(path, form.encoding) as file:
         for _ in range(form.lines_before):
             file.readline(_HEADER_BYTES)
         try:
             names = next(csv.reader(file, delimiter=form.delimiter), [])
         except csv.Error as error:
-            raise InvalidInput(f"{path} has a header that cannot be read ({error}); save it as CSV UTF-8") from error
+            raise InvalidInput(f"the header of {path} cannot be read ({error}); save it as CSV UTF-8") from error
     if not names:
-        raise InvalidInput(f"{path} has no header line; the first line names the columns, as subject_id,path")
+        raise InvalidInput(f"{path} has no header line; the first line names the columns, such as subject_id,path")
     return [names[0].removeprefix("\ufeff"), *names[1:]]
 
 
@@ -106,68 +107,67 @@ def open_text(path: Path, encoding: str, *, errors: str = "replace") -> IO[str]:
 
 
 def open_utf8(path: Path, form: TextForm) -> Any:
-    """A binary stream of the file in UTF-8; characters that its encoding does not have are U+FFFD."""
+    """A binary stream of the file, converted to UTF-8. Bytes that cannot be decoded become U+FFFD."""
     return io.BufferedReader(_Transcoded(path, form.encoding))
 
 
 def detected(path: Path) -> tuple[str, bool]:
-    """(encoding, whether it is a guess). Raises OSError."""
+    """Detects an encoding. Returns (encoding, whether it was guessed from the letters). Raises OSError."""
     with path.open("rb") as file:
         head = file.read(1024)
         for mark, encoding in _MARKS:
             if head.startswith(mark):
                 return encoding, False
         zeros = [head[parity::2].count(0) for parity in (0, 1)]
-        if max(zeros) > len(head) // 4 and not min(zeros):  # every second byte of letters of Latin script
+        if max(zeros) > len(head) // 4 and not min(zeros):  # in UTF-16, every second byte of Latin letters is zero
             return ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"), False
         file.seek(0)
-        utf8, others = 0, []
-        for line in _lines_with_letters(file):
+        valid, invalid = 0, []
+        for line in _non_ascii_lines(file):
             try:
                 line.decode()
-                utf8 += 1
+                valid += 1
             except UnicodeDecodeError:
-                others.append(line)
-            if utf8 or len(others) >= _SAMPLE_LINES:
+                invalid.append(line)
+            if valid or len(invalid) >= _SAMPLE_LINES:
                 break
-    if utf8 or len(others) < GUESSED_LINES_MIN:
+    if valid or len(invalid) < GUESSED_LINES_MIN:
         return "utf-8", False
-    return ("cp1252", True) if _is_windows_1252(b"".join(others)) else ("utf-8", False)
+    return ("cp1252", True) if _is_windows_1252(b"".join(invalid)) else ("utf-8", False)
 
 
-def _lines_with_letters(file: Any) -> Any:
-    """The lines that are not ASCII."""
+def _non_ascii_lines(file: Any) -> Any:
     while lines := file.readlines(_CHUNK):
         if not b"".join(lines).isascii():
             yield from (line for line in lines if not line.isascii())
 
 
 def _is_windows_1252(sample: bytes) -> bool:
-    from charset_normalizer import from_bytes  # here: most files are UTF-8
+    from charset_normalizer import from_bytes  # a slow import, and most files are UTF-8
 
     if not _TURKISH.isdisjoint(sample):
         return False
     found = from_bytes(sample, cp_isolation=_CANDIDATES)
     best, western = found.best(), [match for match in found if match.encoding == "cp1252"]
-    # where it is as likely as another code page: Excel saves in it in most countries
-    return best is not None and any((one.chaos, -one.coherence) <= (best.chaos, -best.coherence) for one in western)
+    # a tie with another code page counts for Windows-1252, in which Excel saves in most countries
+    return best is not None and any((each.chaos, -each.coherence) <= (best.chaos, -best.coherence) for each in western)
 
 
 def _delimiter(header: str) -> str:
-    """The separator by which the header has most names; quoted ones may hold others. csv.Sniffer is used where two are alike."""
-    counts = {mark: len(cells) for mark, cells in _by_separator(header).items()}
+    """The separator that splits the header into the most names. `csv.Sniffer` decides a tie."""
+    counts = {separator: len(cells) for separator, cells in _by_separator(header).items()}
     most = max(counts.values())
-    alike = [mark for mark, count in counts.items() if count == most]
-    if most > 1 and len(alike) > 1:
+    tied = [separator for separator, count in counts.items() if count == most]
+    if most > 1 and len(tied) > 1:
         try:
-            return csv.Sniffer().sniff(header, "".join(alike)).delimiter
+            return csv.Sniffer().sniff(header, "".join(tied)).delimiter
         except csv.Error:
             pass
-    return alike[0]
+    return tied[0]
 
 
 class _Transcoded(io.RawIOBase):
-    """A file in UTF-8, whatever its encoding."""
+    """A raw stream that converts a file to UTF-8."""
 
     def __init__(self, path: Path, encoding: str) -> None:
         self._file = path.open("rb")
@@ -183,19 +183,19 @@ class _Transcoded(io.RawIOBase):
             chunk = self._file.read(_CHUNK)
             self._ended = not chunk
             self._rest = self._decoder.decode(chunk, final=self._ended).encode("utf-8", "replace")
-        some = self._rest[: len(buffer)]
-        buffer[: len(some)] = some
-        self._rest = self._rest[len(some) :]
-        return len(some)
+        part = self._rest[: len(buffer)]
+        buffer[: len(part)] = part
+        self._rest = self._rest[len(part) :]
+        return len(part)
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def refuse_no_text(form: TextForm, path: Path) -> None:
-    """Raises InvalidInput where the header is no text, or there is none."""
+def refuse_undecodable_header(form: TextForm, path: Path) -> None:
+    """Raises InvalidInput if the header is not text in the file's encoding."""
     if "\0" in form.header or "\ufffd" in form.header:
         raise InvalidInput(
-            f"{path} has a header that is not {form.encoding.upper()} text; name its encoding, as --encoding cp1252, or save it as CSV UTF-8"
+            f"the header of {path} is not {form.encoding.upper()} text; name its encoding, such as --encoding cp1252, or save it as CSV UTF-8"
         )

@@ -41,7 +41,7 @@ from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.merging.model import AbsorbedRecord, Member
 from biodedup.jobs.merging.registers import Origins, step_of
-from biodedup.jobs.shared.acting import NOBODY, Actor, begun_by
+from biodedup.jobs.shared.acting import NOBODY, Actor, authorised_job
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import EnrolledEncounter, Template
 
@@ -162,7 +162,9 @@ def apply_merge(
         if not begun(target.snapshot(), merge_id):
             refuse_unfinished(folder, target.snapshot(), storage)
             _refuse_changed(folder, target, registers)
-            with begun_by(actor, target, config, "merge", {"merge": merge_id}, role="supervise", kind="merge") as begin:
+            with authorised_job(
+                actor, target, config, "merge", {"merge": merge_id}, role="supervise", kind="merge"
+            ) as begin:
                 _write_log(log, _logged(target.snapshot(), staged, absorbed), storage)
                 with target.transaction() as transaction:
                     begin(transaction)
@@ -222,7 +224,9 @@ def undo(
             )
         if all(target.snapshot().job_step(f"{name}:{stage}") is None for stage in ("undoing", "undone")):
             about = {"undo": merge_id}
-            with begun_by(Actor(by, sign), target, config, "merge", about, role="supervise", kind="undo") as begin:
+            with authorised_job(
+                Actor(by, sign), target, config, "merge", about, role="supervise", kind="undo"
+            ) as begin:
                 with target.transaction() as transaction:
                     begin(transaction)
                     transaction.record_step(f"{name}:undoing", {})

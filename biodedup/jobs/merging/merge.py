@@ -51,7 +51,7 @@ from biodedup.jobs.merging.registers import (
 from biodedup.jobs.merging.report import beside, write_results
 from biodedup.jobs.merging.survivors import absorbed, check_rule, survivor
 from biodedup.jobs.shared.acting import Actor
-from biodedup.jobs.shared.checkpoint import Notes
+from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
 from biodedup.match.judgement import BELIEVED
@@ -145,7 +145,7 @@ def merge(
 
 def _check_request(sources: Sequence[str | Path], out: Path, into: str | Path | None, apply: bool) -> None:
     if out.suffix != ".parquet":
-        raise InvalidInput(f"the result is named {out.name}; end it with .parquet")
+        raise InvalidInput(f"the result cannot be named {out.name}; end the name with .parquet")
     if not sources:
         raise InvalidInput("no gallery was named; pass the districts' galleries, as FOLDER or NAME=FOLDER")
     if apply and into is None:
@@ -415,7 +415,7 @@ def _check_shared(
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
     scores: list[float | None] = []
-    with Notes(notes_path, key, engine.config.keys) as notes:
+    with CheckpointFile(notes_path, key, engine.config.keys) as notes:
         for noted in notes.entries:
             scores += noted
         for low in range(len(scores), len(later), _CHECKED_TOGETHER):

@@ -1,1 +1,1 @@
-"""What all jobs share: progress, checkpoints, result files, worker processes."""
+"""Helpers of all jobs: progress, checkpoints, result files, worker processes."""

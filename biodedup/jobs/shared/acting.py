@@ -1,6 +1,6 @@
-"""The person who starts a job that changes a gallery: role, second person, and the record in the audit log.
+"""Authorises the person who starts a job that changes a gallery: checks the role, asks for a second person, and writes the audit record.
 
-Owns what a job checks before its first commit. Engines check their own calls (engine/callers/).
+Owns the checks that a job makes before its first commit. Never checks the calls of an `Engine`: `engine/callers/` does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from biodedup.principals import Principal
 
 @dataclass(frozen=True)
 class Actor:
-    """by: the person, one of `Config.identities` where these are configured; sign: the file of its private key, PEM."""
+    """The person who starts a job. by: the name, which `Config.identities` must list if it is set; sign: the file of the person's private key
+    (PEM)."""
 
     by: str = ""
     sign: Path | None = None
 
     def principal(self, config: Config, role: str) -> Principal | None:
-        """None without identities. Raises NotAllowed."""
+        """The person, who must have the role; None if the config has no identities. Raises NotAllowed."""
         if config.identities is None:
             return None
         principal = config.identity(self.by)
@@ -38,7 +39,7 @@ class Actor:
         return principal
 
     def engine(self, engine: Engine) -> Engine:
-        """The engine for this person; itself without identities."""
+        """The engine, acting for this person; the same engine if the config has no identities."""
         return engine if engine.config.identities is None else engine.as_principal(self.by, key=self.sign)
 
 
@@ -46,7 +47,7 @@ NOBODY = Actor()
 
 
 @contextmanager
-def begun_by(
+def authorised_job(
     actor: Actor,
     gallery: Gallery,
     config: Config,
@@ -57,10 +58,10 @@ def begun_by(
     kind: str,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[Approve]:
-    """Yields what the first transaction of a job calls: it stores the approval, and the record of the job in the audit log. action: of
-    `Policy.two_people`; facts: what is to be done; kind: the name of the job in the audit log.
+    """Authorises a job. Yields a function that the first transaction of the job calls: it stores the approval and the audit record.
 
-    Raises ApprovalNeeded, NotAllowed; then nothing was done, and the audit log has it where it records all calls.
+    action: an action of `Policy.two_people`; facts: what the job will do, for the person who approves; kind: the job's name in the audit log.
+    Raises ApprovalNeeded, NotAllowed. Then nothing is changed, and the refused call is in the audit log if the log records all calls.
     """
     audit = AuditLog(gallery, config.audited, clock)
     principal = actor.principal(config, role)

@@ -1,6 +1,6 @@
-"""The checkpoint file of a long job: one line for each finished piece, synced before the next piece begins.
+"""Keeps the checkpoint file of a long job: one line of JSON for each finished piece, synced before the next piece begins.
 
-Owns the file of an interrupted job. Never reads the meaning of a line.
+Owns the file. Never interprets its entries.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from biodedup.gallery.files.private import FILE_MODE, refuse_link
 from biodedup.keys import KeySource
 
 
-class Notes:
-    """The notes of the work that `key` (JSON-ready) describes; those of other work, and a line cut short, are dropped.
+class CheckpointFile:
+    """An open checkpoint file. Its first line is `key` (JSON-ready), which describes the work.
 
-    entries: what was noted before, in order; keys: with the register's key each line is encrypted, and bound to its place. Raises
-    StorageUnavailable.
+    If the file has another key, all its entries are dropped. A line that was cut short is dropped with all lines after it.
+    entries: the entries of earlier runs, in order; keys: if given, each line is encrypted under the register's key and bound to its line number.
+    Raises StorageUnavailable.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], keys: KeySource | None = None) -> None:
@@ -48,7 +49,7 @@ class Notes:
                 self._write(key)
 
     def append(self, entry: Any) -> None:
-        """Durable when it returns. Raises StorageUnavailable."""
+        """Adds an entry (JSON-ready), which is durable on return. Raises StorageUnavailable."""
         with translated(f"writing {self._path}"):
             self._write(entry)
 
@@ -61,11 +62,11 @@ class Notes:
         self.entries = []
 
     def remove(self) -> None:
-        """When the work is done and its result written."""
+        """Removes the file, once the result of the work is written. Raises StorageUnavailable."""
         with translated(f"removing {self._path}"):
             self._path.unlink(missing_ok=True)
 
-    def __enter__(self) -> Notes:
+    def __enter__(self) -> CheckpointFile:
         return self
 
     def __exit__(

@@ -1,6 +1,6 @@
-"""Where the pieces of a job are done: on this machine, or as tasks of a Ray cluster.
+"""Chooses where the pieces of a job run: on this machine, or as tasks of a Ray cluster.
 
-Owns what a job's caller names. The protocol is in `common/executors.py`, Ray in `cluster/tasks.py`.
+Owns the choice. `common/executors.py` defines the protocol `Executor`, and `cluster/tasks.py` implements it for Ray.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from biodedup.errors import InvalidInput
 
 @contextmanager
 def ray_executor(address: str | None) -> Iterator[Executor]:
-    """What a job takes as `executor`, to have its pieces done by a Ray cluster. Results are those of one machine, byte for byte.
+    """Yields the argument `executor` of a job, so that a Ray cluster does its pieces. The results are the same bytes as on one machine.
 
-    address: `host:port`, `auto` for the cluster that this machine belongs to, `local` for a new one of this process; None: this machine without
-    Ray. Raises InvalidInput where Ray is not installed, StorageUnavailable where the cluster cannot be joined.
+    address: `host:port`; `auto`: the cluster that this machine belongs to; `local`: a new cluster in this process; None: no Ray, this machine.
+    Raises InvalidInput if Ray is not installed, StorageUnavailable if the cluster cannot be joined.
     """
     if address is None:
         yield LOCAL

@@ -1,9 +1,9 @@
-"""Writes the results of jobs as whole files, and reads files from elsewhere up to a size.
+"""Writes the results of jobs as whole files and folders, and reads untrusted files up to a size limit.
 
-Owns the way a result gets its name. Never knows what is in a file; gallery/files/private.py owns the modes.
+Owns the temporary name and the rename of a result. Never knows what a file holds; `gallery/files/private.py` owns the file modes.
 
-1. A result has its name only when it is written and synced.
-2. Only a regular file of at most the stated size is read: a pipe does not hang, a device or a sparse file does not fill the memory.
+1. A result gets its final name only after it is written and synced.
+2. Only a regular file is read, and at most the stated size: so a pipe cannot hang a job, and a device or sparse file cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from biodedup.texts import json_text
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
-    """Opens a file for reading. follow: also through a symbolic link. Raises OSError; InvalidInput for what is no regular file."""
+    """Opens a file for reading. follow: symbolic links are followed. Raises OSError; InvalidInput if it is not a regular file."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     handle = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -33,28 +33,28 @@ def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
 
 
 def read_bounded(path: Path, bytes_max: int, *, follow: bool = True) -> bytes:
-    """The content of a file. Raises OSError; InvalidInput for what is no regular file, or is larger."""
+    """The content of a file. Raises OSError; InvalidInput if it is not a regular file, or is larger than bytes_max."""
     with open_regular(path, follow=follow) as file:
         content = file.read(bytes_max + 1)
     if len(content) > bytes_max:
-        raise InvalidInput(f"{path} is larger than {bytes_max:,} bytes, which no such file is; name the right one")
+        raise InvalidInput(f"{path} is larger than {bytes_max:,} bytes, the limit for such a file; name the right file")
     return content
 
 
 def write_text(text: str, path: Path) -> None:
-    """Raises StorageUnavailable."""
+    """Writes or replaces a text file. Raises StorageUnavailable."""
     with translated(f"writing {path}"), new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(document: Any, path: Path) -> None:
-    """Raises StorageUnavailable."""
+    """Writes or replaces a JSON file. Raises StorageUnavailable."""
     write_text(json_text(document), path)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """An empty private file. It gets its name at the end, when it is written and synced; after a failure it is removed."""
+    """Yields an empty private file under a temporary name. On exit it is synced and renamed to `path`; after a failure it is removed."""
     temporary = path.with_name(f".{path.stem}.new{path.suffix}")
     os.close(create_private(temporary))
     try:
@@ -69,9 +69,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
-    """A private folder. It gets its name at the end, when it is synced; after a failure it is removed. names: of the files that it may
-    hold, so that what an interrupted run left can be removed. Raises InvalidInput where the name is taken by more than an empty
-    folder, or the interim name by files of others."""
+    """Yields an empty private folder under a temporary name. On exit it is synced and renamed to `path`; after a failure it is removed.
+
+    names: the file names that it may hold; a temporary folder of an interrupted run with only such files is removed first. Raises InvalidInput
+    if `path` exists and is not an empty folder, or if the temporary folder holds other files.
+    """
     _refuse_taken(path)
     new = path.with_name(f".{path.name}.new")
     if new.is_symlink() or (new.is_dir() and {entry.name for entry in new.iterdir()} - set(names)):
@@ -95,7 +97,7 @@ def _refuse_taken(path: Path) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """A folder of files."""
+    """Removes a folder that holds only files."""
     if folder.is_dir():
         for path in folder.iterdir():
             path.unlink()

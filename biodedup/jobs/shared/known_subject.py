@@ -1,6 +1,6 @@
-"""An encounter whose subject_id is enrolled already: a second visit of that person, or a case.
+"""Handles an encounter whose subject_id is already enrolled: it is verified 1:1 against the subject; if that fails, a case is opened.
 
-Owns the rule for all jobs: verify it 1:1 against the subject, and dispute it where the verification fails.
+Owns this rule for all jobs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from biodedup.values import Decision, Encounter, Verification
 
 
 def verify_or_dispute(engine: Engine, encounter: Encounter, subject_id: str) -> Verification | Decision | None:
-    """The verification where it is accepted; else the decision on the case that was opened; None where the two cannot be compared."""
+    """The verification if it is accepted; otherwise the decision that opens a case; None if the encounter and the subject have no capture in
+    common."""
     try:
         verified = engine.verify(encounter, subject_id)
         return verified if verified.accepted else engine.dispute(encounter)

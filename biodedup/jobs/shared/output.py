@@ -1,7 +1,6 @@
-"""Writes result tables: Parquet or CSV, replaced whole and never half-written.
+"""Writes result tables as Parquet or CSV. A table is replaced as a whole, never half-written.
 
-In CSV a cell that a spreadsheet would run as a formula gets an apostrophe before it (`spreadsheet.py`); our readers remove it again. Parquet
-keeps every text as it is.
+CSV cells are protected against formula injection (`spreadsheet.py`). Parquet keeps every text unchanged.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ import pyarrow.parquet
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.faults import translated
 from biodedup.jobs.shared.files import new_file
-from biodedup.jobs.shared.spreadsheet import disarmed
+from biodedup.jobs.shared.spreadsheet import escaped_formulas
 
 
 def check_table_name(path: Path) -> None:
-    """Before hours of work: raises InvalidInput for a name that `write_table` could not write."""
+    """Raises InvalidInput for a file name that `write_table` cannot write. A job calls it first, before hours of work."""
     if path.suffix not in (".parquet", ".csv"):
-        raise InvalidInput(f"the result is named {path.name}; end it with .parquet or .csv")
+        raise InvalidInput(f"the result cannot be named {path.name}; end the name with .parquet or .csv")
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """As Parquet or CSV, by the name. Raises StorageUnavailable."""
+    """Writes or replaces a table. The suffix of `path` selects Parquet or CSV. Raises InvalidInput for another suffix, StorageUnavailable."""
     check_table_name(path)
     with translated(f"writing {path}"), new_file(path) as temporary:
         if path.suffix == ".csv":
-            pa.csv.write_csv(disarmed(table), temporary)
+            pa.csv.write_csv(escaped_formulas(table), temporary)
         else:
             pa.parquet.write_table(table, temporary)

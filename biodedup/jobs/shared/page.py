@@ -1,7 +1,7 @@
-"""Writes HTML pages: one file each, readable offline, without scripts.
+"""Writes the HTML pages of jobs: each page is one file without scripts, which can be read offline.
 
-Owns the layout that all pages share (`templates/base.html`) and the filters of their templates. Never decides their content. Texts are
-escaped, and hidden characters are made visible.
+Owns the common layout (`templates/base.html`) and the filters of the templates. Never decides the content. Texts are escaped, and hidden
+characters are made visible.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from biodedup.texts import shown
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
-    """Renders a page of `templates/`. What is not `Markup` is escaped. Raises StorageUnavailable."""
+    """Renders a template of `templates/`. Values other than `Markup` are escaped. Raises StorageUnavailable."""
     write_text(PAGES.get_template(template).render(**content), path)
 
 
 def picture(image: NDArray[np.uint8], *, side_px_max: int = 480) -> Markup:
-    """An image, grey (h, w) or RGB (h, w, 3), for the `src` of an <img>. It is biometric data: for pages that were asked for."""
+    """An image, grey (h, w) or RGB (h, w, 3), as a data URL for the `src` of an <img>. It is biometric data: only a page that the caller
+    requested may hold it."""
     scale = min(1.0, side_px_max / max(image.shape[:2]))
     if scale < 1:
         image = np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
@@ -37,7 +38,7 @@ def picture(image: NDArray[np.uint8], *, side_px_max: int = 480) -> Markup:
 
 
 def drawing(figure: Any) -> Markup:
-    """A matplotlib figure as inline SVG, the same for the same figure."""
+    """A matplotlib figure as inline SVG. The same figure always gives the same bytes."""
     import matplotlib
 
     text = io.StringIO()
@@ -47,7 +48,7 @@ def drawing(figure: Any) -> Markup:
 
 
 def _visible(value: Any) -> Any:
-    """What a template is about to print, with its hidden characters shown; what is HTML already was made of such."""
+    """A value that a template prints, with its hidden characters made visible. `Markup` is unchanged: its texts were treated before."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value, keep="\n\t")
 
 

@@ -1,4 +1,4 @@
-"""How a job reports its progress, and warns before long work.
+"""Defines the callback with which a job reports its progress, and warns its caller before long work.
 
 Owns the interface between a job and its caller. Never prints.
 """
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import Protocol
 
 WARNING = "warning: "
-"""A stage that begins so is a sentence for the caller. It comes before the work, with nothing done."""
+"""Prefix of a stage that is a warning, not progress. A job reports its warnings before the work begins."""
 
 
 class Progress(Protocol):
-    """Called as work goes on."""
+    """The callback. stage: a name, or a warning; done, total: pieces of the work in this stage."""
 
     def __call__(self, stage: str, done: int, total: int) -> None: ...
 
@@ -23,6 +23,6 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def warn(progress: Progress, sentences: Iterable[str], total: int) -> None:
-    """Tells the caller what to know before the work begins. total: of the work that follows."""
+    """Reports each sentence as a warning. total: pieces of the work that follows."""
     for sentence in sentences:
         progress(WARNING + sentence, 0, total)

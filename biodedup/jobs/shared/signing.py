@@ -1,9 +1,9 @@
-"""Makes Ed25519 key pairs (RFC 8032), and signs and checks small JSON documents with them: checkpoints and receipts.
+"""Signs small JSON documents with Ed25519 (RFC 8032) and checks their signatures: checkpoints of the audit log, and receipts.
 
-Owns the form of a signed document. Never says what a document means.
+Owns the format of a signed document, and makes key pairs. Never interprets a document.
 
-A signed document is a JSON object. Its field `signed_by` is the public key and `signature` the signature, both in hexadecimal. What is signed
-is a title, which keeps kinds of documents apart, and all other fields as JSON with sorted keys.
+A signed document is a JSON object. Its field `signed_by` is the public key and `signature` the signature, both in hexadecimal. The signature
+covers a title and all other fields as JSON with sorted keys. The title keeps one kind of document from being taken for another.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def make_signing_key(out: Path) -> str:
-    """Makes a key pair: `out` holds the private key (PEM, for its owner alone), `out` with the ending .pub the public one. Returns the public key
-    in hexadecimal. Raises InvalidInput where one of the files exists, StorageUnavailable."""
+    """Makes a key pair. `out` gets the private key (PEM, mode 0600), and the same name with the suffix .pub gets the public key. Returns the
+    public key in hexadecimal. Raises InvalidInput if one of the files exists, StorageUnavailable."""
     require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -33,11 +33,11 @@ def make_signing_key(out: Path) -> str:
     for path in (out, public_path):
         if path.exists() or out.suffix == ".pub":
             raise InvalidInput(f"{path} exists, or is the name of the public key; name a new file, as auditor.key")
-    made = Ed25519PrivateKey.generate()
-    public = made.public_key()
+    private = Ed25519PrivateKey.generate()
+    public = private.public_key()
     with translated(f"writing {out}"):
         for path, content in (
-            (out, made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())),
+            (out, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())),
             (public_path, public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)),
         ):
             with open_private(path, exclusive=True) as file:
@@ -47,17 +47,20 @@ def make_signing_key(out: Path) -> str:
     return public_text(public)
 
 
-def signed(title: str, document: dict[str, Any], key: Path) -> dict[str, Any]:
-    """The document with its signature. key: the file of the private key. Raises InvalidInput."""
+def sign_document(title: str, document: dict[str, Any], key: Path) -> dict[str, Any]:
+    """The document with the fields `signed_by` and `signature`. key: the file of the private key. Raises InvalidInput."""
     private = private_key(file_bytes(key), str(key))
     signed_by = public_text(private.public_key())
     signature = private.sign(_content(title, {**document, "signed_by": signed_by}))
     return {**document, "signed_by": signed_by, "signature": signature.hex()}
 
 
-def opened(title: str, path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
-    """(the fields of a signed document, what is wrong with its signature, empty for nothing). public_key: PEM; without it the signature proves
-    only that the document is whole. Raises InvalidInput for what is no signed document."""
+def read_signed(title: str, path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
+    """Reads a signed document and checks its signature. Returns (its fields, the problem of the signature, or '' if it is valid).
+
+    public_key: PEM file of the expected signer; without it, the signature proves only that the document was not changed by accident. Raises
+    InvalidInput if the file is not a signed document.
+    """
     require_cryptography()
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -69,11 +72,11 @@ def opened(title: str, path: Path, public_key: Path | None) -> tuple[dict[str, A
         signature, signed_by = bytes.fromhex(document.pop("signature")), document["signed_by"]
         signer = trusted or Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed_by))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise InvalidInput(f"{path} is no signed document; name a file of `biodedup {title}`") from None
+        raise InvalidInput(f"{path} is not a signed document; name a file that `biodedup {title}` wrote") from None
     try:
         signer.verify(signature, _content(title, document))
     except InvalidSignature:
-        return document, f"the signature of {path} is not of this key, or the document was changed"
+        return document, f"the signature of {path} was made with another key, or the document was changed"
     return document, ""
 
 
@@ -92,5 +95,5 @@ def _public(path: Path) -> Ed25519PublicKey:
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise InvalidInput(f"{path} holds no Ed25519 public key (PEM); name the .pub file of the key that signed")
+        raise InvalidInput(f"{path} holds no Ed25519 public key (PEM); name the signer's .pub file")
     return key

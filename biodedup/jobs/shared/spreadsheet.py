@@ -1,9 +1,9 @@
-"""Protects CSV against formula injection: a text that a spreadsheet would run gets an apostrophe, which is removed on reading.
+"""Protects CSV against formula injection: an apostrophe is put before a text that a spreadsheet would run as a formula.
 
-Owns which texts these are (OWASP, "CSV Injection"). Never opens a file. Numbers are left alone.
+Owns the rule (OWASP, "CSV Injection") and its inverse, which readers apply. Never opens a file, and never changes a number.
 
-A formula begins with `=`, `+`, `-`, `@`, a tab or a line end, or with the wide forms of these signs. A text that itself begins with
-apostrophes before such a sign gets one more, so that reading returns what was written.
+A formula begins with `=`, `+`, `-`, `@`, a tab or a line end, or with the full-width forms of these characters. A text that already has
+apostrophes before such a character gets another one, so that reading returns the original text.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-_STARTS = "[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"
-_ARMED = f"^('*{_STARTS})"
-_DISARMED = re.compile(f"^'(?='*{_STARTS})")
+_FORMULA_STARTS = "[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"
+_FORMULA = f"^('*{_FORMULA_STARTS})"
+_ESCAPED = re.compile(f"^'(?='*{_FORMULA_STARTS})")
 
 
-def disarmed(table: pa.Table) -> pa.Table:
-    """The table with harmless texts and column names."""
-    columns = [_disarmed(column) if _is_text(column.type) else column for column in table.columns]
-    return pa.table(columns, disarmed_schema(table.schema).names)
+def escaped_formulas(table: pa.Table) -> pa.Table:
+    """The table with protected texts and column names."""
+    columns = [_escaped(column) if _is_text(column.type) else column for column in table.columns]
+    return pa.table(columns, escaped_names(table.schema).names)
 
 
-def disarmed_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema with harmless column names."""
-    return pa.schema([field.with_name(re.sub(_ARMED, r"'\1", field.name)) for field in schema])
+def escaped_names(schema: pa.Schema) -> pa.Schema:
+    """The schema with protected column names."""
+    return pa.schema([field.with_name(re.sub(_FORMULA, r"'\1", field.name)) for field in schema])
 
 
-def rearmed(text: str) -> str:
-    """A cell as it was before `disarmed`."""
-    return _DISARMED.sub("", text)
+def unescaped(text: str) -> str:
+    """The original text of a protected cell."""
+    return _ESCAPED.sub("", text)
 
 
-def rearmed_cells(texts: Any) -> Any:
-    """As `rearmed`, of an Arrow array of strings."""
-    return pa.compute.replace_substring_regex(texts, pattern=f"^'('*{_STARTS})", replacement=r"\1")
+def unescaped_cells(texts: Any) -> Any:
+    """`unescaped` for an Arrow array of strings."""
+    return pa.compute.replace_substring_regex(texts, pattern=f"^'('*{_FORMULA_STARTS})", replacement=r"\1")
 
 
-def _disarmed(column: Any) -> Any:
+def _escaped(column: Any) -> Any:
     text = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
-    return pa.compute.replace_substring_regex(text, pattern=_ARMED, replacement=r"'\1")
+    return pa.compute.replace_substring_regex(text, pattern=_FORMULA, replacement=r"'\1")
 
 
 def _is_text(kind: Any) -> bool:

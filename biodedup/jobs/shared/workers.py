@@ -1,7 +1,7 @@
-"""Worker processes that extract templates from captures while the caller searches.
+"""Extracts templates from captures in worker processes, while the caller searches.
 
-Owns the order of encounters alone. The pool is `pebble`'s, in `embed/isolation.py`: a worker that dies or hangs is replaced, and costs its capture
-alone. Never searches or stores.
+Owns the grouping of captures by encounter, in order. `embed/isolation.py` owns the process pool (`pebble`): a worker that dies or hangs is
+replaced, and only its capture fails. Never searches or stores.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from biodedup.values import Face, Finger, Refusal, Template
 
 Captures: TypeAlias = Sequence[Face | Finger]
 Extracted: TypeAlias = list[list[Template | Refusal]]
-"""Of each encounter, a template or a refusal for each capture, in order."""
+"""For each encounter: a template or a refusal for each of its captures, in order."""
 
 
 class Extraction(Protocol):
-    """A running extraction."""
+    """A running extraction of some encounters."""
 
-    def result(self) -> Extracted: ...
+    def result(self) -> Extracted:
+        """Waits for the extraction to end."""
+        ...
 
 
 class Workers(DividedWork[Sequence[Captures], Extracted]):
-    """Processes, each with an extractor and one thread. Use it as a context manager; no process starts before the first work.
+    """A pool of processes, each with an extractor and one thread. Use it as a context manager; the processes start with the first submission.
 
-    work: what a worker does with a capture, a function that it can import. capture_s_max: seconds that a capture may take; None: as the
-    config says, or `IsolationConfig`. Raises InvalidInput for a limit that is none.
+    count: number of processes. work: the function that a worker applies to a capture; it must be importable. capture_s_max: time limit of a
+    capture in seconds; None takes it from the config, or from the defaults of `IsolationConfig`. Raises InvalidInput for an invalid limit.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Workers(DividedWork[Sequence[Captures], Extracted]):
         self._isolated.close()
 
     def submit(self, encounters: Sequence[Captures]) -> Extraction:
-        """Starts the extraction."""
+        """Starts the extraction of some encounters."""
         return _Submitted([[self._isolated.submit(capture) for capture in captures] for captures in encounters])
 
     def begin(self, piece: Sequence[Captures]) -> Extraction:
@@ -65,11 +67,11 @@ class Workers(DividedWork[Sequence[Captures], Extracted]):
         return self._recipe
 
     def received(self, result: Extracted) -> Extracted:
-        """Ray's arrays cannot be written to, and compiled code would be compiled once more for them."""
-        return [[_own(each) for each in of_encounter] for of_encounter in result]
+        """Copies the embeddings. Ray's arrays are read-only, and numba would compile its functions a second time for them."""
+        return [[_writable(each) for each in of_encounter] for of_encounter in result]
 
 
-def _own(result: Template | Refusal) -> Template | Refusal:
+def _writable(result: Template | Refusal) -> Template | Refusal:
     if isinstance(result, Refusal) or result.embedding is None:
         return result
     return replace(result, embedding=np.array(result.embedding))
@@ -77,7 +79,8 @@ def _own(result: Template | Refusal) -> Template | Refusal:
 
 @dataclass(frozen=True)
 class ExtractionRecipe:
-    """Extraction in another process, a `Recipe`: there too a process of its own decodes captures, so that none of them can end the task."""
+    """Describes an extraction that a process on another machine can start (a `Recipe`). That process decodes captures in a child process, so
+    that no capture can end it."""
 
     config: Config
     work: Work | None
@@ -97,7 +100,7 @@ class ExtractionRecipe:
 
 
 class _Submitted:
-    """Captures that the workers extract."""
+    """An extraction whose captures are with the pool."""
 
     def __init__(self, pending: list[list[Pending]]) -> None:
         self._pending = pending

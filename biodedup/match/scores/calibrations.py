@@ -79,7 +79,7 @@ SampleOf = Callable[[str], ImpostorSample]
 class Calibrations:
     """Calibrations by model_id. Thread-safe.
 
-    sample_of: the sample of subjects for look-ups that name none. own_strangers: whether cards' tables are moved to this gallery's impostor
+    sample_of: the sample of subjects for look-ups that name none. use_gallery_impostors: whether cards' tables are moved to this gallery's impostor
     scores. Of several minutiae cards the last one's table is used for unknown extractors.
     """
 
@@ -88,7 +88,7 @@ class Calibrations:
         cards: Sequence[ModelCard],
         sample_of: SampleOf = lambda model_id: NO_SAMPLE,
         *,
-        own_strangers: Callable[[], bool] = lambda: True,
+        use_gallery_impostors: Callable[[], bool] = lambda: True,
     ) -> None:
         self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
         self._off_sd = {card.model_id: _OFF_SD.get(card.kind, 0.0) for card in cards}
@@ -116,7 +116,7 @@ class Calibrations:
             if known.startswith(f"{embedding}+")
         }
         self._sample_of = sample_of
-        self._own_strangers = own_strangers
+        self._use_gallery_impostors = use_gallery_impostors
         of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
         self._minutiae = {
             model_id: self._known[model_id].doubted(self._off_sd[model_id], _OFF_STRETCH)
@@ -169,7 +169,7 @@ class Calibrations:
             sample = NO_SAMPLE
         with self._lock:
             last_key, calibration = self._measured.get(model_id, (None, None))
-            key = sample.key, self._own_strangers()
+            key = sample.key, self._use_gallery_impostors()
             if calibration is None or last_key != key:
                 calibration = (
                     from_embeddings(sample.vectors()) if known is None else self._here(model_id, known, sample)
@@ -188,7 +188,7 @@ class Calibrations:
         if there is known:  # too many pairs score like mates
             return doubted
         checked = sample.count >= CHECKED_PEOPLE
-        if self._own_strangers():
+        if self._use_gallery_impostors():
             return there if checked else there.doubted(min(_OFF_MOVED_SD, self._off_sd[model_id]), _OFF_STRETCH)
         return known if checked and _near(known, there) else doubted
 

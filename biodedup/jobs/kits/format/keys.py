@@ -140,7 +140,7 @@ def make_centre_key(
 
 def _check_new(out: Path, *others: Path) -> None:
     if out.suffix != ".key":
-        raise InvalidInput(f"the private key is named {out.name}; end it with .key, as kit.key")
+        raise InvalidInput(f"the private key cannot be named {out.name}; end the name with .key, such as kit.key")
     for path in (out, out.with_suffix(".pub"), *others):
         if path.exists():
             raise InvalidInput(f"{path} exists already; keys are never overwritten: name another file")

@@ -1,0 +1,111 @@
+"""The immutable values of biodedup: captures and encounters go in, candidates and decisions come out.
+
+Owns their fields and their validation. Never reads a file, runs a model or opens a gallery.
+
+1. A value validates itself when it is made. Other code may trust it.
+2. A `repr` never shows biometric data: pixels, vectors and minutiae stay out of logs and error texts.
+"""
+
+from biodedup.values.checks import (
+    CAPTURES_MAX,
+    GROUPS_MAX,
+    NOTE_LENGTH_MAX,
+    REASON_LENGTH_MAX,
+    RESERVED_PREFIXES,
+    Float32,
+    check_encounter_id,
+    check_groups,
+    check_id,
+    check_model_ids,
+    check_text,
+    model_of,
+    unit_rows,
+)
+from biodedup.values.columns import (
+    BIT,
+    COLUMNS,
+    FINGER_POSITIONS,
+)
+from biodedup.values.decisions import (
+    RULINGS,
+    Candidate,
+    Case,
+    Decision,
+    Evidence,
+    Kind,
+    Outcome,
+    Ruling,
+    Score,
+    Verdict,
+    Verification,
+    strong,
+)
+from biodedup.values.encounters import (
+    LIVE,
+    Capture,
+    CaptureData,
+    Column,
+    Encounter,
+    EnrolledEncounter,
+    Face,
+    Finger,
+    Missing,
+    Modality,
+    Refusal,
+    Template,
+)
+from biodedup.values.results import (
+    Cluster,
+    Link,
+    ListedSubject,
+    SearchResult,
+    Subject,
+)
+
+__all__ = [
+    "BIT",
+    "CAPTURES_MAX",
+    "COLUMNS",
+    "FINGER_POSITIONS",
+    "GROUPS_MAX",
+    "LIVE",
+    "NOTE_LENGTH_MAX",
+    "REASON_LENGTH_MAX",
+    "RESERVED_PREFIXES",
+    "RULINGS",
+    "Candidate",
+    "Capture",
+    "CaptureData",
+    "Case",
+    "Cluster",
+    "Column",
+    "Decision",
+    "Encounter",
+    "EnrolledEncounter",
+    "Evidence",
+    "Face",
+    "Finger",
+    "Float32",
+    "Kind",
+    "Link",
+    "ListedSubject",
+    "Missing",
+    "Modality",
+    "Outcome",
+    "Refusal",
+    "Ruling",
+    "Score",
+    "SearchResult",
+    "Subject",
+    "Template",
+    "Verdict",
+    "Verification",
+    "check_encounter_id",
+    "check_groups",
+    "check_id",
+    "check_model_ids",
+    "check_text",
+    "model_of",
+    "strong",
+    "unit_rows",
+]
