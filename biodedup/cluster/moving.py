@@ -130,6 +130,10 @@ def _source(storage: Storage, folder: Path) -> Iterator[SqliteCatalogue]:
                 raise InvalidInput(
                     f"{folder} has an older format; open it for writing once, as `biodedup compact` does"
                 )
+            if source.has_subject_keys():
+                raise InvalidInput(
+                    f"minutiae of {folder} are sealed by keys of its subjects, which a register cannot have"
+                )
             source.begin_reading()
             yield source
             source.rollback()

@@ -145,6 +145,15 @@ def test_without_the_folder_of_keys_the_gallery_does_not_open(tmp_path):
         bd.Engine.open(tmp_path / "g", config(tmp_path))
 
 
+def test_a_merge_of_sealed_minutiae_is_refused(tmp_path):
+    settings = config(tmp_path)
+    with bd.Engine.open(tmp_path / "g", settings) as engine:
+        enroll(engine, 0)
+    for known in (settings, config(tmp_path, keys=False)):
+        with pytest.raises((bd.InvalidInput, bd.KeyMismatch), match="sealed"):
+            jobs.merge([tmp_path / "g"], tmp_path / "m.parquet", into=tmp_path / "centre", config=known)
+
+
 def test_keys_in_the_gallery_itself_are_refused(tmp_path):
     with pytest.raises(bd.InvalidInput, match="in the gallery itself"):
         bd.Engine.open(tmp_path / "g", bd.Config(subject_keys=tmp_path / "g" / "keys"))

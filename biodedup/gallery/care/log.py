@@ -83,7 +83,7 @@ def verify_chain(
                 report = check_log(catalogue, files, len(manifest.files), mark, public_keys)
             finally:
                 catalogue.rollback()
-            return _with_readings(report, Readings(storage, folder, catalogue.readers_taken))
+            return _with_readings(report, Readings(storage, folder, catalogue.readers_taken, read_only=True))
     except (GalleryDamaged, *ODD_CONTENT) as error:
         return unreadable(error)
 

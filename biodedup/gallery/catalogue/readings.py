@@ -71,7 +71,9 @@ class Waiting:
 class Readings:
     """One gallery's. taken: returns the place that the gallery's database keeps. Callers hold the gallery's lock."""
 
-    def __init__(self, storage: Storage, folder: Path, taken: Callable[[], Place]) -> None:
+    def __init__(self, storage: Storage, folder: Path, taken: Callable[[], Place], *, read_only: bool = False) -> None:
+        """read_only: nothing is appended or forgotten."""
+        self._read_only = read_only
         self._storage, self._path, self._taken = storage, folder / READERS_NAME, taken
         self._connection: sqlite3.Connection | None = None
 
@@ -135,7 +137,7 @@ class Readings:
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._connection = self._storage.connect(self._path, read_only=False)
+            self._connection = self._storage.connect(self._path, read_only=self._read_only)
         return self._connection
 
     @staticmethod

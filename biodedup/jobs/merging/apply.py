@@ -40,7 +40,7 @@ from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.merging.model import AbsorbedRecord, Member
-from biodedup.jobs.merging.registers import Origins, step_of
+from biodedup.jobs.merging.registers import Origins, refuse_sealed, step_of
 from biodedup.jobs.shared.acting import NOBODY, Actor, authorised_job
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import EnrolledEncounter, Template
@@ -211,6 +211,7 @@ def undo(
     the file of its private key.
     """
     config = config or Config()
+    refuse_sealed(config)
     storage = storage or LocalStorage(config.keys)
     log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
     Gallery.open_to_read(folder, storage, config.gallery).close()  # a mistyped folder is no new gallery
