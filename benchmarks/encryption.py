@@ -23,7 +23,7 @@ from report import model_ids, record
 import biodedup as bd
 from biodedup.gallery.files.encryption.keyring import Key
 from biodedup.gallery.files.encryption.sealed_file import SealedMap, SealedWriter
-from biodedup.gallery.files.filesystem import LocalFile
+from biodedup.gallery.files.handles import LocalFile
 from biodedup.synthetic.vectors import mates_of, population
 
 SUBJECTS, DIMENSION, BATCH, ROUNDS, ENROLMENTS = 200_000, 128, 256, 3, 150

@@ -175,7 +175,7 @@ def _law(column: str) -> tuple[float, NDArray[np.float32]]:
     """(mean cosine of strangers, deviations of the numbers, that make the card's spread)."""
     if column not in _LAWS:
         card = FACE_CARD if column == "face" else FINGER_CARD
-        mean, sd = Calibration.from_card(card.calibration).nonmated_law
+        mean, sd = Calibration.from_card(card.calibration).nonmated_moments
         mean = max(mean, 0.0)
         wanted, numbers = ((1 - mean) / sd) ** 2, np.arange(DIMENSIONS[column])
         rates = np.linspace(0.0, 0.2, 2_001)[:, None]

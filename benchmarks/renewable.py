@@ -59,7 +59,10 @@ def stored(engine: bd.Engine) -> np.ndarray:
     snapshot = internals(engine).gallery.snapshot()
     columns = [segment.columns["face"] for segment in snapshot.segments]
     return np.concatenate(
-        [c.vectors(0, c.count) if c.codec.turn is None else c.codec.turn.turned(c.vectors(0, c.count)) for c in columns]
+        [
+            c.vectors(0, c.count) if c.codec.transform is None else c.codec.transform.apply(c.vectors(0, c.count))
+            for c in columns
+        ]
     )
 
 

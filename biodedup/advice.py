@@ -1,4 +1,4 @@
-"""The words for a capture that was refused: what is wrong with it, and what an operator does about it.
+"""Tells an operator why a capture was refused, and how to repair it.
 
 Owns one sentence for each reason of a `Refusal` that concerns a capture. Never judges a capture.
 """
@@ -21,7 +21,7 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "no_face": ("no face was found", "recapture"),
     "several_faces": ("more than one face is in the picture", "recapture with one person alone"),
     "turned_away": ("the face is turned away or tilted", "recapture, looking into the camera"),
-    "too_small": ("the picture, or the face in it, is too small", "recapture from nearer"),
+    "too_small": ("the picture, or the face in it, is too small", "recapture from a shorter distance"),
     "too_dark": ("the face is too dark", "recapture with more light"),
     "too_bright": ("the face is too bright", "recapture with less light"),
     "blurred": ("the face is out of focus or moved", "recapture, holding still"),
@@ -30,7 +30,7 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "noisy": ("the face has too much noise", "recapture with more light, or supply the original file"),
     "pattern": ("lines or dots lie over the face", "supply the picture without watermark or screen, or recapture"),
     "occluded": ("the face is covered", "recapture without mask and dark glasses"),
-    "presentation_attack": ("the face is no living person's", "capture the person again, under supervision"),
+    "presentation_attack": ("the face is not that of a living person", "capture the person again, under supervision"),
     "untrusted_device": (
         "the verdict of the capture device does not count",
         "capture with a known device, or register its key",
@@ -41,25 +41,23 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     ),
     "several_fingers": ("more than one finger is in the picture", "cut the picture into single fingers"),
     "component_limit": ("the picture is too large for NFIQ 2 or the extractor", "crop the picture to the finger"),
-    "no_ridges": ("no ridges of a finger are to be seen", "clean the scanner, recapture"),
+    "no_ridges": ("no finger ridges are visible", "clean the scanner, recapture"),
     "too_small_area": ("too little of the finger was on the scanner", "recapture with the whole fingertip"),
     "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),
     "too_large": ("the finger would be longer than any finger", "state the right dpi"),
-    "few_minutiae": ("too few details of the finger are to be seen", "clean finger and scanner, recapture"),
+    "few_minutiae": ("too few details of the finger are visible", "clean finger and scanner, recapture"),
     "low_quality": (
         "the capture is of low quality",
         "recapture: a face in even light, looking into the camera; a finger clean and slightly moist",
     ),
 }
-"""reason -> (what is wrong, what to do)."""
+"""Reason of a refusal -> (the fault, the remedy)."""
 
 
 def advice(reason: str, detail: str, measured: float | None, limit: float | None) -> str:
-    """One sentence for an operator."""
-    wrong, remedy = ADVICE.get(reason, (reason.replace("_", " "), "see the detail, and recapture"))
-    told_already = measured is not None and detail.startswith(f"{measured:g} ")
-    number = (
-        "" if measured is None or told_already else f" {measured:g}" + ("" if limit is None else f", limit {limit:g}")
-    )
-    told = f" ({detail}:{number})" if detail and number else f" ({detail})" if detail else ""
-    return f"{wrong}{told}; {remedy}"
+    """A sentence for the operator: the fault, the detail with the measured value and its limit, and the remedy."""
+    fault, remedy = ADVICE.get(reason, (reason.replace("_", " "), "see the detail, and recapture"))
+    in_detail = measured is not None and detail.startswith(f"{measured:g} ")
+    number = "" if measured is None or in_detail else f" {measured:g}" + ("" if limit is None else f", limit {limit:g}")
+    explained = f" ({detail}:{number})" if detail and number else f" ({detail})" if detail else ""
+    return f"{fault}{explained}; {remedy}"

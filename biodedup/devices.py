@@ -1,6 +1,6 @@
-"""The signed verdict of a capture device: whether a living person was in front of it.
+"""The verdict that a capture device signs: whether it captured a living person.
 
-Owns what a device signs, and the check of its signature (Ed25519, RFC 8032). Never judges a picture, and never holds a device's private key.
+Owns the signed content and the check of its signature (Ed25519, RFC 8032). Never judges a picture, and never holds a private key.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class DeviceVerdict(Described):
-    """What a capture device says of one picture, signed by the device.
+    """A capture device's verdict on one picture, signed by the device.
 
-    live: whether a living person was captured; capture_sha256: of the file's bytes, in hexadecimal, which binds the verdict to this picture;
-    judged_at: the device's time in seconds; score: the device's own, where it has one; signature: 64 bytes over `content`; valid_until: the
-    time in seconds from which the verdict proves nothing any more, by the clock of the engine; None: it does not end.
+    live: whether a living person was captured. capture_sha256: SHA-256 of the file's bytes, in hexadecimal; it binds the verdict to this
+    picture. judged_at: the device's time in seconds. score: the device's score, or None. signature: 64 bytes over `content`. valid_until:
+    the time in seconds, by the engine's clock, at which the verdict expires; None: never.
     """
 
     device_id: str
@@ -51,15 +51,15 @@ class DeviceVerdict(Described):
             raise InvalidInput("capture_sha256 is no SHA-256; write 64 hexadecimal digits in lower case")
         try:
             sound = all(isfinite(number) for number in (self.judged_at, self.score or 0.0, self.valid_until or 0.0))
-        except OverflowError:  # a whole number that no float holds
+        except OverflowError:  # an int that is too large for a float
             sound = False
         if not sound:
             raise InvalidInput("judged_at, score and valid_until are finite numbers")
 
     @property
     def content(self) -> bytes:
-        """What is signed: a title, a zero byte, and the fields without the signature as JSON (sorted keys, no spaces, UTF-8); without
-        valid_until where it is None."""
+        """The signed bytes: a title, a zero byte, and the fields as JSON (sorted keys, no spaces, UTF-8), without the signature, and without
+        valid_until if it is None."""
         fields: dict[str, str | float | None] = {
             "device_id": self.device_id,
             "live": self.live,
@@ -72,11 +72,12 @@ class DeviceVerdict(Described):
         return _TITLE + json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     def signed(self, key: Ed25519PrivateKey) -> DeviceVerdict:
-        """With the signature of a device's private key: for the device's own program, and for tests."""
+        """A copy with the signature of a device's private key. The device's program and tests use it."""
         return replace(self, signature=key.sign(self.content))
 
     def problem(self, capture: bytes, devices: Mapping[str, str]) -> str:
-        """Why the verdict proves nothing of these bytes, "" where it does. devices: device_id -> public key (`CaptureConfig.devices`)."""
+        """The reason why the verdict does not count for these bytes, or "" if it counts. devices: device_id -> public key
+        (`CaptureConfig.devices`)."""
         if self.device_id not in devices:
             return "the device is not known"
         if hashlib.sha256(capture).hexdigest() != self.capture_sha256:
@@ -89,7 +90,7 @@ class DeviceVerdict(Described):
 
 
 def check_devices(devices: Mapping[str, str]) -> None:
-    """Raises InvalidInput for what is no device_id or no public key, and where the package `cryptography` is not installed."""
+    """Raises InvalidInput for an invalid device_id or public key, and if the package `cryptography` is not installed."""
     for device_id, key in devices.items():
         if problem := id_problem(device_id):
             raise InvalidInput(f"a device_id {problem}")

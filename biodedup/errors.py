@@ -4,8 +4,8 @@
 * `RetryableError`: nothing is wrong with the call; try again later.
 * `DataDamaged`: stored data cannot be trusted; run `biodedup doctor`.
 
-A poor capture is never an exception but a `Refusal` value. Error texts say what is wrong, what was got, what was wanted and what to do
-next. They hold no biometric data.
+A poor capture is never an exception but a `Refusal` value. Error texts say what is wrong, the value that was given, the
+value that is wanted, and what to do next. They hold no biometric data.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ class NotAGallery(CallerError):
 
 
 class PolicyMismatch(CallerError):
-    """A gallery was opened with another policy than the one that it stores."""
+    """A gallery was opened with a policy that differs from its stored policy."""
 
 
 class IndexMismatch(CallerError):
-    """A gallery was opened with another index engine than the one that it stores."""
+    """A gallery was opened with an index engine that differs from its stored engine."""
 
 
 class KeyMismatch(CallerError):
-    """A gallery is encrypted and its key was not stated, or another one was; or a key was stated for one that is not encrypted."""
+    """The key does not fit the gallery: an encrypted gallery was opened without its key, or an unencrypted gallery with a key."""
 
 
 class EngineClosed(CallerError):
@@ -82,7 +82,7 @@ class NotAllowed(CallerError):
 
 
 class UnknownKit(CallerError):
-    """A batch file is signed by a key that is not among the trusted ones."""
+    """A batch file is signed by a key that is not trusted."""
 
 
 class GalleryBusy(RetryableError):
@@ -94,11 +94,11 @@ class StorageUnavailable(RetryableError):
 
 
 class OutOfMemory(RetryableError):
-    """The machine's memory did not suffice. Nothing was acknowledged, and the engine stays usable."""
+    """The machine has too little free memory. Nothing was acknowledged, and the engine stays usable."""
 
 
 class CaptureUnavailable(RetryableError):
-    """A capture's file is absent or cannot be read. Nothing was recorded of its encounter. reason: as of a refusal."""
+    """A capture's file is absent or cannot be read. The encounter was not recorded. reason: the reason of a refusal, such as `missing_file`."""
 
     def __init__(self, text: str, reason: str = "unreadable") -> None:
         super().__init__(text)
@@ -106,9 +106,11 @@ class CaptureUnavailable(RetryableError):
 
 
 class BudgetExhausted(RetryableError):
-    """The caller, or all callers for this subject, have made as many calls as the policy allows. A service answers it by HTTP 429.
+    """The caller has used up its calls, or all callers together have used up the calls for this subject (`Policy`). A service answers with
+    HTTP 429.
 
-    retry_after_s: the time in seconds after which the same call may be made again, as `Retry-After` states it."""
+    retry_after_s: the time in seconds after which the same call may be made again, for the header `Retry-After`.
+    """
 
     def __init__(self, text: str, retry_after_s: float = 0.0) -> None:
         super().__init__(text)
@@ -116,11 +118,13 @@ class BudgetExhausted(RetryableError):
 
 
 class LockedOut(BudgetExhausted):
-    """The caller approached an enrolled subject in steps, and may not verify against it until the lock-out ends. `Engine.alarms` lists it."""
+    """The scores of the caller's failed verifications of a subject rose step by step (hill climbing). The caller may not verify this subject
+    until the lock-out ends. `Engine.alarms` lists it."""
 
 
 class ApprovalNeeded(RetryableError):
-    """The call needs two people. It was stored as a request, and nothing was done: another principal approves it. number: of the request."""
+    """The call needs two people. It was stored as a request and not carried out; another principal has to approve it. number: the request's
+    number."""
 
     def __init__(self, text: str, number: int = 0) -> None:
         super().__init__(text)
@@ -128,7 +132,7 @@ class ApprovalNeeded(RetryableError):
 
 
 NOT_TAKEN = (CallerError, CaptureUnavailable)
-"""Errors that concern one encounter of a batch. The encounter is not recorded."""
+"""Errors that concern a single encounter of a batch. The encounter is not recorded."""
 
 
 class GalleryDamaged(DataDamaged):

@@ -1,7 +1,6 @@
-"""The text that names a column's index engine: `native`, or `faiss:` and a factory string of FAISS.
+"""Parses the text that names a column's index engine: `native`, or `faiss:` and a factory string of FAISS.
 
-Owns the grammar of this text. Never loads FAISS: whether FAISS knows the factory string shows when an index is trained
-(`gallery/files/index_codec.py`).
+Owns the grammar of this text. Never loads FAISS: FAISS itself checks the factory string when an index is trained.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from biodedup.values import COLUMNS
 
 NATIVE = "native"
 EVERY_COLUMN = "*"
-"""Stands for the columns that are not named."""
+"""Key for all columns that are not named."""
 _FAISS, _NPROBE = "faiss:", ",nprobe="
 _FACTORY = re.compile(r"[A-Za-z0-9_,()\[\]+.]{1,200}")
 
@@ -38,8 +37,8 @@ class IndexSpec:
             return cls()
         if isinstance(text, str) and text.startswith(_FAISS):
             factory, has_nprobe, number = text.removeprefix(_FAISS).partition(_NPROBE)
-            right = number.isascii() and number.isdigit() and 0 < int(number) < 1 << 31 if has_nprobe else True
-            if _FACTORY.fullmatch(factory) and right:
+            is_valid = number.isascii() and number.isdigit() and 0 < int(number) < 1 << 31 if has_nprobe else True
+            if _FACTORY.fullmatch(factory) and is_valid:
                 return cls(factory, int(number) if has_nprobe else None)
         raise InvalidInput(
             f"{name} is {text!r:.200}, wanted `native` or `faiss:FACTORY`, such as faiss:IVF2048,PQ64x4fs; add ,nprobe=N to read "
@@ -57,7 +56,7 @@ class IndexSpec:
 
 
 def parse_specs(given: str | Mapping[str, str]) -> dict[str, IndexSpec]:
-    """column -> its engine; the key `*` stands for every column that is not named. given: one text for all columns, or a text a column.
+    """Column -> its engine; the key `*` stands for all columns that are not named. given: one text for all columns, or column -> text.
     Raises InvalidInput."""
     if not isinstance(given, Mapping):
         return {EVERY_COLUMN: IndexSpec.parse(given)}
@@ -69,5 +68,5 @@ def parse_specs(given: str | Mapping[str, str]) -> dict[str, IndexSpec]:
 
 
 def spec_of(specs: Mapping[str, IndexSpec], column: str) -> IndexSpec:
-    """The engine of one column."""
+    """The engine of a column; the native engine if the specs do not cover it."""
     return specs.get(column, specs.get(EVERY_COLUMN, IndexSpec()))

@@ -1,6 +1,6 @@
 """Fetches a register's encryption key: from a file, an environment variable, a command, or a function.
 
-Owns how a key is fetched and decoded. Never keeps a key, and never encrypts. A key never reaches an error, a log or a settings file.
+Owns the fetching and decoding of a key. Never stores a key, and never encrypts. No error text, log message or settings file holds a key.
 
 A key is 32 random bytes: raw, as 64 hexadecimal digits, or as 44 characters of base64.
 """
@@ -31,15 +31,15 @@ _HEX = re.compile(rb"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True)
 class KeyProvider:
-    """The place of a register's key. State exactly one of the three."""
+    """The source of a register's key. State exactly one of the three fields."""
 
     file: Path | None = None
     """A file that holds the key and that other users cannot access (mode 0600, or 0400)."""
     environment: str | None = None
     """The name of an environment variable that holds the key, in hexadecimal or base64."""
     command: tuple[str, ...] = ()
-    """A program and its arguments, which prints the key to its standard output: for a KMS, an HSM or Vault. It runs without a shell, once
-    when a gallery is opened, and may take 60 seconds."""
+    """A program and its arguments. The program prints the key to its standard output; it may ask a KMS, an HSM or Vault. It runs once,
+    without a shell, when a gallery is opened, and may take 60 seconds."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -51,7 +51,7 @@ class KeyProvider:
             raise InvalidInput(f"file is one of three places, got {', '.join(stated) or 'none'}; state exactly one")
 
     def __call__(self) -> bytes:
-        """The key, 32 bytes. Raises InvalidInput where it is absent or no key, StorageUnavailable where the command fails."""
+        """The key, 32 bytes. Raises InvalidInput if it is absent or invalid, StorageUnavailable if the command fails."""
         if self.file is not None:
             return decoded(_read(self.file), f"key file {self.file}")
         if self.environment:
@@ -63,11 +63,11 @@ class KeyProvider:
 
 
 KeySource = Callable[[], bytes]
-"""What returns the key: a KeyProvider, or a function of the caller's own."""
+"""A KeyProvider, or the caller's function that returns the key."""
 
 
 def fetched(source: KeySource) -> bytes:
-    """The key of a provider or of a caller's function, checked. Raises InvalidInput, StorageUnavailable."""
+    """The checked key from a provider or from the caller's function. Raises InvalidInput, StorageUnavailable."""
     key = source()
     if not isinstance(key, bytes | bytearray):
         raise InvalidInput(f"keys returned {type(key).__name__}, wanted 32 bytes")
@@ -92,7 +92,7 @@ def decoded(text: bytes, where: str) -> bytes:
 
 
 def new_key() -> bytes:
-    """32 bytes from the system's random numbers."""
+    """32 random bytes from the operating system."""
     return secrets.token_bytes(KEY_BYTES)
 
 
@@ -104,10 +104,10 @@ def _read(path: Path) -> bytes:
             f"key file {path} cannot be read ({type(error).__name__}); name the file of the key"
         ) from None
     try:
-        about = os.fstat(file)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
             raise InvalidInput(f"key file {path} is no regular file; name the file of the key")
-        if about.st_mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
+        if status.st_mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
             raise InvalidInput(f"key file {path} is open to other users; run `chmod 600 {shlex.quote(str(path))}`")
         return os.read(file, _READ_BYTES_MAX)
     finally:

@@ -1,6 +1,6 @@
-"""The four outcomes of an encounter: what each means, the exit code of a command that ends with it, and what an operator does.
+"""The four outcomes of an encounter, each with its meaning, its exit code, and the operator's next step.
 
-Owns this table, and the older words for the same outcomes that tables keep. Never decides.
+Owns this table, and the older words for these outcomes that tables still use. Never decides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from biodedup.values import Outcome
 
 @dataclass(frozen=True)
 class Meaning:
-    """meaning, action: sentences without a capital; exit_code: of a command whose result is this outcome."""
+    """meaning, action: sentences that begin in lower case. exit_code: the exit code of a command that ends with this outcome."""
 
     meaning: str
     exit_code: int
@@ -39,9 +39,9 @@ MEANINGS: Mapping[Outcome, Meaning] = {
 }
 
 OLDER_WORDS: Mapping[str, Outcome] = {"enrolled": "unique", "adjudicate": "review"}
-"""Words of the column `status` of `enroll-batch`, of `kit ingest` and of `status`, which stay as they are in JSON and tables."""
+"""Older word -> outcome. The column `status` of `enroll-batch`, `kit ingest` and `status` keeps these words."""
 
 
 def outcome_of(word: str) -> Outcome | None:
-    """The outcome that a status stands for; None for a status of another kind."""
+    """The outcome that a status word names, or None."""
     return cast(Outcome, word) if word in MEANINGS else OLDER_WORDS.get(word)

@@ -1,6 +1,6 @@
 """Principals: the callers of an engine by name, with their roles.
 
-Owns the names of the roles and the check of a principal. Never authenticates: a service does, and hands in the principal.
+Owns the names of the roles and the check of a principal. Never authenticates: the service that uses the engine does.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from biodedup.errors import InvalidInput, NotAllowed
 from biodedup.values import check_id
 
 ROLES = ("enrol", "search", "verify", "review", "supervise", "administer", "audit")
-"""What a principal may do.
+"""Role -> the calls that it allows.
   enrol        enrol and update subjects, open disputes
   search       1:N searches
   verify       1:1 verifications
   review       see cases, give verdicts
-  supervise    remove subjects, replace what is enrolled
+  supervise    remove subjects, replace all rows of a subject
   administer   policy, index, loading, maintenance, export of templates
   audit        read decisions, policies, alarms and requests, with all scores
 """
@@ -32,14 +32,14 @@ USER_PREFIX = "os:"
 
 
 def folded(name: str) -> str:
-    """Names that differ in case, width or spaces alone fold to one: they are one person."""
+    """The name without differences of case, width and spaces. Two names with one folded form name one person."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 @dataclass(frozen=True)
 class Principal:
-    """A caller. name: as a `subject_id` is checked; roles: of ROLES; public_keys: Ed25519, 64 hexadecimal digits each: with them its
-    approvals are signed by one of their private keys. A role does not include another one."""
+    """A caller. name: a valid id, as a subject_id. roles: of ROLES; no role includes another role. public_keys: Ed25519, 64 hexadecimal
+    digits each. A principal with public keys signs its approvals with one of the private keys."""
 
     name: str
     roles: Collection[str] = ()
@@ -61,12 +61,12 @@ class Principal:
 
     @classmethod
     def of(cls, name: str, words: Collection[str]) -> Principal:
-        """From the words of a setting: roles, and public keys as `ed25519:HEX`. Raises InvalidInput."""
+        """The principal of a setting's words: roles, and public keys as `ed25519:HEX`. Raises InvalidInput."""
         keys = [word.removeprefix(KEY_PREFIX) for word in words if word.startswith(KEY_PREFIX)]
         return cls(name, [word for word in words if not word.startswith(KEY_PREFIX)], keys)
 
     def require(self, *roles: str) -> None:
-        """Raises NotAllowed unless it has one of these roles."""
+        """Raises NotAllowed unless the principal has one of these roles."""
         if not set(roles).intersection(self.roles):
             raise NotAllowed(
                 f"{self.name!r} has the roles {', '.join(self.roles) or 'none'}, this call needs {' or '.join(roles)}; "

@@ -1,7 +1,6 @@
-"""Keeps the better capture of each column, and checks whether an encounter has every capture that `Policy.required` asks for.
+"""Checks whether an encounter has every required capture, and keeps the better of two captures of one finger or face.
 
-Owns the grammar of `Policy.required`, which captures count toward it, and the rule which of two captures of one column is kept. Never
-reads a capture and never decides.
+Owns the grammar of `Policy.required`, and the rule for the better capture. Never reads a capture and never decides.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from biodedup.errors import InvalidInput
 from biodedup.values import FINGER_POSITIONS, Missing, Refusal, Template
 
 SENT = "sent"
-"""The requirement that every capture that was sent can be used."""
+"""The requirement that every capture that was sent is usable."""
 INCOMPLETE = "incomplete"
 """The reason of a decision `refused` because required captures are missing."""
 SUPERSEDED = "superseded"
-"""The reason of the refusal of a sound capture, if a better one of its column was sent, too."""
+"""The reason of the refusal of a usable capture, if the encounter has a better capture of its column."""
 
 QUALITY_GOOD = 0.9
-"""`Template.quality` below which a decision advises another capture: one in a hundred faces of LFW, of which twenty times as many mated
-comparisons fail."""
+"""`Template.quality` below which a decision advises another capture. One in a hundred faces of LFW is below it; their mated comparisons
+fail twenty times as often as those of other faces."""
 
 _TEN = FINGER_POSITIONS[:-1]
 _SINGLE = ("face", *_TEN)
@@ -30,7 +29,7 @@ _FINGERS = re.compile(r"([1-9]|10) fingers?")
 
 
 def check_required(required: object) -> tuple[str, ...]:
-    """The requirements, each once. Raises InvalidInput unless each is `sent`, `face`, a finger's position, or `N fingers`."""
+    """The requirements without repetitions. Raises InvalidInput unless each is `sent`, `face`, a finger's position, or `N fingers`."""
     if isinstance(required, str) or not isinstance(required, Sequence):
         raise InvalidInput(f"required is a sequence of texts, got {required!r}; write required=('face', '2 fingers')")
     for item in required:
@@ -43,8 +42,8 @@ def check_required(required: object) -> tuple[str, ...]:
 
 
 def keep_better(templates: MutableMapping[str, Template], template: Template) -> Refusal | None:
-    """Files a template under its column. Of two captures of one column the better quality is kept, the earlier one where they are equal;
-    a quality that was not measured counts as zero. Returns the refusal of the other one."""
+    """Adds a template to `templates` under its column. If the column has a template, the template of higher quality stays, of equal
+    quality the earlier one; an unmeasured quality counts as zero. Returns the refusal of the template that is left out."""
     kept = templates.get(template.column)
     if kept is None:
         templates[template.column] = template
@@ -55,12 +54,12 @@ def keep_better(templates: MutableMapping[str, Template], template: Template) ->
 
 
 def superseded(template: Template) -> Refusal:
-    """The refusal of a sound capture of which a better one was sent."""
+    """The refusal of a usable capture, because a better capture of its column was sent."""
     return Refusal(template.column, SUPERSEDED, "a better capture was kept", template.quality)
 
 
 def doubtful(templates: Iterable[Template]) -> tuple[Refusal, ...]:
-    """Those of these whose quality is below that of a good capture, as refusals that were not made."""
+    """The templates of low quality, below QUALITY_GOOD, described as refusals. They were accepted nevertheless."""
     return tuple(
         Refusal(template.column, "low_quality", MEANING, template.quality, QUALITY_GOOD)
         for template in templates
@@ -73,8 +72,8 @@ def shortfall(
 ) -> tuple[Refusal, ...]:
     """The required captures that an encounter lacks, each with its column and reason; empty if it is complete.
 
-    usable: columns with a template. A column in `missing` is excused. Fingers in `missing` are taken off the ten that `N fingers` may
-    ask for, so that no more fingers are required than the subject has.
+    usable: columns with a template. A column in `missing` is excused. `N fingers` never asks for more fingers than ten minus those in
+    `missing`.
     """
     excused = {capture.position for capture in missing}
     declined = [refusal for refusal in refusals if refusal.reason != SUPERSEDED and refusal.column not in excused]

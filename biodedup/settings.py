@@ -1,16 +1,16 @@
-"""Finds the settings in effect, and the place that each comes from: command line, files, environment, defaults.
+"""Finds the settings in effect, and the source of each: command line, files, environment, defaults.
 
-Owns the places and their order. Never opens a gallery, which stores its own policy.
+Owns the sources and their order. Never opens a gallery, which stores its own policy.
 
-The places, the first one wins:
+The sources, from the strongest to the weakest:
 
 1. the command line;
 2. the file named by `--config`;
 3. the file named by the environment variable BIODEDUP_CONFIG;
-4. `biodedup.toml` next to the gallery, in the folder that the gallery's folder lies in;
+4. `biodedup.toml` beside the gallery's folder, in the same parent folder;
 5. the defaults.
 
-Each setting is looked up on its own: a file that does not name it leaves it to the places below.
+Each setting is looked up separately: if a source does not name it, the next source counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings in effect. sources: dotted name -> the place of each setting that is not a default."""
+    """The settings in effect. sources: dotted name -> the source of each setting that is not a default."""
 
     config: Config = field(default_factory=Config)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -46,8 +46,10 @@ def settings_for(
     usual: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """The settings for work on a gallery, or without one. file: the file of `--config`; given: dotted name -> value of the command line,
-    None if not stated; usual: the command's own defaults.
+    """The settings for a gallery, or for work without a gallery.
+
+    file: the file of `--config`. given: dotted name -> value of the command line, None if it was not stated. usual: dotted name -> default
+    of the command.
 
     Raises InvalidInput, which names the file and the setting.
     """
@@ -68,7 +70,7 @@ def settings_for(
 
 
 def listed(settings: Settings) -> dict[str, tuple[Any, str]]:
-    """dotted name -> (value, its place) of every setting except those of the policy."""
+    """Dotted name -> (value, source) of every setting except the policy's."""
     return {
         name: (value, settings.sources.get(name, DEFAULT))
         for name, value in flat(settings.config).items()
@@ -77,7 +79,7 @@ def listed(settings: Settings) -> dict[str, tuple[Any, str]]:
 
 
 def _files(gallery: Path | None, file: Path | None, environ: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
-    """(path, name of the place), the weakest first."""
+    """(path, name of the source), from the weakest to the strongest."""
     if gallery is not None:
         beside = Path(os.path.abspath(gallery)).parent / FILE_NAME
         if beside.exists():

@@ -1,6 +1,6 @@
-"""The parts of an open engine, for tests and benchmarks.
+"""Gives tests and benchmarks access to the parts of an open engine.
 
-Owns their names. Makes no promise to applications: the parts change with the engine, without notice.
+Owns the names of the parts. Applications must not use it: the parts change without notice.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Internals:
 
     @property
     def catalogue(self) -> Catalogue:
-        """The gallery's database, as it is connected now."""
+        """The gallery's database with its present connection."""
         return self.gallery._catalogue
 
     @property
     def tail(self) -> Tail:
-        """The rows that are not sealed yet, as the gallery holds them now."""
+        """The present rows that are not sealed yet."""
         return self.gallery._tail
 
     @property
@@ -62,22 +62,22 @@ class Internals:
 
     @property
     def commits(self) -> int:
-        """How many commits the gallery has, as this engine knows it."""
+        """The number of commits that this engine knows of."""
         return self.gallery._state.commits
 
     def take_segment_number(self) -> int:
         return self.gallery._take_number()
 
     def stop_following(self) -> None:
-        """Ends the thread of a register that follows other front-ends."""
+        """Ends the thread that reads the commits of other front-ends."""
         cast(Any, self.gallery)._ended.set()
 
     def follow_once(self) -> None:
-        """Takes one step of that thread."""
+        """Reads the commits of other front-ends once."""
         cast(Any, self.gallery)._look()
 
     def break_gallery(self) -> None:
-        """As after a commit that failed with the disk: the next write recovers first."""
+        """Puts the gallery into the state after a failed commit: the next write recovers first."""
         self.gallery._broken = True
 
 

@@ -1,9 +1,9 @@
 """A trace: records the intermediate results of each step of a call, on demand.
 
-Holds the active trace of each thread. Never decides and never writes a file.
+Holds the active trace of each thread. Never writes a file.
 
-1. A trace belongs to the `with explain()` block that opened it. Other threads do not see it; work that a call hands to its own threads
-   goes through `mapped`, and its steps come in the order of the work.
+1. A trace belongs to the `with explain()` block that opened it. Other threads do not see it. A call that works in several threads uses
+   `mapped`, which adds their steps in the order of the items.
 2. A trace holds biometric data: pixels, minutiae, templates. No `repr` shows them; never log the values.
 3. Without an active trace a step costs one read of a context variable:
 
@@ -26,7 +26,7 @@ _Result = TypeVar("_Result")
 @dataclass(frozen=True, eq=False, repr=False)
 class Step(Mapping[str, Any]):
     """The values of one step, by name: `step["landmarks"]`. column: the capture's column, or ""; item: the index of the capture in its
-    batch, None if the step concerns all."""
+    batch, or None for a step of the whole batch."""
 
     name: str
     column: str
@@ -58,7 +58,7 @@ class Trace(Sequence[Step]):
         self._steps.append(Step(name, column, item, values))
 
     def of(self, name: str, item: int | None = None) -> list[Step]:
-        """The steps of this name; with item, only those of this item."""
+        """The steps with this name; with `item`, only the steps of this item."""
         return [step for step in self._steps if step.name == name and item in (None, step.item)]
 
     @overload
@@ -97,7 +97,7 @@ def explain() -> Iterator[Trace]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Work in this block is recorded in no trace; for work that serves several callers at once."""
+    """Suspends the active trace in the block. It is for work that serves several callers at once."""
     token = _active.set(None)
     try:
         yield

@@ -1,1 +1,1 @@
-"""Turns captures into samples: picture formats, faces, fingers, and their quality gates."""
+"""Turns captures into samples: decoding, face and finger processing, quality gates."""

@@ -1,11 +1,10 @@
 """Reads the file of a capture, once and within limits.
 
-Owns the opening of paths that a caller names (model cards included), and the refusal of a path that cannot be read. Never decodes, and
-never logs a path.
+Owns the opening of all paths that a caller names, also of model cards. Never decodes, and never logs a path.
 
-1. A path is opened once, so that the digest of an encounter and its templates are of the same bytes.
-2. Only regular files are read, and at most `bytes_max` bytes of them. A folder, pipe, device or socket is refused without being opened.
-3. A file that may be readable later (`MAY_COME`: absent, denied, an I/O error) is told apart from one that can never be a capture.
+1. A path is opened once, so that the digest and the templates of an encounter are of the same bytes.
+2. Only regular files are read, and at most `bytes_max` bytes. A folder, pipe, device or socket is refused without being opened.
+3. The refusal says whether the file may be readable later (`MAY_COME`: absent, denied, an I/O error) or can never be a capture.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class NotAFile(OSError):
 
 @dataclass(frozen=True)
 class Unread(os.PathLike[str]):
-    """The path of a capture that could not be read; it is not opened again. refusal: why."""
+    """The path of a capture that could not be read. It is not opened again. refusal: the reason."""
 
     path: str
     refusal: Refusal
@@ -54,7 +53,7 @@ class Unread(os.PathLike[str]):
 
 
 def read(data: str | os.PathLike[str] | bytes, column: str, limits: CaptureConfig) -> bytes | Refusal:
-    """The bytes of a capture, of its file if it is a path; never empty. Or a refusal."""
+    """The bytes of a capture, or of its file; never empty. Or a refusal."""
     content = data if isinstance(data, bytes) else read_path(data, column, limits.bytes_max)
     if isinstance(content, Refusal):
         return content
@@ -85,9 +84,9 @@ def read_path(path: str | os.PathLike[str], column: str, bytes_max: int) -> byte
 
 
 def open_file(path: str | os.PathLike[str]) -> BufferedReader:
-    """Opens a regular file for reading; never opens or waits for anything else. Raises OSError, NotAFile."""
+    """Opens a regular file for reading. It never opens, and never waits for, another kind of file. Raises OSError, NotAFile."""
     _check_regular(os.stat(path))
-    # O_NONBLOCK: the path may have become a pipe since, and opening a pipe without a writer would block for ever
+    # O_NONBLOCK: the path may be a pipe by now, and opening a pipe without a writer would block for ever
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
     try:
         _check_regular(os.fstat(file.fileno()))
@@ -98,13 +97,13 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def held(captures: Iterable[Capture], limits: CaptureConfig) -> tuple[Capture, ...]:
-    """The captures with the content of their files in place of paths; a path that cannot be read, and an array of too many pixels, becomes
-    `Unread`. A container of several pictures becomes a capture of each: `pictures/containers.py`."""
+    """The captures with the content of their files in place of paths. A path that cannot be read, and an array of too many pixels, becomes
+    `Unread`. A container of several pictures becomes several captures (`pictures/containers.py`)."""
     return tuple(part for capture in captures for part in _parts(_held(capture, limits)))
 
 
 def unread(refusal: Refusal) -> Finger:
-    """A capture that extraction answers with this refusal."""
+    """A capture for which extraction returns this refusal."""
     return Finger(Unread(refusal.detail, refusal), refusal.column)
 
 
@@ -113,7 +112,7 @@ def _parts(capture: Capture) -> Iterator[Capture]:
         yield capture
         return
     if isinstance(capture, Face) and capture.device is not None:
-        yield capture  # the verdict is about these bytes
+        yield capture  # the verdict is about the bytes of the container
         return
     for part in opened(capture, capture.data):
         yield unread(part) if isinstance(part, Refusal) else part
@@ -130,7 +129,7 @@ def _held(capture: Capture, limits: CaptureConfig) -> Capture:
 
 
 def absent(captures: Iterable[Capture]) -> Unread | None:
-    """The first of these held captures whose file may become readable later, or None."""
+    """The first capture whose file may become readable later, or None."""
     for capture in captures:
         data = None if isinstance(capture, Missing) else capture.data
         if isinstance(data, Unread) and data.refusal.reason in MAY_COME:
@@ -149,7 +148,8 @@ def _too_large(column: str, size: int, bytes_max: int) -> Refusal:
 
 
 def _too_many_pixels(pixels: NDArray[Any], column: str, pixels_max: int) -> Refusal | None:
-    """Before an array is digested, which takes a copy of it. An array that is no picture is left to the decoder, which tells the caller."""
+    """The refusal of an array with too many pixels, before its digest copies it. An array that is not a picture passes; the decoder refuses
+    it."""
     if pixels.dtype.kind != "u" or pixels.ndim not in (2, 3) or pixels.shape[0] * pixels.shape[1] <= pixels_max:
         return None
     height, width = pixels.shape[:2]

@@ -1,1 +1,1 @@
-"""A register on several machines: a PostgreSQL catalogue and segments on a shared file system, under the same `Engine`."""
+"""A register on several machines: its catalogue is in PostgreSQL, its segments are on a shared file system; `Engine` is the same."""

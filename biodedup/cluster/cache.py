@@ -1,10 +1,11 @@
-"""The local copies of a register's segments: a folder that holds what the manifest names, up to a size.
+"""The local copies of a register's segment files: a cache folder with a limit on its size.
 
-Owns which copies are there, their verification, and which make room for others. Never writes to the store.
+Owns the copies: fetching, verification and eviction. Never writes to the segment store.
 
-1. A copy is used once every checksum in it agrees and its digest is the manifest's.
-2. Several processes may share a folder: a copy gets its name when it is whole, and a process that finds a copy gone fetches it again.
-3. Copies that are mapped stay readable after they were removed.
+1. A copy is used only after all of its checksums were verified and its digest is that of the manifest.
+2. Several processes may share a folder. A copy gets its final name when it is complete. A process fetches a copy again if another process
+   has removed it.
+3. A memory-mapped copy stays readable after its file was removed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import NEW_SUFFIX, unfinished
 from biodedup.gallery.segments.layout import SegmentEntry, file_name, number_of
 
-_FRESH_S = 3600.0  # a file that no manifest names may be one that another process is about to commit
+_FRESH_S = 3600.0  # a younger file that the manifest does not name may belong to another process's next commit
 
 
 class Copy(NamedTuple):
@@ -35,7 +36,7 @@ class Copy(NamedTuple):
 
 
 class SegmentCache:
-    """bytes_max: of all copies together. Thread-safe."""
+    """Fetches and evicts copies. bytes_max: the limit for all copies together. Thread-safe."""
 
     def __init__(self, storage: Storage, folder: Path, store: SegmentStore, bytes_max: int) -> None:
         self._storage = storage
@@ -46,16 +47,16 @@ class SegmentCache:
         self._fetching = threading.Lock()
 
     def absent(self, entries: Iterable[SegmentEntry]) -> list[Copy]:
-        """The files of these segments that have no sound copy here."""
+        """The files of these segments that have no valid local copy."""
         return [copy for copy in copies_of(entries) if not self._is_there(copy)]
 
     def keep(self, copies: Iterable[Copy]) -> None:
-        """These were written here, and are sound."""
+        """Marks copies as verified."""
         self._verified.update((copy.name, copy.digest) for copy in copies)
 
     def fetch(self, entries: Sequence[SegmentEntry]) -> None:
-        """Downloads what is absent. Raises StorageUnavailable where the folder is too small for all these segments, GalleryDamaged where
-        the store's file is not the manifest's."""
+        """Downloads the files of these segments that are absent. Raises StorageUnavailable if the folder is too small for all of them,
+        GalleryDamaged if a file in the store is not the one that the manifest names."""
         with self._fetching:
             absent = self.absent(entries)
             if absent:
@@ -77,7 +78,7 @@ class SegmentCache:
             file = open_column_file(self._storage, new)
             try:
                 problems = (
-                    file.problems() if file.digest == copy.digest else ["it is another file than the manifest names"]
+                    file.problems() if file.digest == copy.digest else ["it is not the file that the manifest names"]
                 )
             finally:
                 file.close()
@@ -99,14 +100,15 @@ class SegmentCache:
         except GalleryDamaged:
             return False
         try:
-            sound = file.digest == copy.digest and not file.problems()
+            is_valid = file.digest == copy.digest and not file.problems()
         finally:
             file.close()
-        if sound:
+        if is_valid:
             self.keep([copy])
-        return sound
+        return is_valid
 
     def _make_room(self, absent: Sequence[Copy], needed: set[str]) -> None:
+        """Removes the oldest copies that are not in `needed`, until the absent files fit. Raises StorageUnavailable if they do not fit."""
         wanted = sum(self._store.size(copy.stored) for copy in absent)
         sizes = {name: (self._folder / name).stat().st_size for name in self._names()}
         left = self._bytes_max - wanted - sum(sizes.values())
@@ -117,11 +119,12 @@ class SegmentCache:
             left += sizes[name]
         if left < 0:
             raise StorageUnavailable(
-                f"the segments take {-left:,} bytes more than ClusterConfig.cache_bytes_max ({self._bytes_max:,}); raise it"
+                f"the segments need {-left:,} bytes more than ClusterConfig.cache_bytes_max ({self._bytes_max:,}); raise it"
             )
 
     def sweep(self, entries: Iterable[SegmentEntry]) -> None:
-        """Removes copies that these segments do not need, except new ones, which another process may be about to commit."""
+        """Removes the copies that do not belong to these segments. Files younger than an hour stay: another process may be about to commit
+        them."""
         needed = {copy.name for copy in copies_of(entries)}
         unfinished = [name for name in self._storage.list_names(self._folder) or () if name.endswith(NEW_SUFFIX)]
         for name in {*self._names(), *unfinished} - needed:
@@ -139,6 +142,7 @@ class SegmentCache:
 
 
 def copies_of(entries: Iterable[SegmentEntry]) -> list[Copy]:
+    """The files of segments."""
     return [
         Copy(file_name(entry.number, kind), digest, stored_name(entry.number, kind, digest))
         for entry in entries

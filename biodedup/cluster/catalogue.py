@@ -1,20 +1,20 @@
 """The catalogue of a register in PostgreSQL: the same tables and the same checksummed rows as in SQLite.
 
-Owns the schema, every statement, the connection, and the lock that lets one front-end write at a time. Never decides and never searches.
-One gallery has one schema, `biodedup_NAME`. Besides the tables of `CatalogueTables`:
+Owns the schema, all SQL statements, the connection, and the lock that allows only one front-end to write. Never decides and never searches.
+Each gallery has its own schema, `biodedup_NAME`. Besides the tables of `CatalogueTables` it has:
 
 | table | a row is |
 |---|---|
-| commit_log | one commit: its number, its id, and the tables that it put rows into or dropped rows from |
-| lease | one task that one front-end at a time may do: its holder, a fence that grows with each holder, when it expires |
-| retired | one file of the segment store that no manifest names any more, and since when |
+| commit_log | one commit: its number, its id, and the tables in which it inserted or deleted rows |
+| lease | one task that only one front-end at a time may do: its holder, its fence (grows with each new holder), its expiry |
+| retired | one file of the segment store that the manifest does not name any more, and since when |
 
-1. A writer takes `pg_advisory_xact_lock` first, in a transaction of isolation READ COMMITTED, and reads in later statements: a
-   REPEATABLE READ transaction would see what was there before the lock was granted.
-2. The number of a commit is a primary key. Two transactions can never commit the same number, with or without the lock.
-3. A commit whose reply was lost is looked up in `commit_log`, under the lock: its transaction has ended by then, one way or the other.
-4. Each commit adds its link to the hash chain in its own transaction, under the lock: the same code as in SQLite (chain_writer.py).
-5. Session state is never relied on (locks, search_path), so that a pooler in front of the server changes nothing.
+1. A writer first takes `pg_advisory_xact_lock`, in a READ COMMITTED transaction, and reads in later statements. A REPEATABLE READ
+   transaction would read the state before the lock was granted.
+2. The number of a commit is a primary key. So two transactions can never commit the same number, even without the lock.
+3. If the reply to a commit is lost, the commit is looked up in `commit_log` under the lock. The lock shows that the transaction has ended.
+4. Each commit adds its link to the hash chain in the same transaction, under the lock, by the same code as in SQLite (chain_writer.py).
+5. Nothing depends on session state (session locks, search_path), so that a connection pooler can be used.
 """
 
 from __future__ import annotations
@@ -57,26 +57,26 @@ from biodedup.gallery.segments.layout import SegmentEntry
 from biodedup.values import COLUMNS
 
 CLUSTER_FORMAT = 1
-"""Of the schema in PostgreSQL; the rows have the format of galleries in folders (FORMAT_VERSION)."""
+"""The format of the schema in PostgreSQL. The rows have the format of galleries in folders (FORMAT_VERSION)."""
 _TYPES = {"TEXT": 'text COLLATE "C"', "INTEGER": "bigint", "REAL": "double precision", "BLOB": "bytea"}
 _BY_COMMIT = ("encounter", "tombstone", "pending", "judged")
-"""Tables of which other front-ends read the rows of the newest commits."""
+"""Tables with an index on the commit's number: other front-ends read their rows of the newest commits."""
 _ORDERED = {"encounter": "commits, ordinal"}
-"""Tables whose rows are read in the order in which they were put. A sequence alone would not do: commits of several front-ends overlap."""
+"""Tables whose rows are read in the order of insertion. The sequence `ordinal` alone is not that order, because transactions overlap."""
 _COMMIT_COLUMN = {"chain": "written"}
-"""The column with the number of the commit that put a row, where it is not `commits`."""
-_COPY_ROWS_MIN = 64  # so many rows are written by COPY
+"""The column with the number of the commit that inserted a row, where it is not `commits`."""
+_COPY_ROWS_MIN = 64  # at least so many rows are written with COPY
 _PIECE_ROWS = 1_000  # subjects whose templates are deleted at once: the server returns them, for the hash chain
-_UNSENT_MOST = 1_000  # rows that wait for the next statement that is read
-_STATEMENT_VALUES = 48  # psycopg keeps what it has parsed of statements with up to 50 values
-_SETTLE_S = 5.0  # for so long a commit whose reply was lost is looked up
-_LOG_COMMITS = 1_000_000  # commits that the log keeps
+_UNSENT_MOST = 1_000  # so many rows are buffered before they are sent
+_STATEMENT_VALUES = 48  # psycopg caches its parsing of statements with up to 50 values
+_SETTLE_S = 5.0  # the longest time to look for a commit whose reply was lost
+_LOG_COMMITS = 1_000_000  # the number of commits that `commit_log` keeps
 
 
 @dataclass(frozen=True)
 class Limits:
-    """connect_s: to connect; lock_ms: to wait for the writers' lock; idle_ms: after which the server ends a front-end's transaction that does
-    nothing, so that a stopped process does not hold the lock."""
+    """Time limits. connect_s: to connect; lock_ms: to wait for the writers' lock; idle_ms: the server ends a transaction that is idle for
+    longer, so that a stopped process does not hold the lock."""
 
     connect_s: int = 5
     lock_ms: int = 10_000
@@ -85,16 +85,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Changes:
-    """What was committed since a state. put, dropped: names of the tables that rows were put into, or dropped from."""
+    """What was committed since a state. put, dropped: names of the tables in which rows were inserted, or deleted."""
 
     put: frozenset[str]
     dropped: frozenset[str]
 
 
 class PostgresCatalogue(CatalogueTables):
-    """The tables of one gallery, over one connection, which is made anew when it is lost. Callers hold the gallery's lock.
+    """The tables of one gallery, over one connection. A lost connection is opened again. Callers hold the gallery's lock.
 
-    conninfo: as libpq reads it; gallery: the name of the gallery, letters, digits and `_`.
+    conninfo: a connection string of libpq; gallery: the name of the gallery: letters, digits and `_`.
     """
 
     def __init__(self, conninfo: str, gallery: str, limits: Limits = Limits()) -> None:
@@ -107,17 +107,17 @@ class PostgresCatalogue(CatalogueTables):
         self.key_file = ""
         """The content of an encrypted gallery's key file (key.py)."""
         self.register_id = secrets.token_hex(8)
-        """Names the register's folder in the segment store: drawn for a new register, read by `open`."""
+        """The name of the register's folder in the segment store. Random for a new register; `open` reads that of an existing one."""
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
         self._begun: State | None = None
         self._intended: State | None = None
         self._put: set[str] = set()
         self._dropped: set[str] = set()
         self._unsent: dict[str, dict[Any, Sequence[Any]]] = {}
-        """Table -> rows to be put, by their key where a row may be put again."""
+        """Table -> rows that are not sent yet, by key in tables of REPLACED, else by position."""
         self.erased = False
         self.uncertain = False
-        """Whether the last commit may stand or not, because the server could not be asked."""
+        """Whether the result of the last commit is unknown, because the server could not be asked."""
 
     # the connection ---------------------------------------------------------------------------------------------
 
@@ -175,8 +175,8 @@ class PostgresCatalogue(CatalogueTables):
             return self._living().execute(statement, values)
 
     def _later(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Rows that this transaction puts. They are sent before the next statement whose result is read, many in a statement, so that a
-        commit takes a few round trips however many rows it writes."""
+        """Buffers rows that this transaction inserts. They are sent before the next statement that reads, many rows in a statement, so that
+        a commit takes few round trips."""
         unsent = self._unsent.setdefault(table, {})
         for row in rows:
             unsent[row[0] if table in REPLACED else len(unsent)] = row
@@ -218,7 +218,7 @@ class PostgresCatalogue(CatalogueTables):
             self.chain.drop(table, row, listed=listed)
 
     def _insertion(self, table: str, rows: int, width: int) -> str:
-        """The statement that puts so many rows of so many values, checksum and number of the commit included."""
+        """The statement that inserts `rows` rows of `width` values each, including checksum and commit number."""
         marks = ", ".join(["(" + ", ".join(["%s"] * width) + ")"] * rows)
         statement = f"INSERT INTO {self._table(table)} VALUES {marks}"
         if table not in REPLACED:
@@ -253,8 +253,8 @@ class PostgresCatalogue(CatalogueTables):
         self._run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
     def commit(self) -> None:
-        """Returns once the commit stands. Raises StorageUnavailable if it does not, or, with `uncertain`, if that is unknown; GalleryDamaged
-        where the hash chain is not what the last commit left."""
+        """Returns when the commit is durable. Raises StorageUnavailable if it failed, or if its result is unknown (then `uncertain` is
+        set); GalleryDamaged if the hash chain is not as the last commit left it."""
         self._send()  # all rows are noted for the chain
         self.chain.extend()
         self._send()
@@ -268,7 +268,7 @@ class PostgresCatalogue(CatalogueTables):
             raise StorageUnavailable("PostgreSQL rolled the transaction back; nothing was acknowledged; send it again")
 
     def _settle(self, error: BaseException) -> None:
-        """Asks whether the commit stands whose reply was lost."""
+        """Looks for a commit whose reply was lost. Returns if it is durable; otherwise raises the error."""
         assert self._intended is not None, "a commit has a state"
         self.uncertain = True
         until = time.monotonic() + _SETTLE_S
@@ -287,7 +287,7 @@ class PostgresCatalogue(CatalogueTables):
         raise error
 
     def _stands(self, commit_id: str) -> bool:
-        """Under the lock, so that the transaction of the lost connection has ended."""
+        """Whether a commit is in the log. Takes the writers' lock first, so that the transaction of the lost connection has ended."""
         self._connect()
         try:
             self._run(
@@ -304,7 +304,7 @@ class PostgresCatalogue(CatalogueTables):
         return known is not None and not known.closed and known.info.transaction_status != TransactionStatus.IDLE
 
     def rollback(self) -> None:
-        """Never raises: a connection that cannot roll back is dropped, which rolls back."""
+        """Never raises. If the rollback fails, the connection is closed, and the server rolls back."""
         self._unsent = {}
         known = self._connection
         if known is None or known.closed:
@@ -321,8 +321,8 @@ class PostgresCatalogue(CatalogueTables):
     # the schema -------------------------------------------------------------------------------------------------
 
     def open(self, gallery_id: str, settings: str, *, create: bool, new: tuple[str, bytes | None] = ("", None)) -> None:
-        """Checks that the server keeps what it acknowledges, and that the schema is ours; lays it where it is absent. new: the key file and the
-        key of the hash chain of a gallery that is created. Raises NotAGallery, InvalidInput, StorageUnavailable."""
+        """Checks the server's durability settings and the format of the schema. create: create the gallery if it is absent; new: the key file
+        and the key of the hash chain, for a new gallery. Raises NotAGallery, InvalidInput, StorageUnavailable."""
         self._connect()
         self._check_durable()
         if not self._exists():
@@ -342,12 +342,13 @@ class PostgresCatalogue(CatalogueTables):
         self.put_key_file(key_file)
 
     def put_key_file(self, content: str) -> None:
-        """Of a new gallery; "" for one without encryption."""
+        """Stores the key file of a new gallery; "" for a gallery without encryption."""
         if content:
             self.put("meta", [(KEY_SETTING, content)])
 
     def _lay(self, fill: Callable[[], None], after: int = -1) -> bool:
-        """Lays the schema and fills it. Returns False where another front-end has just done so."""
+        """Creates the schema and calls `fill` to insert its rows, in one commit. Returns False if another front-end has created it
+        meanwhile."""
         self._connect()
         try:
             self._run(
@@ -366,8 +367,8 @@ class PostgresCatalogue(CatalogueTables):
             raise
 
     def lay(self, fill: Callable[[], None], *, after: int) -> None:
-        """Makes a gallery by a function that calls `lay_tables`, puts rows and sets the state, in one commit. after: the number of the commit
-        before. Raises InvalidInput where the gallery is there."""
+        """Creates a gallery in one commit. fill: calls `lay_tables`, inserts rows and sets the state; after: the number of the commit
+        before. Raises InvalidInput if the gallery exists."""
         self._connect()
         self._check_durable()
         if self._exists() or not self._lay(fill, after):
@@ -381,7 +382,7 @@ class PostgresCatalogue(CatalogueTables):
         for setting in ("fsync", "synchronous_commit"):
             if _only(self._run(f"SHOW {setting}").fetchall()) == "off":
                 raise InvalidInput(
-                    f"PostgreSQL has {setting} = off, so that it acknowledges commits that a power failure undoes; set it to on"
+                    f"PostgreSQL has {setting} = off: a power failure can undo commits that it has acknowledged; set {setting} to on"
                 )
 
     def lay_tables(self, gallery_id: str, config: str) -> None:
@@ -444,7 +445,7 @@ class PostgresCatalogue(CatalogueTables):
     # commits of other front-ends --------------------------------------------------------------------------------
 
     def set_state(self, state: State) -> None:
-        """Notes the commit in the log. Raises GalleryBusy where it would not follow the newest one."""
+        """Sets the counters, and inserts the commit into the log. Raises GalleryBusy if it would not follow the newest commit."""
         assert self._begun is not None, "only a writer sets the state"
         if state.commits != self._begun.commits + 1:
             raise GalleryBusy(
@@ -457,13 +458,13 @@ class PostgresCatalogue(CatalogueTables):
         self._send()
 
     def changes_since(self, known: State) -> Changes | None:
-        """What was committed since a state that this front-end has seen; None for nothing. Raises GalleryDamaged where the server does not
-        know that state: it was restored from a backup, or failed over to a standby that lacks commits."""
+        """The changes since a state that this front-end has seen; None if there are none. Raises GalleryDamaged if the server does not have
+        that state: it was restored from a backup, or failed over to a standby that lacks commits."""
         query = f"SELECT commits, commit_id, put, dropped FROM {self._table('commit_log')} WHERE commits >= %s ORDER BY commits"
         found = self._run(query, (known.commits,)).fetchall()
         if not found or found[0][:2] != (known.commits, known.commit_id):
             raise GalleryDamaged(
-                f"PostgreSQL has no commit {known.commits} as this front-end saw it: the database was taken back in time, or is another one; "
+                f"PostgreSQL does not have commit {known.commits} as this front-end saw it: it was restored to an older state, or is another one; "
                 "stop all front-ends, find out what was lost, and open the gallery again"
             )
         later = found[1:]
@@ -474,38 +475,38 @@ class PostgresCatalogue(CatalogueTables):
 
     def set_index(self, settings: IndexSettings) -> None:
         super().set_index(settings)
-        self._put.add("index_settings")  # other rows of `meta` change at each commit
+        self._put.add("index_settings")  # not "meta": every commit changes rows of `meta`
 
     def subjects_from(self, row: int) -> list[tuple[int, str, str, int]]:
-        """As `subjects`, from a row on."""
+        """As `subjects`, for rows from `row` on."""
         return cast("list[tuple[int, str, str, int]]", list(self._all("subject", "row", "row >= ?", (row,))))
 
     def cells_from(self, row: int) -> Iterator[JournalCell]:
-        """As `cells`, from a row on."""
+        """As `cells`, for rows from `row` on."""
         for key, vector, minutiae, quality in self._all("cell", "key", "key >= ?", (row * STRIDE,)):
             yield JournalCell(key // STRIDE, COLUMNS[key % STRIDE], vector, minutiae, quality)
 
     def answers_since(self, commits: int) -> dict[str, StoredDecision]:
-        """As `answers`, of later commits."""
+        """As `answers`, for later commits only."""
         rows = self._all("encounter", None, "commits > ?", (commits,))
         return {key: StoredDecision(digest, outcome, answer) for key, digest, outcome, answer in rows}
 
     def tombstones_since(self, commits: int) -> list[int]:
-        """As `tombstones`, of later commits."""
+        """As `tombstones`, for later commits only."""
         return sorted(row for row, _ in self._all("tombstone", None, "commits > ?", (commits,)))
 
     def pending_since(self, commits: int) -> dict[int, str]:
-        """As `pending`, of later commits."""
+        """As `pending`, for later commits only."""
         return {row: encounter_id for row, encounter_id in self._all("pending", "row", "commits > ?", (commits,))}
 
     def judged_since(self, commits: int) -> list[tuple[int, int]]:
-        """The pairs of later commits."""
+        """The pairs (row, other) that later commits inserted."""
         return [(row, other) for _, row, other in self._all("judged", "number", "commits > ?", (commits,))]
 
     # leases and files ---------------------------------------------------------------------------------------------
 
     def take_lease(self, name: str, holder: str, seconds: float) -> int | None:
-        """Takes or renews a lease. Returns its fence; None where another holder has it."""
+        """Takes or renews a lease for some seconds. Returns its fence; None if another holder has it."""
         self._connect()
         table = self._table("lease")
         found = self._run(
@@ -524,18 +525,18 @@ class PostgresCatalogue(CatalogueTables):
         )
 
     def holds_lease(self, name: str, holder: str, fence: int) -> bool:
-        """Inside a transaction: no front-end can take the lease before it ends."""
+        """Whether the holder still has the lease. It locks the row, so that no front-end can take the lease before the transaction ends."""
         query = f"SELECT fence FROM {self._table('lease')} WHERE name = %s AND holder = %s AND expires > clock_timestamp() FOR UPDATE"
         return [row[0] for row in self._run(query, (name, holder)).fetchall()] == [fence]
 
     def retire(self, names: Iterable[str]) -> None:
-        """Notes that the manifest does not name these files of the store any more."""
+        """Records that the manifest does not name these files of the segment store any more."""
         statement = f"INSERT INTO {self._table('retired')} VALUES (%s, now()) ON CONFLICT (name) DO UPDATE SET since = excluded.since"
         for name in names:
             self._run(statement, (name,))
 
     def retired(self) -> dict[str, float]:
-        """File of the store that no manifest names -> for how many seconds."""
+        """File of the segment store that the manifest does not name -> seconds since then."""
         query = f"SELECT name, extract(epoch FROM clock_timestamp() - since)::float8 FROM {self._table('retired')}"
         return {name: age for name, age in self._run(query).fetchall()}
 
@@ -611,7 +612,7 @@ class PostgresCatalogue(CatalogueTables):
             self.chain.was_read(table, rows)
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
-        """By its key, or in their order."""
+        """All rows of a table without their checksums, ordered by key or by insertion."""
         return self._all(table, _ORDERED.get(table) or f'"{table_columns(table)[0][0]}"')
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),), *, listed: bool = True) -> None:
@@ -675,12 +676,12 @@ def _only(rows: Sequence[Sequence[Any]]) -> Any:
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
-    """Turns what psycopg raises into the error tree. Texts of the server may name ids, and hold nothing biometric."""
+    """Converts errors of psycopg into errors of this library. The server's texts may contain ids, but no biometric data."""
     try:
         yield
     except psycopg.errors.LockNotAvailable as error:
         raise GalleryBusy(
-            "other front-ends hold the gallery for too long; nothing was acknowledged; send it again"
+            "other front-ends hold the writers' lock for too long; nothing was acknowledged; send it again"
         ) from error
     except (
         psycopg.errors.UniqueViolation,

@@ -1,14 +1,16 @@
-"""A gallery on several machines: many front-ends write one PostgreSQL catalogue, and each searches its own copies of the segments.
+"""A gallery on several machines: many front-ends write one PostgreSQL catalogue, and each front-end searches its own copies of the
+segments.
 
-Owns how a front-end follows the commits of others: before each of its own commits, and by polling. Never compares and never decides.
+Owns how a front-end reads the commits of other front-ends: before each of its own commits, and by polling. Never compares templates and
+never decides.
 
-1. A transaction holds the writers' lock, and first reads what others committed. A decision inside it is compared with these rows, too, so
-   that enrolment is linearizable across processes.
-2. A front-end stops when PostgreSQL does not know the newest commit that the front-end has seen.
-3. The manifest names a file once the segment store has returned it unchanged.
-4. What searches beside others' writing raises StorageUnavailable once the newest commits have been unknown for `ClusterConfig.stale_ms_max`: rows that this
-   front-end has not seen may be mates. One that is read_only sees one version until `refresh`.
-5. One front-end at a time merges and indexes segments: the holder of a lease, whose fence is checked at each of its commits.
+1. A transaction holds the writers' lock, and first reads the commits of other front-ends. A decision in the transaction includes these
+   rows, so that enrolment is linearizable across processes.
+2. A front-end stops if PostgreSQL does not have the newest commit that the front-end has seen.
+3. The manifest names a file only after the file was read back from the segment store unchanged.
+4. A front-end that writes refuses to search (StorageUnavailable) when it has not read the newest commits for `ClusterConfig.stale_ms_max`,
+   because the missing rows may be mates. A read-only front-end keeps one version until `refresh`.
+5. Only one front-end at a time merges and indexes segments: the holder of a lease. Each of its commits checks the fence of the lease.
 """
 
 from __future__ import annotations
@@ -46,12 +48,14 @@ from biodedup.gallery.transaction import Transaction
 
 _log = logging.getLogger("biodedup.cluster")
 _LEASE, _LEASE_S = "maintenance", 30.0
-_REREAD_ROWS_MIN = 1024  # so many new rows are read with the whole journal, which is faster than one by one
-_TRIES = 20  # to fetch segments that other front-ends merge meanwhile
+_REREAD_ROWS_MIN = (
+    1024  # from so many new rows on, the whole journal is read again, which is faster than reading them one by one
+)
+_TRIES = 20  # attempts to fetch segments while other front-ends merge them
 
 
 class _WriterLock:
-    """Stands for the lock file of a gallery in a folder: here PostgreSQL's lock, taken by each transaction, is all there is."""
+    """Replaces the lock file of a gallery in a folder. It does nothing: each transaction takes a lock in PostgreSQL."""
 
     def release(self) -> None:
         pass
@@ -61,7 +65,7 @@ class _WriterLock:
 
 
 class _FrontEnd(forks.Process):
-    """The process of a front-end, until the front-end has to stop."""
+    """Checks that this process may use the front-end. stopped: the error that ended the front-end, or None."""
 
     stopped: GalleryDamaged | None = None
 
@@ -72,7 +76,7 @@ class _FrontEnd(forks.Process):
 
 
 class ClusterGallery(Gallery):
-    """A register's gallery, as one front-end sees it. Thread-safe; any number of processes write."""
+    """The gallery of a register, as one front-end sees it. Thread-safe; any number of processes write."""
 
     _catalogue: PostgresCatalogue
 
@@ -88,14 +92,14 @@ class ClusterGallery(Gallery):
         *,
         read_only: bool = False,
     ) -> None:
-        """folder: of the local copies; holder: names this front-end in leases."""
+        """folder: for the local copies; holder: the name of this front-end in leases; the others: as in `Gallery`."""
         self._cluster = cluster
         self._store = SegmentStore(cluster.segments, catalogue.register_id)
         storage.make_folder(folder)
         storage.make_folder(folder / "segments")
         self._cache = SegmentCache(storage, folder / "segments", self._store, cluster.cache_bytes_max)
         self._stored: set[str] = set()
-        """Names in the segment store that the manifest names, or that were uploaded to be named."""
+        """Files in the segment store that the manifest names, or that were uploaded for the next commit."""
         self._holder = holder
         self._one_maintains = threading.Lock()
         self._maintains: tuple[int, int] | None = None
@@ -125,7 +129,7 @@ class ClusterGallery(Gallery):
 
     def rekey_goes_on(self, *, renewable: bool) -> bool:
         raise InvalidInput(
-            "renewable templates are for a gallery in a folder; a register keeps its embeddings as they are"
+            "a register does not support renewable templates; use a gallery in a folder, or leave renewable out"
         )
 
     def record_reading(self, records: Sequence[AuditRecord]) -> None:
@@ -137,7 +141,7 @@ class ClusterGallery(Gallery):
     def waiting_readings(self) -> None:
         return None
 
-    # following the commits of others ----------------------------------------------------------------------------
+    # reading the commits of other front-ends --------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         found = super().snapshot()
@@ -147,11 +151,11 @@ class ClusterGallery(Gallery):
         return found
 
     def refresh(self) -> None:
-        """Sees what every front-end has committed. Raises StorageUnavailable, GalleryDamaged."""
+        """Reads the commits of all front-ends. Raises StorageUnavailable, GalleryDamaged."""
         self._process.check()
         with self.lock:
             if self._catalogue.in_transaction:
-                return  # this thread's own, under the writers' lock: nothing can be newer
+                return  # this thread writes, and holds the writers' lock: nobody else can have committed since
             if self._broken:
                 self._recover()
                 return
@@ -160,10 +164,10 @@ class ClusterGallery(Gallery):
                 if not absent:
                     return
                 self._cache.fetch(absent)
-        raise StorageUnavailable("segments are merged faster than they can be fetched; try again later")
+        raise StorageUnavailable("other front-ends merge segments faster than this one can fetch them; try again later")
 
     def _read_changes(self) -> list[SegmentEntry]:
-        """Follows, or returns the segments that have to be fetched first."""
+        """Reads the newest commits; returns the segments that must be fetched before, if there are any."""
         self._catalogue.begin_reading()
         try:
             return self._follow()
@@ -177,7 +181,7 @@ class ClusterGallery(Gallery):
             try:
                 absent = self._look()
                 if absent:
-                    self._cache.fetch(absent)  # without the lock: the next look reads what was fetched
+                    self._cache.fetch(absent)  # without the lock; the next poll reads the commits
             except GalleryDamaged as error:
                 _log.error("this front-end stops: %s", error)
                 return
@@ -191,8 +195,8 @@ class ClusterGallery(Gallery):
                 failing = False
 
     def _look(self) -> list[SegmentEntry]:
-        """Follows, or returns the segments that have to be fetched first."""
-        # Waits: threads that read all the time would otherwise keep the lock from this one for ever.
+        """Reads the newest commits; returns the segments that must be fetched before, if there are any."""
+        # It waits, because busy readers could otherwise keep this thread from the lock for ever.
         if self._front_end.stopped is not None or not self.lock.acquire(timeout=_LEASE_S / 3):
             return []
         try:
@@ -205,17 +209,20 @@ class ClusterGallery(Gallery):
         finally:
             self.lock.release()
 
-    def _meet_other_writers(self) -> None:
-        """Inside a transaction, under the writers' lock: sees what others committed. Raises GalleryBusy where the lease was lost."""
+    def _check_other_writers(self) -> None:
+        """Reads the commits of other front-ends, inside a transaction that holds the writers' lock. Raises GalleryBusy if the lease was
+        lost."""
         for _ in range(_TRIES):
             absent = self._follow()
             if not absent:
                 break
-            self._catalogue.rollback()  # others need not wait while files are fetched
+            self._catalogue.rollback()  # so that other writers do not wait while files are fetched
             self._cache.fetch(absent)
             self._catalogue.begin()
         else:
-            raise StorageUnavailable("segments are merged faster than they can be fetched; send it again")
+            raise StorageUnavailable(
+                "other front-ends merge segments faster than this one can fetch them; send it again"
+            )
         if self._maintains is not None and self._maintains[0] == threading.get_ident():
             if not self._catalogue.holds_lease(_LEASE, self._holder, self._maintains[1]):
                 raise GalleryBusy(
@@ -223,7 +230,7 @@ class ClusterGallery(Gallery):
                 )
 
     def _follow(self) -> list[SegmentEntry]:
-        """Inside a transaction. Returns the segments, if some of their files have to be fetched first."""
+        """Reads the newest commits, inside a transaction; returns the segments if some of their files must be fetched before."""
         try:
             changes = self._catalogue.changes_since(self._state)
         except GalleryDamaged as error:
@@ -237,19 +244,19 @@ class ClusterGallery(Gallery):
             if self._cache.absent(entries):
                 return entries
             with self._catalogue.compared_with_chain():
-                self._see(read(self._catalogue, self.storage, self.folder, self._published.segments))
+                self._publish(read(self._catalogue, self.storage, self.folder, self._published.segments))
         else:
             self._read_rows(changes)
         self._seen_at = time.monotonic()
         return []
 
     def _read_rows(self, changes: Changes) -> None:
-        """Reads the rows that others put, and publishes them."""
+        """Reads the rows of other front-ends' commits, and publishes a snapshot with them."""
         catalogue, known, state = self._catalogue, self._published, self._catalogue.state()
         put, dropped = changes.put, changes.dropped
         if state.row_count - self._tail.end_row >= _REREAD_ROWS_MIN:
             with catalogue.compared_with_chain():
-                self._see(read(catalogue, self.storage, self.folder, known.segments))
+                self._publish(read(catalogue, self.storage, self.folder, known.segments))
             return
         since, pending, tombstones, different = self._state.commits, known.pending, known.tombstones, known.different
         models = catalogue.models() if "model" in put else known.models
@@ -287,13 +294,13 @@ class ClusterGallery(Gallery):
             steps=catalogue.job_steps() if "job_step" in put else known.steps,
             indexing=catalogue.index_settings() if indexed else known.indexing,
         )
-        self._tail.answers.update(answers)  # after the rows: an answer without its row reads as `removed`
+        self._tail.answers.update(answers)  # after the rows: readers take an answer without a row for a removed one
         if "policy" in put:
             self._policies = tuple(catalogue.policies())
         self._state = replace(state, next_segment=max(state.next_segment, self._state.next_segment))
 
     def _append_rows(self, tail: Tail, segments: Sequence[Part], models: Mapping[str, ColumnModel]) -> None:
-        """Appends the journal's rows behind a tail to it. models: column -> its model."""
+        """Appends to a tail the rows of the journal that follow it. models: column -> its model."""
         first, subjects = tail.count, self._catalogue.subjects_from(tail.end_row)
         if not subjects:
             return
@@ -325,7 +332,7 @@ class ClusterGallery(Gallery):
         keeps: Sequence[NDArray[np.bool_] | None],
         go_on: Callable[[], bool] = lambda: True,
     ) -> SegmentEntry:
-        """As in a folder; the files are uploaded, too, so that the commit need not."""
+        """As `Gallery.write_parts`; also uploads the files, so that the commit does not have to wait for it."""
         entry = super().write_parts(parts, keeps, go_on)
         try:
             self._upload([entry])
@@ -335,34 +342,34 @@ class ClusterGallery(Gallery):
         return entry
 
     def _take_number(self) -> int:
-        """A commit of its own: no two front-ends write segments of one number."""
+        """Takes the number in a commit of its own, so that no two front-ends write segments with the same number."""
         with self.transaction() as transaction:
             number = transaction.take_number()
             transaction.manifest_changed = True
         return number
 
     def _is_durable(self, transaction: Transaction) -> bool:
-        """The catalogue has asked already; where the result stays unknown, the next transaction reads everything again."""
+        """False: the catalogue has already looked for the commit. If the result is unknown, the next transaction reads everything again."""
         self._catalogue.rollback()
         if self._catalogue.uncertain:
             self._broken, self._uncertain = True, transaction.state
         return False
 
     def _recover(self) -> None:
-        """Reads what PostgreSQL holds, after a commit whose result is unknown."""
+        """Reads the register again, after a commit whose result is unknown."""
         self._load()
         self._broken, self._uncertain = False, None
         _log.warning("read the register again after a failure, at version %d", self._published.version)
 
     def _wipe_if_erased(self) -> None:
-        """PostgreSQL keeps erased rows until it vacuums; there is no file of this front-end to overwrite."""
+        """Only resets the flags: PostgreSQL erases deleted rows when it vacuums, and the front-end has no file with them."""
         self._unwiped = self._catalogue.erased = False
 
     # sealing and merging ----------------------------------------------------------------------------------------
 
     @contextmanager
     def maintaining(self) -> Iterator[None]:
-        """Holds the lease meanwhile. Raises GalleryBusy where another front-end has it."""
+        """Holds the lease for maintenance inside the context. Raises GalleryBusy if another front-end has it."""
         with self._one_maintains:
             with self.lock:
                 fence = self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
@@ -379,7 +386,7 @@ class ClusterGallery(Gallery):
                     self._catalogue.give_lease_back(_LEASE, self._holder)
 
     def seal(self) -> None:
-        """Turns the journal, as it is now, into a segment. Others commit while it is written and uploaded; their rows stay in the journal."""
+        """Writes the present rows of the journal into a segment. Rows that other front-ends commit meanwhile stay in the journal."""
         with self.lock:
             self.refresh()
             before, commits = self._published, self._state.commits
@@ -391,7 +398,7 @@ class ClusterGallery(Gallery):
         entry = self.write_part(part, before.mask(before.parts[-1]))
         with self.transaction() as transaction:
             if transaction.tail.first_row != part.first_row or not transaction.tail.answers.keys() >= answers.keys():
-                return  # another front-end has sealed these rows, or these answers
+                return  # another front-end has sealed these rows or answers meanwhile
             self._catalogue.trim_journal(part.end_row, commits)
             rest = Tail(part.end_row)
             segments = [*transaction.segments, part]
@@ -406,12 +413,13 @@ class ClusterGallery(Gallery):
             self._catalogue.take_lease(_LEASE, self._holder, _LEASE_S)
 
     def maintain(self) -> None:
-        """Seals and merges what is due, and removes garbage from the store."""
+        """Seals the journal and merges segments if this is due, and removes unused files from the segment store."""
         super().maintain()
         self.collect_garbage()
 
     def collect_garbage(self) -> list[str]:
-        """Removes files of the segment store that no manifest has named for `ClusterConfig.garbage_grace_s`. Returns their names."""
+        """Removes the files of the segment store that the manifest has not named for `ClusterConfig.garbage_grace_s`. Returns their
+        names."""
         with self.maintaining(), self.lock:
             self._catalogue.begin()
             try:
@@ -439,14 +447,14 @@ class ClusterGallery(Gallery):
 
     @property
     def register_id(self) -> str:
-        """Names the register in the segment store."""
+        """The name of the register's folder in the segment store."""
         return self._catalogue.register_id
 
     def refuse_backup(self) -> None:
-        raise InvalidInput("a register in PostgreSQL is no folder; copy it by `biodedup gallery export`")
+        raise InvalidInput("a register in PostgreSQL is not a folder; copy it with `biodedup gallery export`")
 
     def problems(self) -> list[str]:
-        """What a check of every row, and of every local copy against the manifest, finds wrong."""
+        """Problems of rows, of local copies that differ from the manifest, and of files that the store lacks."""
         with self._reading():
             found = self._catalogue.problems()
         for segment in self.snapshot().segments:
@@ -462,7 +470,7 @@ class ClusterGallery(Gallery):
     # opening ----------------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        """Reads everything, and fetches the segments that are not here."""
+        """Reads the whole register, and fetches the segments that have no local copy."""
         for _ in range(_TRIES):
             self._catalogue.begin_reading()
             try:
@@ -472,7 +480,7 @@ class ClusterGallery(Gallery):
                 if not self._cache.absent(entries):
                     opened = self._published.segments if hasattr(self, "_published") else ()
                     with self._catalogue.compared_with_chain():
-                        self._see(read(self._catalogue, self.storage, self.folder, opened))
+                        self._publish(read(self._catalogue, self.storage, self.folder, opened))
                     self._stored.update(copy.stored for copy in copies_of(entries))
                     self._seen_at = time.monotonic()
                     return
@@ -482,7 +490,7 @@ class ClusterGallery(Gallery):
             finally:
                 self._catalogue.rollback()
             self._cache.fetch(entries)
-        raise StorageUnavailable("segments are merged faster than they can be fetched; try again later")
+        raise StorageUnavailable("other front-ends merge segments faster than this one can fetch them; try again later")
 
     def _sweep(self) -> None:
         self._cache.sweep([segment.entry for segment in self._published.segments])

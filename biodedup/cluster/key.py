@@ -1,10 +1,10 @@
-"""The key of an encrypted register: which key file a front-end or an actor works with.
+"""The key file of an encrypted register: stores it, and gives it to front-ends and actors.
 
-Owns where the key file is: a row of `meta` in PostgreSQL, and a copy beside each machine's segments, so that the files there are sealed and
-opened as those of an encrypted folder are (gallery/files/encryption/). Never derives a key and never encrypts.
+Owns the two places of the key file: a row of `meta` in PostgreSQL, and a copy beside each machine's segments. With the copy, segment files
+are encrypted and decrypted as in a folder (gallery/files/encryption/). Never derives a key and never encrypts.
 
-The key file holds the gallery's key, wrapped by the register's key (`Config.keys`), which is in neither place. Rows of PostgreSQL are not
-encrypted by it: the journal's templates and the decisions are as safe as the server and its disks.
+The key file holds the gallery's key, wrapped by the register's key (`Config.keys`). The register's key is in neither place. It does not
+encrypt rows of PostgreSQL: templates in the journal and decisions are only as safe as the server and its disks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from biodedup.gallery.files.private import replace_private
 from biodedup.keys import KeyProvider, KeySource
 
 KEY_SETTING = "key_file"
-"""The row of `meta`; '' or absent in a register without encryption."""
+"""The row of `meta` with the key file; empty or absent in a register without encryption."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def chain_key_of(storage: Storage, content: str) -> bytes | None:
 
 
 def place(storage: Storage, folder: Path, key_id: str, content: str) -> None:
-    """Puts a register's key file into the folder that has `segments`, and unlocks it.
+    """Writes a register's key file into the folder of its local copies, and unlocks the folder.
 
-    key_id: of `new_key`; content: of the row. Raises KeyMismatch where the stated key is not the register's, or one of them has none;
-    InvalidInput where the folder is that of another register; GalleryDamaged.
+    key_id: from `new_key`, "" without a key; content: the register's key file, "" without encryption. Raises KeyMismatch if the key is not
+    the register's, or only one of the two is empty; InvalidInput if the folder belongs to another register; GalleryDamaged.
     """
-    with key_file_lock(folder):  # front-ends of a machine may share it
+    with key_file_lock(folder):  # front-ends on one machine may share the folder
         _put(folder, key_id, content)
     storage.unlock(folder, new=False)
 
@@ -70,18 +70,20 @@ def _put(folder: Path, key_id: str, content: str) -> None:
     if not content:
         if key_id:
             raise KeyMismatch(
-                f"the register is not encrypted, got key {key_id}; leave keys out, or export it to a folder, run `biodedup encrypt`, and "
-                "import that as a new register"
+                f"the register is not encrypted, got key {key_id}; leave keys out, or export the register to a folder, run `biodedup encrypt`, "
+                "and import the folder as a new register"
             )
         if there is not None:
             raise _of_another(folder)
         return
     known = KeyFile.parse(folder / KEY_NAME, content.encode())
-    if known.turns:
-        raise InvalidInput("renewable templates are for a gallery in a folder; run `biodedup key rekey --plain` before")
+    if known.transforms:
+        raise InvalidInput(
+            "a register does not support renewable templates; run `biodedup key rekey --plain` before the import"
+        )
     if known.register_key_id != key_id:
         raise KeyMismatch(
-            f"the register is encrypted under key {known.register_key_id}, got {f'key {key_id}' if key_id else 'no key'}; nothing changed; "
+            f"the register is encrypted with key {known.register_key_id}, got {f'key {key_id}' if key_id else 'no key'}; nothing changed; "
             "state its key by Config(keys=...), or `keys` in the settings file"
         )
     if there is not None and there.gallery_key_id != known.gallery_key_id:
@@ -91,33 +93,34 @@ def _put(folder: Path, key_id: str, content: str) -> None:
 
 
 def _of_another(folder: Path) -> InvalidInput:
-    return InvalidInput(f"{folder} holds the copies of another register; name another folder by ClusterConfig.cache")
+    return InvalidInput(f"{folder} holds the copies of another register; name another folder in ClusterConfig.cache")
 
 
 @dataclass(frozen=True)
 class ActorKey:
-    """What an actor needs to open an encrypted register on its node. provider: fields of a `KeyProvider`, which fetches the key there; the key
-    itself does not travel."""
+    """What an actor needs to open an encrypted register on its node. provider: the fields of a `KeyProvider`, which fetches the key on that
+    node: the key itself is not sent; content: the key file."""
 
     provider: dict[str, Any]
     content: str
 
     @classmethod
     def of(cls, keys: KeySource | None, content: str) -> ActorKey | None:
-        """None for a register without encryption. Raises InvalidInput for a function, which other machines do not have."""
+        """The `ActorKey`, or None without keys. Raises InvalidInput if `keys` is a function, which cannot be sent to other machines."""
         if keys is None:
             return None
         if not isinstance(keys, KeyProvider):
-            raise InvalidInput("actors of Ray fetch the key on their nodes; state it by a KeyProvider, got a function")
+            raise InvalidInput("keys is a function, wanted a KeyProvider; Ray actors fetch the key on their own nodes")
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(keys).items()}
         return cls(plain, content)
 
     def sent(self) -> tuple[dict[str, Any], str]:
+        """As plain values for a message."""
         return self.provider, self.content
 
 
 def actor_storage(sent: tuple[dict[str, Any], str] | None, folder: Path) -> Storage:
-    """The storage of an actor, whose folder is unlocked. sent: of `ActorKey.sent`. Raises as `place`, and as `KeyProvider`."""
+    """The storage of an actor, with its folder unlocked. sent: from `ActorKey.sent`. Raises as `place`, and as `KeyProvider`."""
     if sent is None:
         return LocalStorage()
     provider, content = sent

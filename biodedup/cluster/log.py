@@ -19,7 +19,7 @@ from biodedup.cluster.store import SegmentStore
 from biodedup.config import ClusterConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.care.log import LogReport, Mark, check_log, unreadable
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 from biodedup.gallery.files.names import SEGMENT_FOLDER
 from biodedup.gallery.segments.layout import SegmentEntry, number_of
 
@@ -53,7 +53,7 @@ def verify_register(
                 catalogue.rollback()
             found = _file_problems(storage, folder / SEGMENT_FOLDER, store, entries)
             return replace(report, problems=(*report.problems, *found))
-    except (GalleryDamaged, *ODD_CONTENT) as error:
+    except (GalleryDamaged, *MALFORMED) as error:
         return unreadable(error)
 
 

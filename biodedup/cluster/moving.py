@@ -1,10 +1,11 @@
-"""Moves a gallery from a folder into PostgreSQL and the segment store, and back. Nothing is encoded again.
+"""Copies a gallery from a folder into PostgreSQL and the segment store, and back.
 
-Owns the order of the steps. Rows keep their numbers, and segments their files, byte for byte: both galleries give the same answers.
+Owns the order of the steps. Rows keep their numbers, and segment files are copied byte for byte, so that both galleries give the same
+answers.
 
-1. Files are copied and verified first, then all rows are written in one commit: an interrupted import leaves no gallery, and an interrupted
-   export no database. It may be repeated.
-2. The source is only read. An import needs the folder's writer lock, so that nothing is added meanwhile; an export reads one commit.
+1. Files are copied and verified first; then all rows are written in one commit. An interrupted import leaves no gallery, and an interrupted
+   export no database. Both can be repeated.
+2. The source is only read. An import holds the folder's writer lock, so that the source does not change. An export reads one commit.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from biodedup.gallery.opening import check_format, prepare_folder
 from biodedup.gallery.segments.layout import SegmentEntry
 
 _OWN_SETTINGS = {"format", "cluster_format", "register_id", "state", "chain", KEY_SETTING}
-"""Rows of `meta` that each side writes itself."""
+"""Rows of `meta` that are not copied: each kind of gallery writes its own."""
 
 
 @dataclass(frozen=True)
 class Moved(Described):
-    """What was moved. version: of the gallery; rows: ever given out; segments, files, byte_count: of the segment store."""
+    """What was copied. version: of the gallery; rows: row numbers that were ever assigned; segments, files, byte_count: in the segment
+    store."""
 
     version: int
     rows: int
@@ -46,8 +48,8 @@ class Moved(Described):
 
 
 def import_gallery(folder: Path, url: str, cluster: ClusterConfig, storage: Storage | None = None) -> Moved:
-    """Copies the gallery in a folder to a new register. Raises NotAGallery, GalleryBusy, GalleryDamaged, InvalidInput where the register
-    is there, StorageUnavailable."""
+    """Copies the gallery in a folder to a new register. Raises NotAGallery, GalleryBusy, GalleryDamaged, InvalidInput if the register
+    exists already, StorageUnavailable."""
     storage = storage or LocalStorage()
     target = connect(url, cluster)
     store = SegmentStore(cluster.segments, target.register_id)
@@ -108,18 +110,18 @@ def export_gallery(url: str, folder: Path, cluster: ClusterConfig, storage: Stor
 
 
 def _key_file_of(folder: Path) -> str:
-    """The key file of a gallery; "" where it is not encrypted. Raises InvalidInput where its templates are renewable."""
+    """The content of a gallery's key file; "" if it is not encrypted. Raises InvalidInput if its templates are renewable."""
     stored = stored_key(folder)
-    if stored is not None and stored.turns:
+    if stored is not None and stored.transforms:
         raise InvalidInput(
-            f"the templates of {folder} are renewable, which those of a register cannot be; run `biodedup key rekey --plain` before"
+            f"the templates of {folder} are renewable, which a register does not support; run `biodedup key rekey --plain` first"
         )
     return "" if stored is None else stored.content({}).decode()
 
 
 @contextmanager
 def _source(storage: Storage, folder: Path) -> Iterator[SqliteCatalogue]:
-    """The database of a gallery that no process writes meanwhile."""
+    """The database of a gallery in a folder, with the writer lock held."""
     if DATABASE_NAME not in (storage.list_names(folder) or ()):
         raise NotAGallery(f"{folder} holds no gallery; name another folder")
     lock = storage.lock(folder / LOCK_NAME)
@@ -146,7 +148,7 @@ def _upload(storage: Storage, folder: Path, entry: SegmentEntry, store: SegmentS
     for copy in copies_of([entry]):
         file = open_column_file(storage, folder / copy.name)
         try:
-            problems = file.problems() if file.digest == copy.digest else ["it is another file than the manifest names"]
+            problems = file.problems() if file.digest == copy.digest else ["it is not the file that the manifest names"]
             byte_count += file.byte_count
         finally:
             file.close()

@@ -1,6 +1,6 @@
 """Opens a register by its URL: `postgresql://user@host/database?gallery=register`.
 
-Owns the form of the URL, and which parts a front-end is made of. Never decides and never searches.
+Owns the form of the URL, and the construction of a front-end from its parts. Never decides and never searches.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
 
 
 def connect(url: str, cluster: ClusterConfig) -> PostgresCatalogue:
-    """The catalogue that a URL names, not yet connected. Raises InvalidInput."""
+    """The catalogue of the gallery in a URL, not yet connected. Raises InvalidInput."""
     parts = urlsplit(url)
     options = parse_qsl(parts.query, keep_blank_values=True)
     names = [value for name, value in options if name == "gallery"]
     if len(names) != 1 or not _NAME.fullmatch(names[0]):
         raise InvalidInput(
-            "the URL of a register names its gallery, in lower-case letters, digits and _, got "
-            f"{names[0] if names else 'none'!r:.60}; write postgresql://user@host/database?gallery=register"
+            f"the URL of a register has gallery={names[0] if names else 'none'!r:.60}, wanted lower-case letters, digits and _; "
+            "write postgresql://user@host/database?gallery=register"
         )
     rest = urlencode([(name, value) for name, value in options if name != "gallery"])
     conninfo = urlunsplit((parts.scheme, parts.netloc, parts.path, rest, ""))
@@ -46,7 +46,7 @@ def connect(url: str, cluster: ClusterConfig) -> PostgresCatalogue:
 
 
 def require_register(url: str, cluster: ClusterConfig) -> None:
-    """Raises NotAGallery where the database has no such gallery."""
+    """Raises NotAGallery if the database has no such gallery."""
     with closing(connect(url, cluster)) as catalogue:
         catalogue.open("", "", create=False)
 
@@ -62,10 +62,11 @@ def open_register(
     read_only: bool,
     limits: IndexLimits,
 ) -> ClusterGallery:
-    """Opens a register, and creates it if the database lacks it, encrypted where the storage has a key. Raises as `Engine.open`."""
+    """Opens a register. Creates it if the database does not have it; a new one is encrypted if the storage has a key. Raises as
+    `Engine.open`."""
     if cluster is None:
         raise InvalidInput(
-            "a register in PostgreSQL needs Config(cluster=ClusterConfig(segments=...)): where its segments are, "
+            "a register in PostgreSQL needs Config(cluster=ClusterConfig(segments=...)); state where its segments are, "
             "as file:///folder or s3://bucket/folder"
         )
     catalogue, folder = connect(url, cluster), cluster.cache

@@ -1,7 +1,7 @@
-"""Takes nodes and releases out of use without an incomplete search: `biodedup cluster drain` and `biodedup cluster upgrade`.
+"""Takes nodes and old releases out of service, while every search stays complete: `biodedup cluster drain` and `biodedup cluster upgrade`.
 
-Owns the order of the steps. Replicas are moved by the front-ends' keepers (`shards/keeper.py`), which no command replaces: a command says what is
-wanted, waits until no front-end asks an actor any more, and only then ends it.
+Owns the order of the steps. The keepers of the front-ends (`shards/keeper.py`) move the replicas. A command only states the goal, waits
+until no front-end asks an actor any more, and then ends the actor.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from biodedup.gallery.indexing import IndexLimits
 from biodedup.keys import KeySource
 
 UNASKED_S = 10.0
-"""A keeper asks its actors each second: an actor that was not asked for so long has none."""
+"""Keepers ask their actors every second. An actor that was not asked for this time is used by no front-end."""
 _STEP_S = 0.5
 _ANSWER_S = 5.0
 
 Told = Callable[[str, int, int], None]
+"""Called with the name of the step, the number of finished items, and the number of all items."""
 
 
 @dataclass(frozen=True)
 class Drained(Described):
-    """node, address: the node; ended: actors that were ended; asked: actors that front-ends still ask."""
+    """The result of `drain`. node, address: of the node; ended: the number of actors that were ended; asked: of actors that front-ends
+    still ask."""
 
     node: str
     address: str
@@ -44,8 +46,8 @@ class Drained(Described):
 
 @dataclass(frozen=True)
 class Upgraded(Described):
-    """release: the one in use now; serving: its actors that serve every segment, of `wanted`; ended: actors of other releases that were ended;
-    asked: those that front-ends still ask."""
+    """The result of `upgrade`. release: the new release; serving: the number of its actors that serve all segments; wanted: how many
+    should; ended: actors of other releases that were ended; asked: actors of other releases that front-ends still ask."""
 
     release: str
     serving: int
@@ -55,10 +57,10 @@ class Upgraded(Described):
 
 
 def drain(address: str | None, name: str, wait_s: float, told: Told) -> Drained:
-    """Moves all replicas away from a node, and ends its actors once no front-end asks them any more. wait_s: for how long to wait for that.
+    """Moves all replicas away from a node, and ends its actors once no front-end asks them any more.
 
-    name: the beginning of the node's id, or its address. Raises InvalidInput for a node that is not there, and for the last one that can hold
-    replicas; StorageUnavailable.
+    name: the beginning of the node's id, or its address; wait_s: the longest time to wait. Raises InvalidInput for an unknown node and for
+    the last node that can hold replicas; StorageUnavailable.
     """
     with joined(address) as ray:
         node = node_of(ray.nodes(), name)
@@ -79,15 +81,16 @@ def undrain(address: str | None, name: str) -> Drained:
 
 
 def upgrade(url: str, cluster: ClusterConfig, wait_s: float, told: Told, keys: KeySource | None = None) -> Upgraded:
-    """Starts replicas of this process's release beside those of others, waits until they serve every segment, and ends the others once no
-    front-end asks them any more. wait_s: for how long to wait for each of the two; keys: of an encrypted register.
+    """Starts replicas of this process's release, waits until they serve all segments, and ends the replicas of other releases once no
+    front-end asks them any more.
 
-    This process is a front-end meanwhile, and copies the segments, as each front-end does. Raises NotAGallery, InvalidInput, StorageUnavailable.
+    wait_s: the longest time to wait, for each of the two steps; keys: of an encrypted register. This process acts as a front-end and copies
+    the segments. Raises NotAGallery, InvalidInput, StorageUnavailable.
     """
     with joined(cluster.ray_address) as ray, closing(_opened(url, cluster, keys)) as gallery:
         key = ActorKey.of(keys, gallery.key_file)
         with closing(RayShards(cluster, gallery.register_id, Config().threads, gallery.snapshot, key)) as shards:
-            states = _waited(lambda: [one["state"] for one in shards.keeper.status()], wait_s, told)
+            states = _waited(lambda: [replica["state"] for replica in shards.keeper.status()], wait_s, told)
             serving, ended, asked = states.count("serving"), 0, 0
             if states and serving == len(states):
                 ended, asked = _ended(ray, _is_other_release, wait_s, told, gallery.register_id)
@@ -113,7 +116,7 @@ def _is_other_release(seen: SeenActor) -> bool:
 
 
 def node_of(nodes: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The living node that a name means: the beginning of its id, or its address. Raises InvalidInput."""
+    """The living node whose id begins with a name, or whose address it is. Raises InvalidInput if that is not exactly one node."""
     alive = [node for node in nodes if node["Alive"]]
     means = [node for node in alive if name and (node["NodeID"].startswith(name) or node["NodeManagerAddress"] == name)]
     if len(means) != 1:
@@ -128,7 +131,7 @@ def _with_processors(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _waited(states: Callable[[], list[str]], wait_s: float, told: Told) -> list[str]:
-    """The states of replicas, once all serve or time is up."""
+    """Waits until all replicas serve, or the time is over; returns their states."""
     until = time.monotonic() + wait_s
     while True:
         now = states()
@@ -141,13 +144,13 @@ def _waited(states: Callable[[], list[str]], wait_s: float, told: Told) -> list[
 def _ended(
     ray: Any, means: Callable[[SeenActor], bool], wait_s: float, told: Told, register_id: str | None = None
 ) -> tuple[int, int]:
-    """Ends actors that no front-end asks any more. Returns (how many ended, how many are still asked when time is up)."""
+    """Ends actors once no front-end asks them any more. Returns (the number that ended, the number still asked when the time is over)."""
     until, ended = time.monotonic() + wait_s, 0
     while True:
         seen = [actor for actor in seen_actors(ray, _ANSWER_S, register_id) if means(actor)]
-        unasked = [one for one in seen if one.about is not None and one.about.get("idle_s", 0.0) >= UNASKED_S]
-        for one in unasked:
-            one.actor.end()
+        unasked = [actor for actor in seen if actor.about is not None and actor.about.get("idle_s", 0.0) >= UNASKED_S]
+        for seen_actor in unasked:
+            seen_actor.actor.end()
         ended, asked = ended + len(unasked), len(seen) - len(unasked)
         told("ending", ended, ended + asked)
         if not asked or time.monotonic() >= until:

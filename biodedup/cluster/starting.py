@@ -1,6 +1,6 @@
 """Starts this machine's part of a Ray cluster: `biodedup cluster up`, a thin wrapper of `ray start`.
 
-Owns which options each part gets. Starts nothing else: PostgreSQL, the segment store and front-ends have supervisors of their own.
+Owns the options of each part. Starts nothing else: PostgreSQL, the segment store and the front-ends are started by other means.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _START_S = 120.0
 
 
 def start_command(part: str, address: str | None, processors: int | None, memory_bytes: int | None = None) -> list[str]:
-    """The arguments of `ray`. address: of the head, `host:port`; processors, memory_bytes: of a node with shards, None for what Ray finds. Raises
-    InvalidInput."""
+    """The arguments of `ray` that start a part. address: of the head, `host:port`; processors, memory_bytes: of a node with shards, None
+    for the values that Ray detects. Raises InvalidInput."""
     if part not in PARTS:
         raise InvalidInput(f"the part is {part!r}, wanted one of {', '.join(PARTS)}")
     host, separator, port = (address or "").rpartition(":")
@@ -38,8 +38,8 @@ def start_command(part: str, address: str | None, processors: int | None, memory
 
 
 def start(arguments: list[str]) -> str:
-    """Runs `ray start`, whose processes stay when this one ends. Returns what it printed. Raises StorageUnavailable."""
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing of a register is reported to anybody
+    """Runs `ray start`. The processes that it starts outlive this one. Returns its output. Raises StorageUnavailable."""
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}  # no usage reports from a register
     command = [sys.executable, "-m", "ray.scripts.scripts", *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_START_S, check=False)

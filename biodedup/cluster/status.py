@@ -1,6 +1,6 @@
-"""Says how a register's replicas on Ray are: `biodedup cluster status`.
+"""Reports the state of a register's replicas on Ray: `biodedup cluster status`.
 
-Owns what is told, and how it follows from the manifest and from what actors say. It only looks: it starts, moves and ends nothing.
+Owns the report, which it computes from the manifest and from the actors' answers. Read-only: it starts, moves and ends no actor.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class ReplicaStatus(Described):
-    """An actor. state: `serving`, `opening` (it lacks segments that another replica of its group has) or `silent`; segments: that it has of
-    the manifest's; lacking: segments that it has to open; old: that no manifest names any more; searching, waiting: searches;
-    scanned_bytes: what scans of its segments read."""
+    """One actor. state: `serving`, `opening` (it lacks segments that another replica of its group has) or `silent` (it does not answer);
+    segments: the number of the manifest's segments that it has open; lacking: that it still has to open; old: open segments that are not in
+    the manifest any more; searching, waiting: numbers of searches; scanned_bytes: bytes that a scan of its segments reads."""
 
     group: int
     node: str
@@ -41,8 +41,8 @@ class ReplicaStatus(Described):
 
 @dataclass(frozen=True)
 class NodeStatus(Described):
-    """A node of the Ray cluster. replicas: of this register; is_drained: it is to hold none (`biodedup cluster drain`); scanned_bytes: what scans of
-    these replicas read, of `bytes_max` that the node may hold."""
+    """A node of the Ray cluster. replicas: the number of this register's replicas; is_drained: whether it shall hold no replicas (`biodedup
+    cluster drain`); scanned_bytes: bytes that scans of these replicas read; bytes_max: the limit of the node."""
 
     node: str
     address: str
@@ -55,8 +55,8 @@ class NodeStatus(Described):
 
 @dataclass(frozen=True)
 class ClusterStatus(Described):
-    """A register and its replicas. version, rows, segments: of the manifest; unserved: numbers of segments that no replica has, which each
-    front-end searches itself; replicas_wanted: of each group; shortages: why groups have fewer, as front-ends have said."""
+    """A register and its replicas. version, rows, segments: of the manifest; unserved: numbers of the segments that no replica has, so that
+    each front-end searches them itself; replicas_wanted: for each group; shortages: the front-ends' reasons why a group has fewer."""
 
     version: int
     rows: int
@@ -69,7 +69,7 @@ class ClusterStatus(Described):
 
 
 def cluster_status(url: str, cluster: ClusterConfig) -> ClusterStatus:
-    """Raises NotAGallery, InvalidInput, StorageUnavailable."""
+    """The status of a register. Raises NotAGallery, InvalidInput, StorageUnavailable."""
     with joined(cluster.ray_address) as ray, closing(connect(url, cluster)) as catalogue:
         catalogue.open("", "", create=False)
         catalogue.begin_reading()
@@ -114,7 +114,7 @@ def _node_status(
 def replicas_of(
     numbers: Collection[int], seen: Sequence[tuple[Place, str, dict[str, Any] | None]]
 ) -> list[ReplicaStatus]:
-    """numbers: of the manifest's segments; seen: as of `observed`."""
+    """The status of each actor. numbers: of the manifest's segments; seen: the result of `ray_actors.observed`."""
     manifest = set(numbers)
     groups: dict[tuple[int, str], set[int]] = {}
     for place, release, about in seen:
@@ -129,6 +129,6 @@ def replicas_of(
         lacking = len(groups[place.group, release] - has)
         counts = len(has & manifest), lacking, len(has - manifest), about["searching"], about["waiting"]
         state = "opening" if lacking else "serving"
-        held = int(about.get("scanned_bytes", 0))  # an older release does not say
+        held = int(about.get("scanned_bytes", 0))  # actors of older releases do not send it
         replicas.append(ReplicaStatus(*place, release, state, *counts, about["process_id"], held))
     return replicas

@@ -1,10 +1,10 @@
-"""The segment store: immutable, content-named files on a file system that every node reaches, through `pyarrow.fs`.
+"""The segment store: immutable files of a register on a file system that every node can reach, through `pyarrow.fs`.
 
 Owns uploads, downloads and their verification. Never decides which files are needed, and never changes a file.
 
-1. A file's name holds the digest of its content (`12.face.DIGEST`), so that two histories of a gallery never share a name.
-2. An upload returns once the file was read back and is byte for byte the local one. Only then may a manifest name it.
-3. On a folder a file gets its name when it is whole and synced; S3 shows an object when it is whole.
+1. A file's name contains the digest of its content (`12.face.DIGEST`), so that two histories of a gallery never use the same name.
+2. An upload returns after the file was read back and compared with the local file, byte for byte. Only then may a manifest name it.
+3. In a folder, a file gets its final name after it is complete and synced. On S3, an object appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _PIECE_BYTES = 1 << 22
 
 
 class SegmentStore:
-    """The files of one register. url: `file:///folder` or `s3://bucket/folder`, as `pyarrow.fs.FileSystem.from_uri` reads it; register_id: the
-    folder below it, so that several registers never see each other's files. Thread-safe."""
+    """The files of one register. url: `file:///folder` or `s3://bucket/folder`, for `pyarrow.fs.FileSystem.from_uri`; register_id: the
+    register's folder below it, so that registers do not share files. Thread-safe."""
 
     def __init__(self, url: str, register_id: str) -> None:
         try:
             self._files, root = fs.FileSystem.from_uri(url)
         except (ArrowException, OSError, ValueError) as error:
             raise InvalidInput(
-                f"ClusterConfig.segments is no address of a file system ({error}); write file:///folder or s3://bucket/folder"
+                f"ClusterConfig.segments is not the address of a file system ({error}); write file:///folder or s3://bucket/folder"
             ) from None
         self._root = f"{root.rstrip('/')}/{register_id}"
         self._is_local = isinstance(self._files, fs.LocalFileSystem)
@@ -42,7 +42,7 @@ class SegmentStore:
                 make_private_folder(Path(self._root))
 
     def upload(self, source: Path, name: str) -> None:
-        """Copies a local file, and verifies the copy. A copy that is there and the same stays."""
+        """Copies a local file to the store and verifies the copy. Does nothing if the store has the same file already."""
         with _translated(f"uploading {name}"):
             if self._is_same(source, name):
                 return
@@ -53,10 +53,12 @@ class SegmentStore:
                     while piece := content.read(_PIECE_BYTES):
                         out.write(piece)
             if not self._is_same(source, name):
-                raise StorageUnavailable(f"the store does not return what was uploaded as {name}; send it again")
+                raise StorageUnavailable(
+                    f"the store returns another content than was uploaded as {name}; send it again"
+                )
 
     def download(self, name: str, target: Path) -> None:
-        """Copies a file of the store to a new local one. The caller verifies the content. Raises GalleryDamaged where it is absent."""
+        """Copies a file of the store to a new local file. The caller verifies the content. Raises GalleryDamaged if it is absent."""
         with _translated(f"downloading {name}"):
             file = create_private(target)
             with os.fdopen(file, "wb") as out, self._opened(name) as content:
@@ -66,7 +68,7 @@ class SegmentStore:
                 os.fsync(out.fileno())
 
     def size(self, name: str) -> int:
-        """In bytes. Raises GalleryDamaged where the file is absent."""
+        """The size of a file, in bytes. Raises GalleryDamaged if it is absent."""
         with _translated(f"looking for {name}"):
             about = self._files.get_file_info(self._path(name))
         if about.type != fs.FileType.File:
@@ -74,7 +76,7 @@ class SegmentStore:
         return int(about.size)
 
     def ages(self, now: float) -> dict[str, float]:
-        """Name of every file -> seconds since it was written. now: the time in seconds."""
+        """Name of each file -> seconds since it was written. now: seconds since 1970."""
         with _translated("listing the segment store"):
             found = self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
         files = [about for about in found if about.type == fs.FileType.File]
@@ -94,7 +96,7 @@ class SegmentStore:
             yield content
 
     def _is_same(self, source: Path, name: str) -> bool:
-        """Whether the store has this file with the content of a local one, byte for byte."""
+        """Whether the store has a file with this name and exactly the content of the local file."""
         about = self._files.get_file_info(self._path(name))
         if about.type != fs.FileType.File or about.size != source.stat().st_size:
             return False

@@ -1,13 +1,13 @@
-"""Does the pieces of a job as tasks of a Ray cluster.
+"""Runs the pieces of a job as tasks on a Ray cluster.
 
-Owns what a task is, and what happens when one is lost. Nothing durable lives in Ray: the job keeps its own checkpoint.
+Owns the tasks: how they are sent, repeated and cancelled. Ray holds no durable state: the job keeps its own checkpoint.
 
-1. Ray repeats a task whose process or node is lost, up to `_RETRIES` times. Then the job ends with a RetryableError, and the same command
-   goes on where it was.
+1. Ray repeats a task whose process or node is lost, up to `_RETRIES` times. After that the job ends with a RetryableError, and the same
+   command continues from the checkpoint.
 2. A process opens the recipe of the work once. It refuses a job of another release.
-3. Libraries of linear algebra use as many threads as in the job's own process: sums are rounded by how they are divided. On processors of one
-   kind results are then equal to the last bit.
-4. Tasks whose results were not asked for are cancelled when the executor closes.
+3. Linear algebra libraries use as many threads as in the job's own process, because the number of threads changes how sums are rounded. On
+   processors of the same kind, results are then equal to the last bit.
+4. Tasks whose results were not fetched are cancelled when the executor closes.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 _RETRIES = 5
-_AHEAD = 2  # tasks a processor: one runs, one waits
-_COUNTED_S = 10.0  # for so long the number of processors is believed
-_NICE = 5  # below Ray's own processes: a node whose heartbeats starve is declared dead
+_AHEAD = 2  # tasks per processor: one runs, one waits
+_COUNTED_S = 10.0  # after this time the processors are counted again
+_NICE = 5  # a lower priority than Ray's own processes, so that their heartbeats are sent in time
 
 
 @contextmanager
 def ray_tasks(address: str) -> Iterator[RayExecutor]:
-    """An executor on a Ray cluster: `host:port`, `auto` for the one that this machine belongs to, `local` for a new one of this process.
+    """An executor on a Ray cluster. address: `host:port`; `auto` for the cluster of this machine; `local` for a new cluster in this
+    process.
 
-    Raises StorageUnavailable where the cluster cannot be joined, or no node has processors."""
+    Raises StorageUnavailable if the cluster cannot be joined, or no node has processors."""
     with joined(address) as ray:
         executor = RayExecutor(ray)
         try:
@@ -75,14 +76,14 @@ class RayExecutor:
         return _Sent(self, work, reference)
 
     def close(self) -> None:
-        """Cancels the tasks that were not waited for."""
+        """Cancels the tasks whose results were not fetched."""
         for reference in self._sent.values():
-            with suppress(Exception):  # it ends with its process at the latest
+            with suppress(Exception):  # the task ends with its process at the latest
                 self._ray.cancel(reference, force=True)
         self._sent.clear()
 
     def wait(self, reference: Any) -> Any:
-        """The result of a task. Raises what it raised, or RetryableError where it was lost each time."""
+        """The result of a task. Raises the exception of the task, or a RetryableError if every attempt was lost."""
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
@@ -90,7 +91,7 @@ class RayExecutor:
             raise error.cause from None
         except errors.RayError as error:
             raise StorageUnavailable(
-                f"Ray lost a task {1 + _RETRIES} times, or its result ({type(error).__name__}); look at its nodes and their memory, and start "
+                f"Ray lost a task {1 + _RETRIES} times, or its result ({type(error).__name__}); check the nodes and their memory, and run "
                 "the same command again"
             ) from None
         finally:
@@ -113,13 +114,13 @@ class RayExecutor:
         try:
             return [node for node in self._ray.nodes() if node["Alive"]]
         except self._ray.exceptions.RayError as error:
-            raise StorageUnavailable(f"Ray does not say which nodes it has: {type(error).__name__}") from error
+            raise StorageUnavailable(f"Ray cannot list its nodes: {type(error).__name__}") from error
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A work whose recipe the cluster has. work: kept, so that its id stays its own; about: as of `run_piece`; threads: processors that a
-    task takes."""
+    """A work whose recipe is stored in the cluster. work: kept alive, because its `id` is the key; about: see `run_piece`; recipe: Ray's
+    reference; threads: the processors of a task."""
 
     work: Work[Any, Any]
     about: tuple[str, str, dict[str, int]]
@@ -136,14 +137,14 @@ class _Sent(Generic[R]):
         return self._work.received(self._executor.wait(self._reference))
 
 
-# in a process of Ray's ------------------------------------------------------------------------------------------------
+# in a worker process of Ray ------------------------------------------------------------------------------------------------
 
 _opened: dict[str, tuple[ExitStack, Callable[[Any], Any]]] = {}
-"""By key, the work that this process does: the last one alone."""
+"""The key of the latest work of this process -> (its open resources, its function)."""
 
 
 def run_piece(about: tuple[str, str, dict[str, int]], key: str, recipe: Recipe, piece: Any) -> Any:
-    """A task. about: the job's release and working folder, and the threads of its libraries by their names."""
+    """The function of every task. about: (release of the job, its working folder, threads of each library); key: of the work."""
     release, folder, threads = about
     if release != wire.release():
         raise InvalidInput(
@@ -156,12 +157,12 @@ def run_piece(about: tuple[str, str, dict[str, int]], key: str, recipe: Recipe, 
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)
         with suppress(OSError):
-            os.chdir(folder)  # where the configuration names files by relative paths
-        # Ray sets 1; the processes that the work starts have as many as those of the job
+            os.chdir(folder)  # relative paths in the configuration start here
+        # Ray sets 1; processes that the work starts shall have as many threads as those of the job
         os.environ["OMP_NUM_THREADS"] = str(max(threads.values(), default=1))
         stack = ExitStack()
         stack.enter_context(threadpool_limits(threads))
         _opened[key] = stack, stack.enter_context(recipe.opened())
-        stack.enter_context(threadpool_limits(threads))  # of libraries that were loaded meanwhile
+        stack.enter_context(threadpool_limits(threads))  # again, for libraries that `opened` has loaded
     _, function = _opened[key]
     return function(piece)

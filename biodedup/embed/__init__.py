@@ -1,1 +1,1 @@
-"""Turns samples into templates: model cards, networks, batching."""
+"""Turns samples into templates: model cards, neural networks, batching, worker processes."""

@@ -1,9 +1,9 @@
-"""Model cards: TOML files that describe a model, its source, its input and its calibration.
+"""Reads model cards: TOML files that describe a model, its source, its input and its calibration.
 
-Owns the cards in `models/`, and the check of weights against their digest. Never runs a model.
+Owns the fields of a card, and the check of weights against their digest. Never runs a model.
 
-To use another model, write another card: `FaceConfig(model="my-model.toml")`, with the weights beside it. A card without weights
-describes ready-made embeddings of a model that runs elsewhere: model_id, dimension, calibration.
+Another model needs another card: `FaceConfig(model="my-model.toml")`, with the weights beside it. A card without weights describes
+ready-made embeddings of a model that runs elsewhere: model_id, dimension, calibration.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from biodedup.values import Float32
 KINDS = ("face-embedding", "face-detector", "finger-embedding", "minutiae", "pad")
 
 
-_DECIDING = {
+_IN_DIGEST = {
     *(
         "model_id",
         "kind",
@@ -47,16 +47,16 @@ _DECIDING = {
 
 @dataclass(frozen=True, eq=False)
 class ModelCard:
-    """One model. Fields as in the card; `weights` is None for a model that is code alone, or runs elsewhere.
+    """A model. The fields are those of the card.
 
-    extractor: of a `minutiae` card the name that FingerConfig knows it by.
-    channels, scale, offset: the network's input is (pixel + offset) * scale, in this order of channels, float32 NCHW.
-    mirror: the embedding is the sum of the image's and its mirror image's. mean: subtracted from the unit embedding.
-    replay: the similarity from which two embeddings are taken for copies of one picture, or None.
-    quality: (lengths of the network's output, ascending; at each the probability that a mated comparison passes at FMR 1e-4), or None.
-    limit: of a `pad` card, the least score of a living face; live: the class of living faces, None where the network gives one score.
-    calibration: of raw scores. both: in a finger embedding's card, how the sum of two llr_db, its own and that of minutiae of one
-    model_id, is calibrated.
+    weights: None for a model that is code alone, or that runs elsewhere.
+    extractor: of a `minutiae` card, its name in FingerConfig.
+    channels, scale, offset: the network's input is (pixel + offset) * scale, with the channels in this order, float32 NCHW.
+    mirror: whether the embedding is the sum of those of the image and its mirror image. mean: subtracted from the unit embedding.
+    replay: the similarity from which two embeddings count as copies of one picture, or None.
+    quality: (lengths of the network's output, ascending; for each the probability that a mated comparison passes at FMR 1e-4), or None.
+    limit: of a `pad` card, the minimum score of a living face. live: the class of living faces; None if the network gives a single score.
+    calibration: of raw scores. both: of a finger embedding's card, model_id of minutiae -> the calibration of the sum of both llr_db.
     """
 
     name: str
@@ -83,17 +83,17 @@ class ModelCard:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides: weights, input, calibration. Not of name, licence and source."""
-        fields = {name: value for name, value in vars(self).items() if name in _DECIDING}
+        """SHA-256 of the fields that change templates or scores: weights, input, calibration. Name, licence and source are not in it."""
+        fields = {name: value for name, value in vars(self).items() if name in _IN_DIGEST}
         text = json.dumps(fields, sort_keys=True, default=_plain)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def quality_of(self, norm: float) -> float | None:
-        """The quality of a face whose network output has this length, 0 to 1; None where the card has no table."""
+        """The quality, 0 to 1, of a face whose network output has this length; None if the card has no table."""
         return None if self.quality is None else float(np.interp(norm, *self.quality))
 
     def verify(self) -> None:
-        """Raises ModelCardError unless the weights are those that the card describes."""
+        """Raises ModelCardError unless the weights have the digest in the card."""
         if self.weights is None:
             return
         try:
@@ -110,25 +110,25 @@ class ModelCard:
 
 
 def models_folder() -> Path:
-    """Where the shipped cards are: inside the installed package, or beside it in a source tree."""
+    """The folder of the shipped cards: inside the installed package, or beside it in a source tree."""
     installed = Path(str(files("biodedup"))) / "models"
     return installed if installed.is_dir() else installed.parent.parent / "models"
 
 
 def shipped_cards() -> list[ModelCard]:
-    """Every card that the package ships, by name."""
+    """All cards in the package, by name."""
     return [_read(path) for path in sorted(models_folder().glob("*.toml"))]
 
 
 def load_card(name: str, folder: Path | None = None) -> ModelCard:
-    """A card by its name, or by its path. folder: where named cards are; None: the shipped ones. Raises ModelCardError."""
+    """The card with this name or path. folder: of the named cards; None: the shipped cards. Raises ModelCardError."""
     path = Path(name) if name.endswith(".toml") else (folder or models_folder()) / f"{name}.toml"
     return _read(path.absolute())
 
 
 def minutiae_card(extractor: str, name: str | None = None) -> ModelCard:
-    """The card of a minutiae extractor: the shipped one, or that of this name or path. Raises ModelCardError, and InvalidInput
-    for an extractor that is not known."""
+    """The card of a minutiae extractor. name: the card's name or path; None: the shipped card. Raises ModelCardError, and InvalidInput for an
+    unknown extractor."""
     cards = {card.extractor: card for card in shipped_cards() if card.kind == "minutiae"}
     if extractor not in cards:
         raise InvalidInput(
@@ -137,7 +137,7 @@ def minutiae_card(extractor: str, name: str | None = None) -> ModelCard:
     card = cards[extractor] if name is None else load_card(name)
     if card.extractor != extractor:
         raise ModelCardError(
-            f"{card.path.name} is of the extractor {card.extractor!r}, the config names {extractor!r}; name the card's"
+            f"{card.path.name} is of the extractor {card.extractor!r}, the config names {extractor!r}; set `minutiae` to the card's extractor"
         )
     return card
 
@@ -190,7 +190,7 @@ def _read(path: Path) -> ModelCard:
 
 
 def _plain(value: object) -> object:
-    """For JSON: arrays as lists, dates as text."""
+    """A value for JSON: arrays as lists, dates as text."""
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 

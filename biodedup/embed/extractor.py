@@ -1,7 +1,7 @@
-"""The extractor: turns captures into templates or refusals, in order.
+"""Turns captures into templates or refusals, in order.
 
-Owns batching over captures and the loading of models on first use. With `Config.isolation` it passes captures to the worker processes
-of `embed/isolation.py`. Never searches, stores or compares.
+Owns batching over captures, and the loading of models on first use. With `Config.isolation` it passes captures to worker processes
+(`isolation.py`). Never searches, stores or compares.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ from biodedup.trace import Trace, mapped, tracing
 from biodedup.values import LIVE, Capture, CaptureData, Face, Finger, Missing, Refusal, Template
 
 Prepared: TypeAlias = Template | Refusal | AlignedFace | tuple[Template, FingerInput | None]
-"""A capture before the networks run. A finger's template lacks its embedding; its network input is None if no finger network is configured."""
+"""A capture before the embedding networks run. The template of a finger has no embedding yet; its network input is None if no finger network is
+configured."""
 
 _log = logging.getLogger("biodedup.embed")
 
 
 @checked_methods
 class Extractor:
-    """Makes templates of captures. Thread-safe. Models are loaded, or processes started, when a capture first needs them.
+    """Makes templates from captures. Thread-safe. The first capture of a kind loads the models, or starts the processes.
 
     With `Config.isolation`, close it or use it as a context manager.
     """
@@ -80,7 +81,7 @@ class Extractor:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker processes, if any."""
+        """Ends the worker processes, if there are any."""
         if self._isolated is not None:
             self._isolated.close()
 
@@ -128,7 +129,8 @@ class Extractor:
         return self._embed(prepared)
 
     def load(self, capture: Face | Finger) -> None:
-        """Loads, and compiles where this machine never did, what captures of this kind need: no capture's own time."""
+        """Loads the models for captures of this kind, and compiles code that this machine has not compiled yet. It is called before a capture's
+        time limit starts."""
         if isinstance(capture, Face):
             self._load_face_models()
         elif not self._finger_ready:
@@ -141,17 +143,17 @@ class Extractor:
             self._finger_ready = True
 
     def _prepare(self, capture: Capture) -> Prepared:
-        """Everything that concerns one capture alone."""
+        """The steps that concern a single capture."""
         if isinstance(capture, Missing):
             return Refusal(capture.position, "missing", capture.reason)
         try:
             return self._read(capture)
         except MemoryError:
-            raise  # says nothing of the capture, and may pass
-        except Exception as error:  # ours or a library's defect: it costs one capture, not the batch
+            raise  # not a fault of the capture
+        except Exception as error:  # a defect costs a single capture, not the batch
             if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:
                 raise MemoryError from None
-            # the type alone: a library's text may quote what it was given
+            # only the type: the text of a library's error may quote its input
             _log.error("a %s capture could not be processed: %s", capture.column, type(error).__name__)
             return Refusal(capture.column, "failed", type(error).__name__)
 
@@ -160,7 +162,7 @@ class Extractor:
         proofs: tuple[str, ...] = ()
         if isinstance(data, np.ndarray) and isinstance(capture, Face) and capture.device is not None:
             return Refusal(
-                "face", "untrusted_device", "the verdict is about a file's bytes, and the capture is an array"
+                "face", "untrusted_device", "the verdict is about a file's bytes, but the capture is an array"
             )
         stated: tuple[float, float] | None = None
         if not isinstance(data, np.ndarray):
@@ -190,23 +192,37 @@ class Extractor:
         if (steps := tracing()) is not None:
             steps.add("pixels", capture.column, image=pixels.rgb_or_grey, dpi=pixels.dpi)
         if isinstance(capture, Finger):
-            believed = pixels if capture.dpi is not None else settled(pixels, capture.column)
-            if isinstance(believed, Refusal):
-                return believed
-            sample = self._reader.read(believed, capture.position, capture.dpi)
+            with_resolution = pixels if capture.dpi is not None else settled(pixels, capture.column)
+            if isinstance(with_resolution, Refusal):
+                return with_resolution
+            sample = self._reader.read(with_resolution, capture.position, capture.dpi)
             if isinstance(sample, Refusal):
                 return sample
-            given = None if self._finger_network is None else finger_input(sample.print.ridges, sample.print.thin)
-            made = (None, sample.minutiae, sample.quality, believed.provenance + sample.provenance)
-            return Template(sample.position, self.model_ids["finger"], *made), given
+            network_input = (
+                None if self._finger_network is None else finger_input(sample.print.ridges, sample.print.thin)
+            )
+            fields = (None, sample.minutiae, sample.quality, with_resolution.provenance + sample.provenance)
+            return Template(sample.position, self.model_ids["finger"], *fields), network_input
         assert self._detector is not None, "loaded before the first face"
         aligned = self._detector.align(pixels)
         if isinstance(aligned, AlignedFace) and proofs:
             return replace(aligned, provenance=aligned.provenance + proofs)
         return aligned
 
+    def _finger(self, pixels: Pixels, capture: Finger) -> Prepared:
+        """A finger's template without its embedding, and its network input; or a refusal."""
+        with_resolution = pixels if capture.dpi is not None else settled(pixels, capture.column)
+        if isinstance(with_resolution, Refusal):
+            return with_resolution
+        sample = self._reader.read(with_resolution, capture.position, capture.dpi)
+        if isinstance(sample, Refusal):
+            return sample
+        network_input = None if self._finger_network is None else finger_input(sample.print.ridges, sample.print.thin)
+        fields = (None, sample.minutiae, sample.quality, with_resolution.provenance + sample.provenance)
+        return Template(sample.position, self.model_ids["finger"], *fields), network_input
+
     def _device_verdict(self, verdict: DeviceVerdict, content: bytes) -> Refusal | str:
-        """A refusal, or the provenance that the verdict gives."""
+        """A refusal, or the provenance for an accepted verdict."""
         problem = verdict.problem(content, self.config.capture.devices or {})
         if problem:
             return Refusal("face", "untrusted_device", problem)
@@ -215,7 +231,7 @@ class Extractor:
         return f"{LIVE}device {verdict.device_id}"
 
     def _embed(self, prepared: Sequence[Prepared]) -> list[Template | Refusal]:
-        """The networks' part: whatever waits for one, in batches."""
+        """Runs the embedding networks, in batches."""
         faces = [item for item in prepared if isinstance(item, AlignedFace)]
         prints = [item[1] for item in prepared if isinstance(item, tuple) and item[1] is not None]
         embedded = iter(self._faces(faces))
@@ -225,8 +241,8 @@ class Extractor:
             if isinstance(item, AlignedFace):
                 results.append(next(embedded))
             elif isinstance(item, tuple):
-                template, given = item
-                results.append(template if given is None else replace(template, embedding=next(finger_vectors)))
+                template, network_input = item
+                results.append(template if network_input is None else replace(template, embedding=next(finger_vectors)))
             else:
                 results.append(item)
         if (steps := tracing()) is not None:
@@ -234,7 +250,7 @@ class Extractor:
         return results
 
     def _faces(self, faces: Sequence[AlignedFace]) -> list[Template | Refusal]:
-        """Embeds aligned faces, and refuses those whose quality is too low for what they show."""
+        """Embeds aligned faces, and refuses faces of too low quality and presentation attacks."""
         if not faces:
             return []
         assert self._network is not None and self._detector is not None, "loaded before the first face"
@@ -252,20 +268,20 @@ class Extractor:
         return results
 
     def _attacks(self, images: NDArray[np.uint8]) -> list[tuple[Refusal | None, tuple[str, ...]]]:
-        """For each aligned face, whether the card of kind `pad` takes it for an attack, and the proof where it does not."""
+        """For each aligned face, (the refusal of an attack or None, the provenance of a living face)."""
         if self._pad is None:
             return [(None, ())] * len(images)
-        card, found = self._pad.card, list[tuple[Refusal | None, tuple[str, ...]]]()
+        card, results = self._pad.card, list[tuple[Refusal | None, tuple[str, ...]]]()
         assert card.limit is not None, "a pad card has a limit"
         for score in self._pad.scores(images).tolist():
             if score >= card.limit:
-                found.append((None, (f"{LIVE}{card.model_id}",)))
+                results.append((None, (f"{LIVE}{card.model_id}",)))
             else:
-                found.append((Refusal("face", "presentation_attack", card.model_id, round(score, 4), card.limit), ()))
-        return found
+                results.append((Refusal("face", "presentation_attack", card.model_id, round(score, 4), card.limit), ()))
+        return results
 
     def _record(self, steps: Trace, prepared: Sequence[Prepared], results: Sequence[Template | Refusal]) -> None:
-        """What the networks found, capture by capture; where the finger network takes the core to be, in pixels at 500 dpi."""
+        """Records the networks' results in the trace, and the pose of each finger, in pixels at 500 dpi."""
         for i, (item, result) in enumerate(zip(prepared, results, strict=True)):
             if isinstance(item, tuple) and item[1] is not None and self._finger_network is not None:
                 (pose,) = self._finger_network.poses([item[1]])
@@ -283,7 +299,7 @@ class Extractor:
     def _load_face_models(self) -> None:
         with self._lock:
             if self._detector is None:
-                cv2.setNumThreads(1)  # captures run side by side; OpenCV's own threads would take the cores from them
+                cv2.setNumThreads(1)  # captures run in parallel; OpenCV's threads would compete with them
                 card = load_card(self.config.face.detector)
                 card.verify()
                 assert card.weights is not None, "a detector has weights"

@@ -1,6 +1,6 @@
-"""The finger network: turns prints into unit vectors, with ONNX Runtime.
+"""Runs the finger network: turns the inputs of prints into unit vectors, with ONNX Runtime.
 
-Owns batching and normalisation. Never enhances (`capture/fingers/ridges.py`), prepares inputs (`finger_input.py`) or compares.
+Owns batching and normalisation. Never prepares inputs (`finger_input.py`), and never compares.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from biodedup.values import Float32
 
 BATCH = 8
 _POSE, _POSE_PX = "pose", 50.0
-"""The output that says where the network takes the core to be, and its unit: `models/finger_network.py`."""
+"""The output for the estimated pose, and the unit of its position (`models/finger_network.py`)."""
 
 
 class FingerNetwork:
-    """One network in memory. Thread-safe. Raises ModelCardError where card and weights disagree."""
+    """A network in memory. Thread-safe. Raises ModelCardError if card and weights do not fit."""
 
     def __init__(self, card: ModelCard, threads: int) -> None:
         self._session = open_session(card, threads)
         assert card.dimension is not None, "an embedding's card has a dimension"
         wanted = {"directions": [4, CELLS, CELLS], "minutiae": [MINUTIAE_MAX, 5]}
-        found = {given.name: list(given.shape[1:]) for given in self._session.get_inputs()}
-        if found != wanted:
-            raise ModelCardError(f"{card.path.name}: the network takes {found}, wanted {wanted}")
+        inputs = {item.name: list(item.shape[1:]) for item in self._session.get_inputs()}
+        if inputs != wanted:
+            raise ModelCardError(f"{card.path.name}: the network takes {inputs}, wanted {wanted}")
         width = self._session.get_outputs()[0].shape[-1]
         if width != card.dimension:
             raise ModelCardError(
@@ -40,28 +40,28 @@ class FingerNetwork:
         self._card = card
 
     def poses(self, prints: Sequence[FingerInput]) -> list[tuple[float, float, float] | None]:
-        """Of each print: x and y of the core, in pixels of its ridge map, and the angle in radians by which the finger is turned,
-        clockwise as seen. None from a network that does not say. For a trace: it runs the network again."""
+        """The pose of each print: x and y of the core in pixels of its ridge map, and the rotation of the finger in radians, clockwise. None if the
+        network has no such output. It runs the network again, for a trace."""
         if _POSE not in {output.name for output in self._session.get_outputs()}:
             return [None] * len(prints)
-        found: list[tuple[float, float, float] | None] = []
-        for one in prints:
-            given = {"directions": one.directions[None], "minutiae": one.minutiae[None]}
-            x, y, cosine, sine = np.asarray(self._session.run([_POSE], given)[0], np.float64)[0].tolist()
-            found.append((one.centre[0] + _POSE_PX * x, one.centre[1] + _POSE_PX * y, atan2(sine, cosine)))
-        return found
+        poses: list[tuple[float, float, float] | None] = []
+        for item in prints:
+            inputs = {"directions": item.directions[None], "minutiae": item.minutiae[None]}
+            x, y, cosine, sine = np.asarray(self._session.run([_POSE], inputs)[0], np.float64)[0].tolist()
+            poses.append((item.centre[0] + _POSE_PX * x, item.centre[1] + _POSE_PX * y, atan2(sine, cosine)))
+        return poses
 
     def embed(self, prints: Sequence[FingerInput]) -> Float32:
-        """Returns float32 (n, d), unit rows."""
+        """The embeddings, float32 (n, d), unit rows."""
         dimension = self._card.dimension
         assert dimension is not None
         out = np.empty((len(prints), dimension), np.float32)
         for start in range(0, len(prints), BATCH):
             block = prints[start : start + BATCH]
-            given = {
-                "directions": np.stack([one.directions for one in block]),
-                "minutiae": np.stack([one.minutiae for one in block]),
+            inputs = {
+                "directions": np.stack([item.directions for item in block]),
+                "minutiae": np.stack([item.minutiae for item in block]),
             }
-            out[start : start + len(block)] = self._session.run([self._output], given)[0]
+            out[start : start + len(block)] = self._session.run([self._output], inputs)[0]
         vectors = unit(out)
         return vectors if self._card.mean is None else unit(vectors - self._card.mean)

@@ -1,13 +1,13 @@
-"""Extraction in worker processes with limits on time, memory and files.
+"""Extracts templates in worker processes with limits on time, memory and files.
 
-Owns the processes (a `pebble` pool), and the refusal of a capture whose process dies, hangs or needs too much memory. Never reads a
-path, searches or stores.
+Owns the processes (a `pebble` pool), and the refusal of a capture whose process dies, hangs or needs too much memory. Workers never read a
+path; nothing here searches or stores.
 
-1. A capture that crashes its process, is too slow or takes too much memory is tried once more in another process, and then refused
-   as `decoder_failed`, `too_slow` or `too_much_memory`. Other captures and processes go on, and the process is replaced.
-2. Workers end when the process that started them ends, for whatever reason. They ignore Ctrl-C, which the parent handles.
-3. The limits stop crashes, endless loops and decompression bombs. They are not a sandbox: code that takes over a decoder has the rights
-   of the user.
+1. A capture that crashes its process, is too slow or takes too much memory is tried once more in another process. Then it is refused as
+   `decoder_failed`, `too_slow` or `too_much_memory`. Other captures and processes continue, and the process is replaced.
+2. Workers end when their parent process ends, for any reason. They ignore Ctrl-C, which the parent handles.
+3. The limits stop crashes, endless loops and decompression bombs. They are not a sandbox: code that takes over a decoder has the user's
+   rights.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ Work: TypeAlias = Callable[[Any], Extracted]
 _Step: TypeAlias = tuple[str, str, dict[str, Any]]
 
 FAILURES = frozenset(("failed", "timed_out", "decoder_failed", "too_slow", "too_much_memory"))
-"""Reasons that a program's failure gives rather than the capture; `timed_out` is what releases before called `too_slow`."""
+"""Reasons of refusals for a failure of the program, not of the capture. `timed_out` is the name of `too_slow` in earlier releases."""
 
 _TRIES = 2
 _POOLS = 5
-"""A pool breaks when its last idle process dies; one that breaks this often cannot be kept running."""
-_WALL = 6
-"""Times the limit of the processor's time that a capture may take by the clock: others may keep the machine busy."""
+"""A pool breaks when its last idle process dies. After so many broken pools the workers cannot be kept running."""
+_CLOCK_FACTOR = 6
+"""A capture may take this many times its processor time by the clock, because the machine may be busy."""
 _READY_S_MAX = 300.0  # to load models, and to compile code on its first run
-_AHEAD = 4  # captures in the hands of a process, or waiting for it
+_AHEAD = 4  # captures per process that are sent ahead
 _NO_MEMORY = 77
-"""Exit code of a worker that ran out of memory: what is left of its heap is not used again."""
+"""Exit code of a worker that ran out of memory. It ends, because its heap is no longer reliable."""
 _FILE_BYTES_MAX = 64 << 20  # the caches of compiled code
 _FILES_MAX = 256
 
 _LATE = (-signal.SIGPROF, -signal.SIGALRM)
 
-_extractor: Extractor | None = None  # a worker's own: models are loaded once a process
+_extractor: Extractor | None = None  # in a worker: its extractor, so that models are loaded once per process
 _limits = IsolationConfig()
 
 
 class IsolatedWorkers:
-    """Worker processes with an extractor each. Thread-safe; no process starts before the first capture.
+    """Worker processes with an extractor each. Thread-safe. No process starts before the first capture.
 
-    work: what a worker does with a capture, a function that it can import; None: extract it.
+    work: the function that a worker applies to a capture; it must be importable. None: extraction.
     """
 
     def __init__(self, config: Config, count: int, work: Work | None = None) -> None:
@@ -89,17 +89,17 @@ class IsolatedWorkers:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes. Captures in their hands are not answered."""
+        """Ends the processes. Captures that they work on get no result."""
         with self._lock:
             pool, self._pool, self._closed = self._pool, None, True
         _end(pool)
 
     def submit(self, capture: Face | Finger) -> Pending:
-        """Begins with a capture in memory."""
+        """Starts work on a capture in memory."""
         return Pending(self, capture, tracing() is not None)
 
     def extract(self, captures: Sequence[Capture]) -> list[Extracted]:
-        """As `Extractor.extract`, of captures that were checked. A trace gets the steps that it would get without isolation."""
+        """As `Extractor.extract`, for checked captures. A trace gets the same steps as without isolation."""
         results: list[Extracted] = []
         waiting: deque[Extracted | Pending] = deque()
 
@@ -123,7 +123,7 @@ class IsolatedWorkers:
         if isinstance(capture, Missing):
             return Refusal(capture.position, "missing", capture.reason)
         (capture,) = held([capture], self._config.capture)
-        assert not isinstance(capture, Missing), "held as it was"
+        assert not isinstance(capture, Missing), "held does not change the kind"
         if isinstance(capture.data, (bytes, os.PathLike)):
             content = read(capture.data, capture.column, self._config.capture)
             if isinstance(content, Refusal):
@@ -131,7 +131,7 @@ class IsolatedWorkers:
         return self.submit(capture)
 
     def scheduled(self, capture: Face | Finger, traced: bool) -> Future[tuple[Extracted, list[_Step]]]:
-        """Gives a capture to the pool, which is started, or started anew, where there is none that works."""
+        """Gives a capture to the pool. Starts a pool if there is none, or if the pool is broken."""
         with self._lock:
             if self._closed:
                 raise RetryableError("the extractor was closed while it worked; open it again")
@@ -140,24 +140,26 @@ class IsolatedWorkers:
                     self._pool = _started(self._count, self._config)
                 try:
                     future: Future[tuple[Extracted, list[_Step]]] = self._pool.schedule(
-                        _worked, (self._work, capture, traced), timeout=_WALL * self.limits.capture_s_max + _READY_S_MAX
+                        _worked,
+                        (self._work, capture, traced),
+                        timeout=_CLOCK_FACTOR * self.limits.capture_s_max + _READY_S_MAX,
                     )
                     return future
-                except RuntimeError:  # it broke since
+                except RuntimeError:  # the pool is broken
                     _end(self._pool)
                     self._pool = None
         raise _not_kept()
 
 
 class Pending:
-    """A capture in the hands of the workers."""
+    """A capture that the workers process."""
 
     def __init__(self, workers: IsolatedWorkers, capture: Face | Finger, traced: bool) -> None:
         self._workers, self._capture, self._traced = workers, capture, traced
         self._future = workers.scheduled(capture, traced)
 
     def result(self, item: int | None = None) -> Extracted:
-        """The template or the refusal. item: the capture's number, for the trace. Raises RetryableError where no worker can be kept."""
+        """The template or the refusal. item: the capture's number, for the trace. Raises RetryableError if no worker can be kept running."""
         tries = broken = 0
         while True:
             try:
@@ -166,7 +168,7 @@ class Pending:
                     for name, column, values in steps:
                         trace.add(name, column, item, **values)
                 return result
-            except BrokenProcessPool:  # says nothing of this capture
+            except BrokenProcessPool:  # not a fault of this capture
                 broken += 1
                 if broken == _POOLS:
                     raise _not_kept() from None
@@ -179,12 +181,12 @@ class Pending:
     def _refused(self, error: TimeoutError | ProcessExpired) -> Refusal:
         column, limits = self._capture.column, self._workers.limits
         if isinstance(error, TimeoutError) or error.exitcode in _LATE:
-            detail = f"not done after {limits.capture_s_max:g} s of the processor, each time that it was tried"
+            detail = f"not done after {limits.capture_s_max:g} s of processor time, in each try"
             return Refusal(column, "too_slow", detail, None, limits.capture_s_max)
         if error.exitcode == _NO_MEMORY:
             detail = f"more than {limits.memory_bytes_max >> 20} MB"
             return Refusal(column, "too_much_memory", detail, None, limits.memory_bytes_max)
-        detail = f"the process that read it ended (exit code {error.exitcode}), each time that it was tried"
+        detail = f"the process that decoded it ended (exit code {error.exitcode}), in each try"
         return Refusal(column, "decoder_failed", detail)
 
 
@@ -199,18 +201,17 @@ def _not_kept() -> RetryableError:
 
 
 def _started(count: int, config: Config) -> ProcessPool:
-    """A pool whose processes are forked from a server that has imported this package: a replaced one is there at once."""
+    """A pool. Its processes are forked from a server that has imported this package, so that a new process starts quickly."""
     resource_tracker.ensure_running()  # before signals are blocked: its start unblocks them
     if sys.platform == "linux":
-        context: Any = multiprocessing.get_context(
-            "forkserver"
-        )  # a fork of this process would copy locks that are held
+        # a fork of this process would copy locks that are held
+        context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__, "biodedup.embed.extractor"])
-        with _deaf_to_interrupts():
+        with _interrupts_blocked():
             forkserver.ensure_running()
     else:
         context = multiprocessing.get_context("spawn")
-    with _deaf_to_interrupts():
+    with _interrupts_blocked():
         pool = ProcessPool(count, initializer=_begin, initargs=(config,), context=context)
         pool.active  # noqa: B018  starts its processes
     return pool
@@ -223,8 +224,8 @@ def _end(pool: ProcessPool | None) -> None:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started here do not hear Ctrl-C, from their first instruction on: the parent does, and ends them."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that are started in this block ignore Ctrl-C from their first instruction on. The parent handles it and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -236,25 +237,22 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _begin(config: Config) -> None:
-    """A worker's first act."""
+    """Initialises a worker."""
     from biodedup.embed.extractor import Extractor  # which imports this module
 
     global _extractor, _limits
     assert config.isolation is not None, "isolated workers have limits"
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of one that replaces another, too
-    for ends in (
-        signal.SIGTERM,
-        signal.SIGALRM,
-        signal.SIGPROF,
-    ):  # native code, too, which would not return to a handler of Python's
-        signal.signal(ends, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # also in a worker that replaces another
+    # the default action also ends native code, which would not return to a Python handler
+    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limits = config.isolation
     _extractor = Extractor(replace(config, isolation=None))
     _limit(resource.RLIMIT_DATA, _data_bytes() + _limits.memory_bytes_max)
     _limit(resource.RLIMIT_FSIZE, _FILE_BYTES_MAX)
     _limit(resource.RLIMIT_NOFILE, _FILES_MAX)
-    _limit(resource.RLIMIT_CORE, 0)  # it would hold biometric data
+    _limit(resource.RLIMIT_CORE, 0)  # a core dump would hold biometric data
 
 
 def _limit(kind: int, value: int) -> None:
@@ -265,7 +263,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _data_bytes() -> int:
-    """What counts for RLIMIT_DATA already: libraries' data and threads' stacks. 0 where the system does not say."""
+    """The present size that RLIMIT_DATA limits: the data of libraries and the stacks of threads. 0 if the system does not state it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     except (OSError, IndexError):
@@ -280,11 +278,11 @@ def _end_with_parent() -> None:
 
 
 def _worked(work: Work, capture: Face | Finger, traced: bool) -> tuple[Extracted, list[_Step]]:
-    """A task: a capture, and the steps of its trace if it is asked for."""
+    """Processes a capture: (result, the steps of its trace if traced)."""
     try:
         if work is _extract and _extractor is not None:
             _extractor.load(capture)
-        _wind_clocks(_limits.capture_s_max)
+        _set_timers(_limits.capture_s_max)
         if not traced:
             return work(capture), []
         with explain() as steps:
@@ -294,19 +292,19 @@ def _worked(work: Work, capture: Face | Finger, traced: bool) -> tuple[Extracted
         os._exit(_NO_MEMORY)
     except CallerError as error:
         return Refusal(capture.column, "invalid_input", str(error)), []
-    except Exception as error:  # the type alone: a text may quote what a library was given
+    except Exception as error:  # only the type: the text may quote the input
         return Refusal(capture.column, "failed", type(error).__name__), []
     finally:
-        _wind_clocks(0)  # the answer is on its way, and others wait for the pipe
+        _set_timers(0)  # the limits do not cover the return of the result
 
 
-def _wind_clocks(seconds: float) -> None:
-    """The time of one capture, 0 for none; the clocks end the process, also when no other is left to end it."""
+def _set_timers(seconds: float) -> None:
+    """Sets the time limits of a capture; 0: none. The timers end the process itself, also if the parent has ended."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, _WALL * seconds)
+    signal.setitimer(signal.ITIMER_REAL, _CLOCK_FACTOR * seconds)
 
 
 def _extract(capture: Face | Finger) -> Extracted:
-    assert _extractor is not None, "made when the worker began"
+    assert _extractor is not None, "_begin makes it"
     (result,) = _extractor.extract([capture])
     return result

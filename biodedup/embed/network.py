@@ -1,6 +1,6 @@
-"""The face network: turns aligned faces into unit vectors, with ONNX Runtime.
+"""Runs the face network: turns aligned faces into unit vectors, with ONNX Runtime.
 
-Owns the session, batching and normalisation that a card prescribes. Never aligns and never compares.
+Owns the session, batching and normalisation as the card states them. Never aligns and never compares.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     import onnxruntime
 
 BATCH = 4
-"""Images a call: the fastest of 1, 2, 4, 8, 16 for SFace (its activations stay in the cache; one core, 2026-11)."""
+"""Images per call: the fastest of 1, 2, 4, 8, 16 for SFace, because its activations stay in the cache (a single core, 2026-11)."""
 
 
 def open_session(card: ModelCard, threads: int) -> onnxruntime.InferenceSession:
     """The card's weights, checked and loaded. Raises ModelCardError."""
     card.verify()
     assert card.weights is not None, "a network has weights"
-    import onnxruntime  # only where it is used: its threads keep a forked child from ending
+    import onnxruntime  # imported here: its threads would keep a forked child from exiting
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads take no cores
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads do not occupy cores
     try:
         return onnxruntime.InferenceSession(card.weights, sess_options=options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -41,7 +41,7 @@ def open_session(card: ModelCard, threads: int) -> onnxruntime.InferenceSession:
 
 
 class EmbeddingNetwork:
-    """One network in memory. Thread-safe. Raises ModelCardError where card and weights disagree."""
+    """A network in memory. Thread-safe. Raises ModelCardError if card and weights do not fit."""
 
     def __init__(self, card: ModelCard, threads: int) -> None:
         self._session = open_session(card, threads)
@@ -55,19 +55,19 @@ class EmbeddingNetwork:
             raise ModelCardError(
                 f"{card.path.name}: the network gives {outputs[0].shape[-1]} numbers, the card states {card.dimension}"
             )
-        self._fixed = shape[0] if isinstance(shape[0], int) else 0  # some networks take just one size of batch
+        self._fixed = shape[0] if isinstance(shape[0], int) else 0  # some networks have a fixed batch size
         self._batch = self._fixed or BATCH
         self._input, self._output = inputs[0].name, outputs[0].name
         self._card = card
 
     def embed(self, images: NDArray[np.uint8]) -> Float32:
-        """images: uint8 (n, 112, 112, 3) RGB. Returns float32 (n, d), unit rows."""
+        """The embeddings, float32 (n, d), unit rows. images: uint8 (n, 112, 112, 3) RGB."""
         return self.embed_with_norms(images)[0]
 
     def embed_with_norms(self, images: NDArray[np.uint8]) -> tuple[Float32, Float32]:
-        """(as `embed`, float32 (n,): the length of the network's output, that of the image and of its mirror image added).
+        """(the embeddings, the lengths of the network's outputs, float32 (n,)). With a mirror image both outputs are added.
 
-        The length of a face embedding grows with the quality of the picture: Meng et al., "MagFace", 2021; Terhörst et al., "QMagFace", 2023.
+        The length grows with the quality of the picture (Meng et al., "MagFace", 2021; Terhörst et al., "QMagFace", 2023).
         """
         card = self._card
         outputs = self._run(images)
@@ -97,5 +97,5 @@ class EmbeddingNetwork:
 
 
 def unit(vectors: Float32) -> Float32:
-    """Rows of unit length; a row of zeros stays one."""
+    """The vectors scaled to unit length; a vector of zeros stays zero."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)

@@ -19,7 +19,7 @@ from biodedup.errors import BiodedupError, CaptureUnavailable
 from biodedup.gallery.policies import policy_digest
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.compare import Comparer
-from biodedup.match.judgement import BELIEVED, SPEAKS_AGAINST_DB, judge, kinds_of
+from biodedup.match.judgement import SPEAKS_AGAINST_DB, TRUSTED_KINDS, judge, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.required import INCOMPLETE, doubtful
 from biodedup.search.expected import expected
@@ -116,7 +116,7 @@ class Decider:
         if not len(ranked):
             return [], []
         count = self.config.search.returned
-        adds = any([self.comparer.has_more(template) for template in probe.templates.values()])
+        adds = any([self.comparer.has_minutiae_to_add(template) for template in probe.templates.values()])
         return first_of(
             ranked,
             (count, min(count, SHOWN) if adds else count),
@@ -138,7 +138,7 @@ class Decider:
         compared = self._with_subject(probe, now, own)
         threshold_db = self._verify_db()
         (kind,) = kinds_of(compared, threshold_db, threshold_db) or ("",)
-        if kind not in BELIEVED or self._drifted(probe, now, own):
+        if kind not in TRUSTED_KINDS or self._drifted(probe, now, own):
             return self.disputed(decision, probe, now, own)
         if self.policy().replays == "refuse" and any(part.replay for part in compared[0].evidence):
             return self._replayed(decision, compared, now)
@@ -161,7 +161,7 @@ class Decider:
         """The decision `review` with the subject itself as the first candidate: a person judges whether the captures are the subject's."""
         compared = self._with_subject(probe, now, own)
         kinds = kinds_of(compared, decision.duplicate_db, decision.review_db)
-        kind: Kind = kinds[0] if kinds and kinds[0] not in ("", *BELIEVED) else "another_person"
+        kind: Kind = kinds[0] if kinds and kinds[0] not in ("", *TRUSTED_KINDS) else "another_person"
         if compared:
             (subject,) = _candidates(now, compared, [kind])
         else:
@@ -212,7 +212,7 @@ class Decider:
         (kind,) = kinds_of([best], threshold_db, threshold_db)
         return Verification(
             subject_id=subject_id,
-            accepted=kind in BELIEVED
+            accepted=kind in TRUSTED_KINDS
             and not (self.policy().replays == "refuse" and any(part.replay for part in best.evidence)),
             score_db=best.score_db,
             threshold_db=threshold_db,

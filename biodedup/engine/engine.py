@@ -90,11 +90,11 @@ from biodedup.errors import (
 )
 from biodedup.gallery.answers import digest_of, from_json
 from biodedup.gallery.care.backup import Copied, backup
-from biodedup.gallery.care.canary_vectors import turn_canaries
+from biodedup.gallery.care.canary_vectors import rekey_canaries
 from biodedup.gallery.care.history import NotedClock, finite
 from biodedup.gallery.care.retention import Due, Limits, due, erase, next_number
 from biodedup.gallery.care.verify import inspect
-from biodedup.gallery.cases import standing_answer
+from biodedup.gallery.cases import earlier_answer
 from biodedup.gallery.catalogue.audit import AuditRecord, chosen
 from biodedup.gallery.catalogue.chain import Link as ChainLink
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
@@ -102,7 +102,7 @@ from biodedup.gallery.files.index_codec import refuse_unknown
 from biodedup.gallery.files.packed import Packed, pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.indexing import IndexLimits
-from biodedup.gallery.policies import PolicyVersion, told
+from biodedup.gallery.policies import PolicyVersion, differences_in_words
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import EVERY_COLUMN, parse_specs
@@ -339,7 +339,11 @@ class Engine:
 
         def facts() -> dict[str, Any]:
             changes = differences(self._gallery.policies[-1].policy, policy)
-            return {"after_version": version, "changes": told(changes, "now", "as asked for"), "reason": reason}
+            return {
+                "after_version": version,
+                "changes": differences_in_words(changes, "now", "as asked for"),
+                "reason": reason,
+            }
 
         if policy == self._gallery.policies[-1].policy:
             return self._policy.store(policy, by, reason, self._clock)
@@ -475,7 +479,7 @@ class Engine:
         require_subject(encounter)
         encounter = in_memory(encounter, self.config.capture)
         subject_id, operation = str(encounter.subject_id), f"replace: {reason}"
-        if standing_answer(self._gallery.answer, encounter, digest_of(encounter, operation), self._gallery.snapshot):
+        if earlier_answer(self._gallery.answer, encounter, digest_of(encounter, operation), self._gallery.snapshot):
             return encounter, None  # sent again: it gets its first answer, and changes nothing
         named = replace(
             encounter, encounter_id=encounter.encounter_id or "unnamed"
@@ -640,9 +644,9 @@ class Engine:
         self._log.decided("identify", decision, level=logging.DEBUG)
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, seen.found[0].comparisons, self._gallery.templates_of)
-        told = self._told(decision)
-        self._count_named(candidate.subject_id for candidate in told.candidates if not candidate.case)
-        return told
+        disclosed = self._told(decision)
+        self._count_named(candidate.subject_id for candidate in disclosed.candidates if not candidate.case)
+        return disclosed
 
     @audited()
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
@@ -693,9 +697,9 @@ class Engine:
         result = self._searches.nearest(column, rows, int(k), _checked(groups))
         if not self._restricted:
             return result
-        told = self._told_search(column, result)
-        self._count_named(told.ids[told.ids != ""].tolist())
-        return told
+        disclosed = self._told_search(column, result)
+        self._count_named(disclosed.ids[disclosed.ids != ""].tolist())
+        return disclosed
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
         """How a search of these columns is done at present, and which share of mates it may miss; see `SearchPlan.explain`."""
@@ -991,20 +995,20 @@ class Engine:
         (`Policy.two_people`), KeyMismatch, StorageUnavailable.
         """
         self._check("administer")
-        with self._gallery.turning:
+        with self._gallery.rekeying:
             approve: Approve = needs_none  # as in `reindex`
             if not self._gallery.rekey_goes_on(renewable=renewable):
                 facts = {"rekey": "renewable" if renewable else "plain"}
                 approve = self._approvals.require("key", self._caller, lambda: facts, sign=self._sign)
                 self._end_rekey()  # a secret that an interrupted change left is not used again
-            turn_id = self._gallery.rekey(renewable=renewable, report=progress, approve=approve)
+            transform_id = self._gallery.rekey(renewable=renewable, report=progress, approve=approve)
             self._end_rekey()
-        return turn_id
+        return transform_id
 
     def _end_rekey(self) -> None:
         """Destroys the secrets that nothing is stored with any more."""
-        turn_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().turn)
-        self._gallery.forget_turns()
+        rekey_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().transform)
+        self._gallery.forget_transforms()
 
     @audited()
     def faiss_index(self, column: str = "face") -> Any:
@@ -1190,7 +1194,7 @@ class Engine:
         encounter_id was used with other content."""
         self._check("enrol")
         encounter = in_memory(encounter, self.config.capture)
-        known = standing_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
+        known = earlier_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
         return None if known is None else self._told(known)
 
     def info(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from biodedup.errors import (
     UnknownSubject,
 )
 from biodedup.gallery.answers import StoredDecision, digest_of, to_json
-from biodedup.gallery.cases import Request, resembled, standing_answer
+from biodedup.gallery.cases import Request, earlier_answer, similar_cases
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction, exists
@@ -122,7 +122,7 @@ class Enrolment:
                 require_subject(encounter)
                 encounters[i] = in_memory(encounter, self._preparer.config.capture)
                 digests[i] = digest_of(encounters[i], operation)
-                answers[i] = standing_answer(self._gallery.answer, encounter, digests[i], self._gallery.snapshot)
+                answers[i] = earlier_answer(self._gallery.answer, encounter, digests[i], self._gallery.snapshot)
             except NOT_TAKEN as error:
                 answers[i] = error
         todo = [i for i, answer in enumerate(answers) if answer is None]
@@ -216,7 +216,7 @@ class Enrolment:
         each = zip(call.probes, call.seen.found, call.digests, added, strict=True)
         for i, (probe, found, digest, of_added) in enumerate(each):
             try:
-                answer = standing_answer(transaction.answer, probe.encounter, digest, transaction.snapshot)
+                answer = earlier_answer(transaction.answer, probe.encounter, digest, transaction.snapshot)
                 if answer is None:
                     request = Request(call.replaces, tuple(probe.encounter.groups), call.seen.across, call.reason)
                     required = self._decider.policy().required
@@ -291,7 +291,7 @@ class Enrolment:
             else:
                 transaction.add(probe.subject_id, probe.templates, encounter_id, request.groups)
         elif decision.outcome == "review":
-            transaction.hold(probe.subject_id, probe.templates, encounter_id, request, resembled(decision))
+            transaction.open_case(probe.subject_id, probe.templates, encounter_id, request, similar_cases(decision))
         transaction.record(encounter_id, StoredDecision(digest, decision.outcome, to_json(decision)))
         return decision
 

@@ -35,7 +35,7 @@ from biodedup.gallery.answers import (
     digest_of,
     to_json,
 )
-from biodedup.gallery.cases import standing_answer
+from biodedup.gallery.cases import earlier_answer
 from biodedup.gallery.files.packed import Packed, pack_text, text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.new_cells import NewCells, presence_of
@@ -313,7 +313,7 @@ class Loader:
             try:
                 encounters[i] = in_memory(encounter, self.preparer.config.capture)
                 digests[i] = digest_of(encounters[i])
-                answers[i] = standing_answer(self.gallery.answer, encounter, digests[i], self.gallery.snapshot)
+                answers[i] = earlier_answer(self.gallery.answer, encounter, digests[i], self.gallery.snapshot)
             except CaptureUnavailable as error:
                 answers[i] = self.decider.refused(encounter, error, self.gallery.snapshot())
         todo = [i for i, answer in answers.items() if answer is None]
@@ -323,7 +323,7 @@ class Loader:
                 if isinstance(probe, CallerError):
                     answers[i] = self.decider.refused(encounters[i], probe, self.gallery.snapshot())
                     continue
-                answer = standing_answer(transaction.answer, probe.encounter, digests[i], transaction.snapshot)
+                answer = earlier_answer(transaction.answer, probe.encounter, digests[i], transaction.snapshot)
                 if answer is not None:  # sent twice in this batch, or by another thread meanwhile
                     answers[i] = answer
                     continue

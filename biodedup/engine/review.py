@@ -19,14 +19,14 @@ from biodedup.gallery.answers import digest_of
 from biodedup.gallery.cases import (
     Request,
     check_as_shown,
-    closed,
     closes,
+    closing_decision,
     different_rows,
+    earlier_answer,
+    new_verdicts,
     reconsidered,
     request_of,
-    ruled,
     same_rows,
-    standing_answer,
 )
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
@@ -70,7 +70,7 @@ class Review:
         if not probe.templates:
             raise InvalidInput("no capture of the encounter can be used; a case needs one to judge")
         with self.gallery.transaction() as transaction:
-            answer = standing_answer(transaction.answer, encounter, digest, transaction.snapshot)
+            answer = earlier_answer(transaction.answer, encounter, digest, transaction.snapshot)
             if answer is not None:
                 return answer
             decision = self._disputed(transaction, probe)
@@ -107,14 +107,14 @@ class Review:
         """
         shown, encounter_id = (judged, judged.encounter_id) if isinstance(judged, Case) else (None, judged)
         case = self.case(encounter_id)
-        wanted = ruled(case, ruling, candidate, by, 0.0, note)  # raises before anything is searched
+        wanted = new_verdicts(case, ruling, candidate, by, 0.0, note)  # raises before anything is searched
         searched = self._search_cases([case] if wanted and not any(map(closes, wanted)) else [])
         if wanted:
             searched |= self._search_cases(self._open(self.gallery.case, case.linked))
         with self.gallery.transaction() as transaction:
             now = transaction.case(encounter_id)
             assert now is not None, "a case is never deleted"
-            verdicts = ruled(now, ruling, candidate, by, self.clock(), note)
+            verdicts = new_verdicts(now, ruling, candidate, by, self.clock(), note)
             if not verdicts:
                 return now.decision
             if shown is not None and ruling != "recapture":
@@ -123,7 +123,7 @@ class Review:
             transaction.judge(verdicts, different_rows(now, verdicts))
             closing = next(filter(closes, verdicts), None)  # of all candidates, the subject itself may be any
             if closing is not None:
-                decision = closed(now, closing)
+                decision = closing_decision(now, closing)
             else:
                 decision = self._decide_again(transaction, now, verdicts, searched)
             self._settle(transaction, now, decision, own=any(v.own for v in (*now.verdicts, *verdicts)))
@@ -188,9 +188,9 @@ class Review:
         if decision.outcome == "unique":
             if case.replacement:
                 transaction.remove(case.subject_id)
-            transaction.release(case.encounter_id)
+            transaction.enrol_case(case.encounter_id)
             if own or case.replaces:
                 self.enrolment.thin_out(transaction, case.subject_id)
         elif decision.outcome != "review":
-            transaction.withdraw(case.encounter_id)
+            transaction.remove_case(case.encounter_id)
         transaction.revise(case, decision)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from biodedup.engine.joining import Joining
 from biodedup.engine.log import EngineLog
-from biodedup.engine.prepare import Probe
+from biodedup.engine.prepare import Probe, check_models
 from biodedup.engine.sample import GallerySamples
+from biodedup.errors import ModelMismatch
 from biodedup.gallery.files import packed
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
@@ -82,7 +83,8 @@ class BatchedSearch:
     ) -> Sequence[Ranked | None]:
         """Compares each probe with the rows that were added since its search, and with the probes before it in this batch, whose rows may
         be added next: those that may matter to the decision on it. All pairs in one call, so that a batch is not searched for probe by
-        probe. None for probes that this does not serve: they have only embeddings to compare, or subjects have gained rows."""
+        probe. None for probes that this does not serve: they have only embeddings to compare, a subject has several rows of which one was
+        added, or a probe of the batch is of another model than its column has now."""
         from_row, count, columns = (
             seen.snapshot.row_count,
             now.row_count,
@@ -95,9 +97,14 @@ class BatchedSearch:
             or not columns <= now.models.keys()
         ):
             return nothing
+        try:
+            for probe in probes:
+                check_models(probe.templates, now.models)
+        except ModelMismatch:
+            return nothing  # which is an error of that probe alone
         since = np.arange(from_row, count)
         since = since[now.are_present(since)]
-        if len(now.with_siblings(since)[0]) > len(since):
+        if now.with_siblings(since)[1] is not None:
             return nothing
         earlier = TemplateCandidates(*(probe.templates for probe in probes))
         scope = Scope(now, from_row, None, seen.across, seen.extra_k)
@@ -105,7 +112,7 @@ class BatchedSearch:
         for i, (probe, found) in enumerate(zip(probes, seen.found, strict=True)):
             counted = np.ones(len(found.comparisons), bool)
             above = seen.searcher.weakest_shown(found.comparisons, counted, seen.extra_k)
-            has_more = any(map(seen.searcher.comparer.has_more, probe.templates.values()))
+            has_more = any(map(seen.searcher.comparer.has_minutiae_to_add, probe.templates.values()))
             serves = above is not None and has_more
             rows.append(np.concatenate([since, count + np.arange(i)]) if serves else np.zeros(0, np.int64))
             stages.append(seen.searcher.stage(probe.templates, scope, above=above))
@@ -137,13 +144,13 @@ class BatchedSearch:
         """
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
         searcher, left_out = seen.searcher, np.zeros(len(before), bool)
-        changed = _changed_since(seen.snapshot, now, before.rows)
+        changed, joined = _changed_since(seen.snapshot, now, before.rows)
         if len(before):
             left_out = ~now.are_present(before.rows) | np.isin(before.rows, [*uncounted, *changed.tolist()])
         thresholds_db = searcher.thresholds_db(probe.templates, now, across=seen.across)
         lower = any(a > b for a, b in zip(found.complete_db, thresholds_db, strict=True))
         search_all = lower or np.count_nonzero(left_out) > seen.extra_k
-        if not search_all and added is not None and not (len(added) or len(changed) or left_out.any()):
+        if not search_all and added is not None and not (len(added) or len(changed) or joined or left_out.any()):
             return replace(
                 found, comparisons=before.with_others(added)
             )  # which has no rows, only the count of its comparisons
@@ -225,28 +232,29 @@ class BatchedSearch:
             row_k *= 2
 
 
-def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows, ascending, of subjects that had a row, and gained or lost one since: their rows are compared together, so that none of them
-    scores as it did. A subject gains the row of an open case that is closed. compared: rows of the earlier snapshot; those that are no
-    longer held count as lost."""
+def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+    """(the rows, ascending, of subjects that had a row, and gained or lost one since: their rows are compared together, so that none of them
+    scores as it did; whether any row that was gained belongs to a subject with several rows). A subject gains the row of an open case that
+    is closed. compared: rows of the earlier snapshot; those that are no longer held count as lost."""
+    changed = np.zeros(0, np.int64)
     if not before.extra_rows and not now.extra_rows:
-        return np.zeros(0, np.int64)
+        return changed, False
     closed = np.setdiff1d(before.pending_rows, now.pending_rows)
     gained = np.append(closed, np.arange(before.row_count, now.row_count))
     rows, subjects = now.with_siblings(gained[now.are_present(gained)])
-    changed = np.zeros(0, np.int64)
+    joined = subjects is not None
     if subjects is not None:
         changed = rows[np.isin(subjects, subjects[rows < before.row_count])]
     if not before.extra_rows:
-        return changed
+        return changed, joined
     lost = compared[~now.are_present(compared)]
     if not np.array_equal(before.tombstones, now.tombstones):
         lost = np.union1d(lost, np.setdiff1d(now.tombstones, before.tombstones, assume_unique=True))
     lost = lost[lost < before.row_count]
     if not len(lost):
-        return changed
+        return changed, joined
     _, left = now.all_rows_of(packed.pack_text(before.subject_ids(lost.tolist())))
-    return np.union1d(changed, left)
+    return np.union1d(changed, left), joined
 
 
 def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:

@@ -1,9 +1,9 @@
-"""What the gallery stores under an encounter_id: a digest of what was sent, and the answer that was given.
+"""The stored answer to an encounter: a digest of the request, and the answer itself.
 
-Owns these two encodings, the kinds of answers, and the rule for an encounter that is sent again. Never stores them.
+Owns the encoding of both, the kinds of answers, and the rule for an encounter that is sent again. Never stores anything.
 
-An answer is a decision, or the receipt of a batch of templates that was loaded. Steps of jobs have a table of their own (`job_step`);
-releases before 0.3.0 stored them as answers, and galleries may still hold those.
+An answer is a decision, or the receipt of a loaded batch of templates. Job steps have their own table (`job_step`). Releases before 0.3.0
+stored them as answers, which galleries may still hold.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from biodedup.values import (
 _FIELD_OF = {name: field for field, name in JSON_NAMES.items()}
 
 LOADED, JOB_STEP = "loaded", "merged"
-"""Outcomes of stored answers that are no decisions: the receipt of a load; a step of a job, in galleries of releases before 0.3.0."""
+"""Outcomes of stored answers that are not decisions: the receipt of a load; a job step (in galleries of releases before 0.3.0)."""
 
 
 @dataclass(frozen=True)
 class StoredDecision:
-    """What was sent (digest) and what was answered (text, JSON). outcome: of the decision, or LOADED or JOB_STEP."""
+    """A stored answer. digest: of the request; text: the answer (JSON); outcome: of the decision, or LOADED or JOB_STEP."""
 
     digest: bytes
     outcome: str
@@ -52,8 +52,8 @@ class StoredDecision:
 
     @classmethod
     def read(cls, digest: bytes, text: str) -> StoredDecision:
-        """From a segment, which does not keep the outcome: the text tells it. A decision has a field `outcome`, a receipt has the digest
-        of its batch, a step of a job has neither. Raises GalleryDamaged for what was never written."""
+        """An answer from a segment, which does not store the outcome. A decision has it in its text, a receipt has the digest of its batch,
+        and a job step has neither. Raises GalleryDamaged for other content."""
         outcome = parsed(text).get("outcome", LOADED if digest else JOB_STEP)
         if type(outcome) is not str:
             raise GalleryDamaged("a stored answer has no outcome; run `biodedup doctor`")
@@ -61,55 +61,57 @@ class StoredDecision:
 
     @property
     def kind(self) -> Literal["decision", "load", "job"]:
-        """What was answered: a decision, the receipt of a load, or a step of a job."""
+        """The kind of the answer: a decision, the receipt of a load, or a job step."""
         if self.outcome == LOADED:
             return "load"
         return "job" if self.outcome == JOB_STEP else "decision"
 
     @cached_property
     def compressed(self) -> bytes:
-        """The text as segments hold it. Made when an answer is recorded, so that sealing has nothing left to do."""
+        """The text as segments store it. It is computed when the answer is recorded, so that sealing is fast."""
         return zlib.compress(self.text.encode())
 
 
 AnswerOf: TypeAlias = Callable[[str], StoredDecision | None]
-"""encounter_id -> what is stored of it, or None for one never seen."""
+"""encounter_id -> its stored answer, or None for an unknown encounter."""
 
 
 ANSWER_BYTES_MAX = 1 << 26
-"""Of one answer's JSON: a decision has some kilobytes."""
+"""The limit for the JSON of one answer. A decision has some kilobytes."""
 
 
 def inflated(data: bytes) -> bytes:
-    """The text of an answer as segments hold it, compressed. Raises GalleryDamaged."""
+    """The decompressed text of an answer. data: from a segment. Raises GalleryDamaged."""
     inflating = zlib.decompressobj()
     try:
         text = inflating.decompress(data, ANSWER_BYTES_MAX)
     except zlib.error:
         text = b""
     if not inflating.eof:
-        raise GalleryDamaged("a stored answer is cut short, or longer than any; run `biodedup doctor`")
+        raise GalleryDamaged(
+            f"a stored answer is truncated, or longer than {ANSWER_BYTES_MAX:,} bytes; run `biodedup doctor`"
+        )
     return text
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """The fields of a JSON object that the gallery stored. Raises GalleryDamaged for anything else."""
+    """The fields of a stored JSON object. Raises GalleryDamaged for other content."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         fields = None
     if type(fields) is not dict:
-        raise GalleryDamaged("a stored answer is no JSON object; run `biodedup doctor`")
+        raise GalleryDamaged("a stored answer is not a JSON object; run `biodedup doctor`")
     return fields
 
 
 def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
-    """SHA-256 of what was sent: the operation, the id of the subject, and the content of every capture and template.
+    """The SHA-256 of a request: the operation, the id of the subject, and the content of every capture and template.
 
-    The captures are as `capture.reading.held` gives them: what is digested is what is extracted.
+    The captures come from `capture.reading.held`, so that exactly the digested bytes are extracted.
     """
     if encounter.encounter_id is None:
-        return b""  # without an id it cannot be sent again
+        return b""  # an encounter without an id cannot be sent again
     digest = hashlib.sha256()
 
     def add(*parts: bytes) -> None:
@@ -117,9 +119,7 @@ def digest_of(encounter: Encounter, operation: str = "enroll") -> bytes:
             digest.update(len(part).to_bytes(8, "little") + part)
 
     add((encounter.subject_id or "").encode())
-    if (
-        operation != "enroll" or encounter.groups
-    ):  # an enrolment without groups has the digest that release 0.1.0 gave it
+    if operation != "enroll" or encounter.groups:  # without groups, an enrolment keeps the digest of release 0.1.0
         add(operation.encode(), *(group.encode() for group in encounter.groups))
     for capture in encounter.captures:
         add(type(capture).__name__.encode(), capture.column.encode())
@@ -145,27 +145,29 @@ def _content(data: CaptureData) -> tuple[bytes, ...]:
         return str((data.shape, data.dtype.str)).encode(), np.ascontiguousarray(data).tobytes()
     if isinstance(data, bytes):
         return (data,)
-    # a path that gave no bytes; releases before digested a file above the limit whole
+    # a path that could not be read; earlier releases digested the whole content of a file above the limit
     assert isinstance(data, Unread), "captures are held before they are digested"
     return b"unreadable", os.fsencode(data.path)
 
 
 def to_json(decision: Decision) -> str:
-    """One line of JSON, as `from_json` reads it."""
+    """A decision as one line of JSON, for `from_json`."""
     return json.dumps(decision, default=_fields, separators=(",", ":"))
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """As `to_dict`, without copying what the fields hold."""
+    """As `to_dict`, without copying the values."""
     return {JSON_NAMES.get(name, name): field for name, field in vars(value).items()}
 
 
 def from_json(text: str) -> Decision:
-    """The decision that `to_json` wrote. Raises GalleryDamaged for anything else."""
+    """The decision from the JSON of `to_json`. Raises GalleryDamaged for other content."""
     try:
         return _decision(json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise GalleryDamaged(f"an answer is no decision ({type(error).__name__}); run `biodedup doctor`") from error
+        raise GalleryDamaged(
+            f"a stored answer is not a decision ({type(error).__name__}); run `biodedup doctor`"
+        ) from error
 
 
 def _decision(fields: Mapping[str, Any]) -> Decision:
@@ -186,7 +188,7 @@ def _decision(fields: Mapping[str, Any]) -> Decision:
 
 
 def _verdict(fields: dict[str, Any]) -> Verdict:
-    """As a gallery holds it: what was taken once is read for ever, whatever is asked of new ones."""
+    """A stored verdict. KnownId: its texts are not checked again, because the rules for new texts may be stricter."""
     return Verdict(**{**fields, "by": KnownId(fields["by"]), "note": KnownId(fields.get("note", ""))})
 
 
@@ -205,10 +207,10 @@ def _candidate(fields: Mapping[str, Any]) -> Candidate:
 
 
 def answered_before(answer_of: AnswerOf, encounter: Encounter, digest: bytes) -> Decision | None:
-    """The answer that this encounter got, or None where it is to be decided. digest: of what is sent now.
+    """The stored decision of an encounter that is sent again, or None if it must be decided. digest: of the present request.
 
-    A refusal of captures is not final: with other content the encounter is decided anew, and after a refusal as incomplete with the same
-    content, too, since the policy may ask for less by now. Raises EncounterConflict for other content of an encounter that was decided.
+    A refusal is not final: with other content the encounter is decided again. After a refusal as incomplete it is decided again even with
+    the same content, because the policy may have changed. Raises EncounterConflict for other content of an encounter that was decided.
     """
     if encounter.encounter_id is None:
         return None
@@ -225,7 +227,7 @@ def answered_before(answer_of: AnswerOf, encounter: Encounter, digest: bytes) ->
 
 
 def batch_answered_before(stored: StoredDecision | None, encounter_id: str, digest: bytes) -> bool:
-    """Whether this batch was written before. Raises EncounterConflict for other content."""
+    """Whether a batch was loaded before. Raises EncounterConflict for other content."""
     if stored is not None and stored.digest != digest:
         raise _conflict(encounter_id)
     return stored is not None
@@ -233,5 +235,5 @@ def batch_answered_before(stored: StoredDecision | None, encounter_id: str, dige
 
 def _conflict(encounter_id: str) -> EncounterConflict:
     return EncounterConflict(
-        f"encounter {encounter_id!r} was sent before with other content; give this one an id of its own"
+        f"encounter {encounter_id!r} was sent before with other content; send this content with another encounter_id"
     )

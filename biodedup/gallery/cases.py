@@ -1,16 +1,15 @@
-"""Cases: encounters that a person has to judge, and the verdicts on them.
+"""Cases: encounters that a person must judge, and the verdicts on them.
 
-Owns how a case is stored, which verdicts may follow one another, and the decision that a verdict leads to. Never searches and never
-commits.
+Owns how a case is stored, which verdicts are valid, and the decision that follows from a verdict. Never searches and never commits.
 
-1. A case is open while it owns a pending row, which searches see. It lists candidates; each is ruled on by itself, or all at once.
-2. `same` closes it as a duplicate, `recapture` as refused. `different` closes it once no candidate is left: not in its list, and not
-   in a search of everything that is enrolled or waits by then. Until that it stays open, with the candidates of that search. Where the
-   candidate is the very subject whose id the encounter has, `different` closes it as refused, and `same` is what `different` is of others.
-3. The same ruling again changes nothing; another one on what was ruled already is a conflict.
-4. A verdict is about rows: the case's own and those of the candidate that were compared. A subject that gets another row is asked
-   about again.
-5. Two open cases that resemble each other are linked: each has the other as a candidate, or is one of its candidates.
+1. A case is open while it has a pending row, which searches include. It lists candidates. A person judges each candidate, or all at once.
+2. `same` closes a case as a duplicate, `recapture` as refused. `different` closes it when no candidate is left, neither in its list nor in
+   a new search of all enrolled subjects and open cases. Otherwise the case stays open, with the candidates of that search.
+   If the candidate is the subject that the encounter itself names (an *own* candidate), the meaning is reversed: `different` closes the
+   case as refused, and `same` only removes the candidate.
+3. The same verdict again changes nothing. Another verdict on the same candidate is a conflict.
+4. A verdict binds rows: the row of the case, and the compared rows of the candidate. If the candidate gets a new row, it is judged again.
+5. Two open cases are linked if one of them is a candidate of the other.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ ANOTHER_PERSON = Refusal(
 
 @dataclass(frozen=True)
 class Request:
-    """The request of an encounter in review. replaces: it updates an enrolled subject; reason: why it replaces all rows of the subject,
-    "" where it adds one."""
+    """The request of an encounter in review. replaces: whether it updates an enrolled subject; across: whether all finger positions are
+    compared with each other; reason: why it replaces all rows of the subject, "" if it adds a row."""
 
     replaces: bool
     groups: tuple[str, ...]
@@ -46,29 +45,29 @@ class Request:
 
 
 def request_of(case: Case) -> Request:
-    """What the encounter of a case asked for."""
+    """The request of a case."""
     return Request(case.replaces, case.groups, case.across_positions, case.replacement)
 
 
-def resembled(decision: Decision) -> tuple[str, ...]:
+def similar_cases(decision: Decision) -> tuple[str, ...]:
     """The open cases among the candidates of a decision."""
     return tuple(dict.fromkeys(candidate.case for candidate in decision.candidates if candidate.case))
 
 
-def standing(catalogue: Catalogue, encounter_id: str, first: StoredDecision) -> StoredDecision:
-    """The answer as it stands. first: the one that was given first; only of a case has it changed since."""
+def current_answer(catalogue: Catalogue, encounter_id: str, first: StoredDecision) -> StoredDecision:
+    """The present answer to an encounter. first: the first answer. Only the answer of a case can change."""
     if first.outcome != "review":
         return first
     stored = catalogue.case(encounter_id)
     return first if stored is None or stored[1] is None else StoredDecision.read(first.digest, stored[1])
 
 
-def standing_answer(
+def earlier_answer(
     answer_of: AnswerOf, encounter: Encounter, digest: bytes, snapshot: Callable[[], Snapshot]
 ) -> Decision | None:
-    """The answer that this encounter got before; it says `removed` where its subject has been removed since.
+    """The decision on an encounter that was sent before, or None. Its reasons include `removed` if the subject was removed since.
 
-    snapshot: called after the answer was read, so that it holds the row of an answer that another thread has just given.
+    snapshot: called after the answer was read, so that the snapshot includes the row of an answer that another thread has just given.
     """
     answer = answered_before(answer_of, encounter, digest)
     if answer is None or answer.outcome != "unique" or answer.subject_id is None:
@@ -83,9 +82,9 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
         return None
     first = from_json(answer.text)
     if first.subject_id is None:
-        raise GalleryDamaged("a case is of no subject; run `biodedup doctor`")
+        raise GalleryDamaged("a case has no subject; run `biodedup doctor`")
     stored = catalogue.case(encounter_id)
-    if stored is None:  # of a release that did not note what was asked for
+    if stored is None:  # from a release that did not store requests
         request = Request(snapshot.row_of(first.subject_id) is not None, (), False)
     else:
         fields = json.loads(stored[0])
@@ -94,8 +93,8 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
     row = snapshot.pending_row_of.get(encounter_id)
     linked: tuple[str, ...] = ()
     if decision.outcome == "review":
-        asked = (_as_it_stands(c, snapshot, own=c.subject_id == first.subject_id) for c in decision.candidates)
-        decision = replace(decision, candidates=tuple(c for c in asked if c is not None))
+        present = (_present_candidate(c, snapshot, own=c.subject_id == first.subject_id) for c in decision.candidates)
+        decision = replace(decision, candidates=tuple(c for c in present if c is not None))
         linked = tuple(sorted(catalogue.linked(encounter_id) & snapshot.pending_row_of.keys()))
     return Case(
         encounter_id=encounter_id,
@@ -114,43 +113,43 @@ def read_case(catalogue: Catalogue, snapshot: Snapshot, encounter_id: str) -> Ca
     )
 
 
-def _as_it_stands(candidate: Candidate, snapshot: Snapshot, *, own: bool) -> Candidate | None:
-    """A candidate of an open case by now: an open case may have been enrolled since; None for one that was removed."""
-    if not candidate.rows:  # of an older format
+def _present_candidate(candidate: Candidate, snapshot: Snapshot, *, own: bool) -> Candidate | None:
+    """The present state of a candidate: an open case may have been enrolled since. None if it was removed. own: see the module's rule 2."""
+    if not candidate.rows:  # from an older format
         candidate = replace(candidate, rows=tuple(snapshot.rows_under(candidate.subject_id)))
     cases = [snapshot.pending.get(row, "") for row in candidate.rows if snapshot.is_present(row)]
-    if not cases:  # whether captures are the subject's own can be told of a removed one, too
+    if not cases:  # removed: only an own candidate stays, because a person can still judge it
         return candidate if own and not candidate.case else None
     return candidate if cases[0] == candidate.case else replace(candidate, case=cases[0])
 
 
-def judged_before(verdicts: Iterable[Verdict], snapshot: Snapshot) -> list[tuple[int, int]]:
-    """Pairs of rows that verdicts of an older format, which name subjects, were given on: rows that are still there, of the case itself
-    and of a candidate that was enrolled before the verdict. A candidate updated since is asked about again."""
+def pairs_of_old_verdicts(verdicts: Iterable[Verdict], snapshot: Snapshot) -> list[tuple[int, int]]:
+    """The pairs of rows for verdicts of an older format, which name only subjects. A pair is a row of the case and the newest row of the
+    candidate, if that row was enrolled before the verdict. A candidate that was updated since is judged again."""
     pairs = []
     for verdict in verdicts:
         if verdict.ruling != "different" or verdict.candidate is None or verdict.own:
             continue
-        mine = [
+        case_rows = [
             row
             for row in (snapshot.row_of(verdict.subject_id), snapshot.pending_row_of.get(verdict.encounter_id))
             if row is not None and snapshot.encounter_ids([row]) == [verdict.encounter_id]
         ]
-        theirs = snapshot.row_of(verdict.candidate)
-        if theirs is not None and _enrolled_at(snapshot, theirs) <= verdict.at:
-            pairs += [(row, theirs) for row in mine]
+        candidate_row = snapshot.row_of(verdict.candidate)
+        if candidate_row is not None and _enrolled_at(snapshot, candidate_row) <= verdict.at:
+            pairs += [(row, candidate_row) for row in case_rows]
     return pairs
 
 
 def _enrolled_at(snapshot: Snapshot, row: int) -> float:
-    """When the encounter of a row was decided; 0 where it was loaded without one."""
+    """The time when the encounter of a row was decided, in seconds since 1970; 0 if it was loaded without an encounter."""
     (encounter_id,) = snapshot.encounter_ids([row])
     answer = snapshot.answer(encounter_id) if encounter_id else None
     return 0.0 if answer is None else float(parsed(answer.text).get("decided_at", 0.0))
 
 
 def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, int]]:
-    """Pairs of rows that these verdicts on a case say are of two people."""
+    """The pairs of rows that belong to two people by these verdicts on a case."""
     judged = {v.candidate for v in verdicts if v.ruling == "different" and not v.own}
     if case.row is None:
         return []
@@ -158,18 +157,20 @@ def different_rows(case: Case, verdicts: Iterable[Verdict]) -> list[tuple[int, i
 
 
 def same_rows(case: Case, verdicts: Iterable[Verdict]) -> frozenset[int]:
-    """Rows of the subject whose id the encounter has that a person judged to be of the same person as the case; verdicts: new ones."""
-    are_theirs = any(v.own and v.ruling == "same" for v in verdicts)
-    judged = [*case.decision.cleared, *(case.decision.candidates if are_theirs else ())]
+    """The rows of the encounter's own subject that a person has judged to be of the same person as the case. verdicts: the new verdicts."""
+    is_own_judged = any(v.own and v.ruling == "same" for v in verdicts)
+    judged = [*case.decision.cleared, *(case.decision.candidates if is_own_judged else ())]
     return frozenset(row for candidate in judged if case.is_own(candidate) for row in candidate.rows)
 
 
-def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str) -> tuple[Verdict, ...]:
-    """The verdicts to record; none where this was ruled before.
+def new_verdicts(
+    case: Case, ruling: Ruling, candidate: str | None, by: str, at: float, note: str
+) -> tuple[Verdict, ...]:
+    """The verdicts to record; empty if the same verdict was given before.
 
-    candidate: the subject_id of an enrolled candidate, or the encounter_id of one that is an open case itself. None means the only
-    one, or with `different` all that are undecided; `same`, sent again without one, is about the same one as before. Raises
-    EncounterConflict where something else was ruled, InvalidInput for what is no candidate, and where it is not clear which is meant.
+    candidate: the subject_id of an enrolled candidate, or the encounter_id of a candidate that is an open case. None means the only
+    candidate; with `different`, all undecided candidates; with `same` sent again, the candidate of the first time. Raises EncounterConflict
+    after another verdict, InvalidInput for an unknown candidate, and if it is not clear which candidate is meant.
     """
 
     def verdict(candidate: str | None) -> Verdict:
@@ -196,18 +197,18 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
             else v.candidate == candidate and candidate not in undecided
         )
     ]
-    standing = before[-1] if before else case.decision.adjudicated
-    if standing is not None:
-        if standing.ruling == ruling and (before or candidate is None):
+    earlier = before[-1] if before else case.decision.adjudicated
+    if earlier is not None:
+        if earlier.ruling == ruling and (before or candidate is None):
             return ()
         raise EncounterConflict(
-            f"encounter {case.encounter_id!r} was judged {standing.ruling} by {standing.by}; a verdict stands: enrol anew, with "
+            f"encounter {case.encounter_id!r} was judged {earlier.ruling} by {earlier.by}; a verdict is final; enrol again with "
             "another encounter_id"
         )
     names = [c.key for c in case.decision.candidates]
     if candidate is not None and candidate not in names:
         raise InvalidInput(
-            f"subject {candidate!r} is no candidate of encounter {case.encounter_id!r}; its candidates are "
+            f"subject {candidate!r} is not a candidate of encounter {case.encounter_id!r}; its candidates are "
             f"{', '.join(names) or 'none'}"
         )
     if ruling == "recapture":
@@ -218,7 +219,7 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
         return tuple(map(verdict, names_now)) or (verdict(None),)
     if candidate is None and len(undecided) != 1:
         raise InvalidInput(
-            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; name the one that it is a duplicate of: "
+            f"encounter {case.encounter_id!r} has {len(undecided)} candidates; name the candidate that it is a duplicate of: "
             f"{', '.join(undecided or names) or 'none is left'}"
         )
     _refuse_ambiguous(case, [candidate or undecided[0]])
@@ -226,18 +227,18 @@ def ruled(case: Case, ruling: Ruling, candidate: str | None, by: str, at: float,
 
 
 def _refuse_ambiguous(case: Case, names: Iterable[str]) -> None:
-    """Raises InvalidInput for the name of an open case that is the id of a subject, too: what is ruled would be about both."""
+    """Raises InvalidInput if a name is both the encounter_id of an open case and the id of a subject of this case."""
     subjects = {case.subject_id, *(c.subject_id for c in case.decision.candidates if not c.case)}
     for candidate in case.decision.candidates:
         if candidate.case in subjects and candidate.case in names:
             raise InvalidInput(
-                f"{candidate.case!r} is a subject and an open case, both of which encounter {case.encounter_id!r} is about; "
+                f"{candidate.case!r} names a subject and an open case, both in encounter {case.encounter_id!r}; "
                 f"decide the case {candidate.case!r} first"
             )
 
 
 def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
-    """Raises EncounterConflict where what a verdict is about has changed since the case was shown. candidate: as of `ruled`."""
+    """Raises EncounterConflict if the judged candidates have changed since the case was shown. candidate: as in `new_verdicts`."""
 
     def rows_of(judged: Case) -> dict[str, frozenset[int]]:
         return {c.key: frozenset(c.rows) for c in judged.undecided if candidate in (None, c.key)}
@@ -250,11 +251,11 @@ def check_as_shown(case: Case, shown: Case, candidate: str | None) -> None:
 
 
 def closes(verdict: Verdict) -> bool:
-    """Whether this verdict closes the case by itself, so that no other candidate is to be judged."""
+    """Whether this verdict closes the case, whatever other candidates there are."""
     return verdict.ruling == "recapture" or (verdict.ruling == "same") != verdict.own
 
 
-def closed(case: Case, verdict: Verdict) -> Decision:
+def closing_decision(case: Case, verdict: Verdict) -> Decision:
     """The decision after a verdict that closes a case."""
     if verdict.ruling == "same":
         return replace(case.decision, outcome="duplicate", adjudicated=verdict)
@@ -263,20 +264,20 @@ def closed(case: Case, verdict: Verdict) -> Decision:
 
 
 def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> Decision:
-    """The decision after a verdict that does not close a case by itself. fresh: made anew, of all rows by now but those that were
-    judged different; the subject itself is one of its candidates where the captures have to be judged (again) to be theirs.
+    """The decision after a verdict that does not close the case by itself.
 
-    A person has looked, so that `unique` needs no more than that no candidate is left and everything was seen.
+    fresh: a new decision, on all present rows but those that were judged different. The own subject is among its candidates if it must be
+    judged (again). Since a person has looked, the outcome is `unique` if no candidate is left and the search was complete.
     """
     judged = {v.candidate for v in (*case.verdicts, *verdicts) if not closes(v)}
-    now = {c.key: c for c in (*fresh.candidates, *fresh.cleared)}
-    known = {c.key: c for c in (*case.decision.cleared, *case.decision.candidates)} | now
-    just = {v.candidate for v in verdicts}
-    waiting = {c.key: known[c.key] for c in case.undecided if c.key not in just}
-    waiting |= {c.key: c for c in strong(fresh)}
-    by_rows = {c.key for c in fresh.cleared}
-    cleared = _ranked(c for key, c in known.items() if key in judged | by_rows and key not in waiting)
-    left = _ranked(waiting.values())
+    present = {c.key: c for c in (*fresh.candidates, *fresh.cleared)}
+    known = {c.key: c for c in (*case.decision.cleared, *case.decision.candidates)} | present
+    just_judged = {v.candidate for v in verdicts}
+    undecided = {c.key: known[c.key] for c in case.undecided if c.key not in just_judged}
+    undecided |= {c.key: c for c in strong(fresh)}
+    cleared_by_rows = {c.key for c in fresh.cleared}
+    cleared = _ranked(c for key, c in known.items() if key in judged | cleared_by_rows and key not in undecided)
+    left = _ranked(undecided.values())
     if not left and not fresh.incomplete:
         return replace(fresh, outcome="unique", cleared=cleared, adjudicated=verdicts[-1] if verdicts else None)
     return replace(
@@ -284,7 +285,7 @@ def reconsidered(case: Case, verdicts: tuple[Verdict, ...], fresh: Decision) -> 
         outcome="review",
         candidates=left or fresh.candidates,
         cleared=cleared,
-        review_db=min(fresh.review_db, case.decision.review_db),  # what was to be judged still is
+        review_db=min(fresh.review_db, case.decision.review_db),  # so that earlier candidates stay in review
     )
 
 

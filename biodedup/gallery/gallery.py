@@ -1,15 +1,14 @@
 """A gallery: the durable store of subjects, templates and decisions, with one writing process and many readers.
 
-Owns durability, visibility, versions and recovery after a failed commit. Never compares templates and never decides.
-opening.py opens the database, loading.py reads it, transaction.py stages changes, maintenance.py seals and merges.
+Owns durability, visibility, versions, and recovery after a failed commit. Never compares templates and never decides. opening.py opens the
+database, loading.py reads it, transaction.py stages changes, maintenance.py seals the journal and merges segments.
 
-1. A `Transaction` stages changes; they become visible to others only after their commit is durable. A failure leaves
-   the state before it, on disk and in memory.
-2. A reader sees a `Snapshot`, which does not change while the writer seals, merges and removes.
-3. Files that a manifest names are never changed. They are written and synced before the commit that names them, and
-   removed after the commit that no longer names them. The next writer removes files that no manifest names, but only those with a
-   segment file's name.
-4. A writer stops with GalleryBusy when its lock file was removed or another process has committed. It removes nothing afterwards.
+1. Changes are staged in a `Transaction`. They become visible only after their commit is durable. After a failure, the state on disk and in
+   memory is that before the transaction.
+2. A reader uses a `Snapshot`, which does not change while the writer works.
+3. Files that the manifest names are never changed. They are written and synced before the commit that names them, and removed after the
+   commit that no longer names them. The next writer removes segment files that the manifest does not name, and no other files.
+4. A writer stops with GalleryBusy if its lock file was removed, or if another process has committed. Afterwards it removes no files.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput, KeyMismatch
 from biodedup.gallery.answers import StoredDecision, parsed
-from biodedup.gallery.cases import read_case, standing
+from biodedup.gallery.cases import current_answer, read_case
 from biodedup.gallery.catalogue.audit import AuditCheck, AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
@@ -40,15 +39,15 @@ from biodedup.gallery.catalogue.readings import Readings, Waiting
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
 from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
-from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
+from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Lock, Storage, needs_key
+from biodedup.gallery.files.filesystem import MALFORMED, Lock, Storage, needs_key
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, LOCK_NAME, SEGMENT_FOLDER
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.indexing import IndexLimits
-from biodedup.gallery.loading import LoadedGallery, load, never_written, read
-from biodedup.gallery.maintenance import Maintenance, turned_otherwise
+from biodedup.gallery.loading import LoadedGallery, load, malformed_error, read
+from biodedup.gallery.maintenance import Maintenance, segments_to_rekey
 from biodedup.gallery.opening import open_catalogue, prepare_folder
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.indexing import built, with_indexes, write_column_index
@@ -68,17 +67,18 @@ _LIMITS = IndexLimits()
 
 
 class Recorder(Protocol):
-    """Adds rows to commits: the audit log and the cards of models (engine/callers/). Both are called under the gallery's lock."""
+    """Adds rows to commits: the audit log and the model cards in use (engine/callers/). Both methods are called with the gallery's lock
+    held."""
 
     def stage(self, transaction: Transaction) -> None:
-        """Before a commit that changes something."""
+        """Called before a commit that changes something."""
 
     def settle(self) -> None:
-        """Once it is durable."""
+        """Called when that commit is durable."""
 
 
 class Gallery:
-    """Subjects, their templates and the answers given. Thread-safe; one process writes."""
+    """The subjects of a gallery, their templates, and the answers to encounters. Thread-safe; one process writes."""
 
     def __init__(
         self,
@@ -94,16 +94,16 @@ class Gallery:
         self.limits = limits
         self.read_only = lock is None
         self.lock = threading.RLock()
-        """Guards the connection and every change of what is published. Hold it to make several steps one."""
-        self.turning = threading.Lock()
-        """Held while embeddings are turned, until the secret of the old transform is destroyed: one thread does so."""
+        """Guards the connection and the published snapshot. Hold it to make several steps atomic."""
+        self.rekeying = threading.Lock()
+        """Held by the one thread that rekeys embeddings, until it has destroyed the secret of the old transform."""
         self.storage = storage
         self._catalogue = catalogue
         self._lock_file = lock
         self.recorders: list[Recorder] = []
         self._broken = self._closed = False
         self._uncertain: State | None = None
-        """The state of a commit whose result is unknown, because the disk failed; else None."""
+        """The state of a commit whose result is unknown because the disk failed; otherwise None."""
         self._unwiped = lock is not None
         self._process = forks.Process()
         forks.hold(self.lock)
@@ -121,9 +121,10 @@ class Gallery:
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
             self._refuse_other_index(config)
-            if config.renewable and self._published.turn is None:
+            if config.renewable and self._published.transform is None:
                 raise InvalidInput(
-                    f"{folder} stores embeddings as they are, got renewable=True; run `biodedup key rekey`, or leave renewable out"
+                    f"{folder} stores embeddings without a secret transform, got renewable=True; run `biodedup key rekey`, or leave "
+                    "renewable out"
                 )
         self._log_opened()
         if lock is not None:
@@ -142,9 +143,9 @@ class Gallery:
         limits: IndexLimits = _LIMITS,
         subject_keys: Path | None = None,
     ) -> Gallery:
-        """Opens the gallery, creating it where the folder is absent or empty.
+        """Opens the gallery. Creates it if the folder is absent or empty.
 
-        settings, gallery_id: stored with a new gallery; limits: of what indexes may miss and take; subject_keys: the folder of the keys that
+        settings, gallery_id: stored with a new gallery; limits: threads and miss risk of indexes; subject_keys: the folder of the keys that
         minutiae are sealed by. Raises NotAGallery, IndexMismatch, KeyMismatch, GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
         with translated(f"opening {folder}"):
@@ -166,7 +167,7 @@ class Gallery:
     def open_to_read(
         cls, folder: Path, storage: Storage, config: GalleryConfig, subject_keys: Path | None = None
     ) -> Gallery:
-        """A gallery that is there, while another process may write it. Raises as `open`."""
+        """Opens an existing gallery for reading. Another process may write it meanwhile. Raises as `open`."""
         return cls.open(
             folder,
             storage=storage,
@@ -200,7 +201,7 @@ class Gallery:
             return
         if not self._catalogue.has_subject_keys():
             with self.transaction() as transaction:
-                transaction.callers().set_subject_keys()
+                transaction.caller_tables().set_subject_keys()
         if doomed := self.keys.doomed():
             kept = {*self._published.live_rows().tolist(), *self._published.pending}
             self.keys.destroy({slot for row, slot in doomed if row not in kept})
@@ -208,7 +209,7 @@ class Gallery:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the gallery in messages."""
         return str(self.folder)
 
     def _log_opened(self) -> None:
@@ -224,15 +225,15 @@ class Gallery:
         )
 
     def refuse_backup(self) -> None:
-        """Raises InvalidInput for a gallery that is no folder to be copied."""
+        """Raises InvalidInput if the gallery is not a folder. ClusterGallery overrides it."""
 
     def problems(self) -> list[str] | None:
-        """What a gallery that is no folder finds wrong with itself; None for a folder, which care/verify.py inspects."""
+        """The problems of a gallery that is not a folder; None for a folder, which care/verify.py inspects."""
         return None
 
     def close(self) -> None:
-        """Waits for sealing and for small merges; a large merge is abandoned, and begun again another time. Files are released at once:
-        a snapshot that is still held raises EngineClosed when it is next read. In a child of a fork it does nothing."""
+        """Waits for sealing and for small merges. A large merge is abandoned, and starts again later. Files are closed at once: a snapshot
+        that is still in use raises EngineClosed at its next read. In a child of a fork it does nothing."""
         self._maintenance.stop()
         if not self._process.is_this:
             return
@@ -258,7 +259,7 @@ class Gallery:
         return self._process.is_this
 
     def check_process(self) -> None:
-        """Raises EngineClosed in a process that was forked since the gallery was opened."""
+        """Raises EngineClosed in a child of a fork."""
         self._process.check()
 
     def snapshot(self) -> Snapshot:
@@ -266,7 +267,7 @@ class Gallery:
         return self._published
 
     def refresh(self) -> None:
-        """In a reader: sees what the writer has committed since."""
+        """In a reader: loads the newest commit of the writer. In a writer it does nothing."""
         self._process.check()
         if self.read_only:
             with self.lock:
@@ -274,39 +275,39 @@ class Gallery:
 
     @property
     def policies(self) -> tuple[PolicyVersion, ...]:
-        """Every version of the policy, the one in force last."""
+        """All versions of the policy, the version in force last."""
         return self._policies
 
     def templates_of(self, subject_id: str) -> dict[str, Template] | None:
-        """column -> the best template enrolled there; None where the subject is not enrolled."""
+        """column -> the best enrolled template of a subject; None if the subject is not enrolled."""
         return self.snapshot().best_templates(subject_id)
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
-        """As `Snapshot.answer`; of a case, the decision as it stands."""
+        """As `Snapshot.answer`; for a case, its present decision."""
         found = self.snapshot().answer(encounter_id)
         if found is None or found.outcome != "review":
-            return found  # without waiting for the lock
+            return found  # the lock is not needed
         with self._reading():
-            return standing(self._catalogue, encounter_id, found)
+            return current_answer(self._catalogue, encounter_id, found)
 
     def case(self, encounter_id: str) -> Case | None:
-        """An encounter that went to review, open or closed."""
+        """The case of an encounter that went to review, open or closed; None for other encounters."""
         with self._reading():
             return read_case(self._catalogue, self._published, encounter_id)
 
     def open_cases(self) -> list[str]:
-        """The encounters in review, in the order of their ids."""
+        """The encounters in review, ordered by id."""
         waiting = self._published.pending.values()
         with self._reading():
             return sorted({*waiting, *self._catalogue.held_cases()})
 
     def chain_link(self, version: int) -> Link | None:
-        """The link of the hash chain whose commit made a version of the content; None for one before the chain."""
+        """The link of the hash chain whose commit made a version of the content. None for a version before the chain began."""
         with self._reading():
             return self._catalogue.link_of(version)
 
     def closed_cases(self) -> dict[str, float]:
-        """encounter_id of each closed case -> the time of its last verdict, or of its decision, in seconds."""
+        """encounter_id of each closed case -> the time of its last verdict, or of its decision, in seconds since 1970."""
         waiting = set(self._published.pending.values())
         with self._reading():
             waiting |= set(self._catalogue.held_cases())
@@ -320,18 +321,18 @@ class Gallery:
         return times
 
     def verdicts(self) -> list[Verdict]:
-        """All that were ever given, oldest first."""
-        with self._comparing():
+        """All verdicts, oldest first."""
+        with self._reading_verified():
             return list(self._catalogue.verdicts())
 
     def alarms(self) -> list[tuple[Any, ...]]:
-        """Rows of table `alarm`, oldest first."""
-        with self._comparing():
+        """The rows of table `alarm`, oldest first."""
+        with self._reading_verified():
             return self._catalogue.alarms()
 
     def audit_log(self) -> tuple[list[AuditSpan], list[AuditRecord]]:
-        """The packed records of the audit log, and those behind them, oldest first. Raises GalleryDamaged where records are lost."""
-        with self._comparing():
+        """(the packed records of the audit log, the records after them), oldest first. Raises GalleryDamaged if records are missing."""
+        with self._reading_verified():
             spans, rows = list(self._catalogue.audit_spans()), list(self._catalogue.audit_rows())
             check = AuditCheck.after(spans, self._catalogue.audit_hash())
             check.rows(rows, self._catalogue.audit_head())
@@ -356,33 +357,34 @@ class Gallery:
         self._readings.forget(number)
 
     def cards(self) -> list[tuple[Any, ...]]:
-        """Rows of table `card`, oldest first."""
-        with self._comparing():
+        """The rows of table `card`, oldest first."""
+        with self._reading_verified():
             return self._catalogue.cards()
 
     def approvals(self) -> tuple[list[tuple[Any, ...]], dict[int, str]]:
-        """(rows of table `approval`, oldest first; its number -> the method of its newest signature)."""
-        with self._comparing():
+        """(rows of table `approval`, oldest first; number of the approval -> the method of its newest signature)."""
+        with self._reading_verified():
             signed = {row[1]: row[3] for row in self._catalogue.approval_signatures()}
             return self._catalogue.approvals(), signed
 
     def copied_to(self, copy: sqlite3.Connection) -> Snapshot:
-        """Copies the database, and returns the snapshot of the same moment. A reader sees what the writer has committed since."""
+        """Copies the database, and returns the snapshot of the same commit. A reader loads the newest commit first."""
         with self._reading():
             if self.read_only:
-                self._see(read(self._catalogue, self.storage, self.folder))
+                self._publish(read(self._catalogue, self.storage, self.folder))
             assert isinstance(self._catalogue, SqliteCatalogue), "only a gallery in a folder has a database file"
             self._catalogue.copy_to(copy)
             return self._published
 
     @contextmanager
-    def _comparing(self) -> Iterator[None]:
-        """As `_reading`; the tables that are read whole are compared with the newest link of the hash chain. Raises GalleryDamaged."""
+    def _reading_verified(self) -> Iterator[None]:
+        """As `_reading`, and compares the tables that are read completely with the newest link of the hash chain. Raises GalleryDamaged."""
         with self._reading(), self._catalogue.compared_with_chain():
             yield
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        """A read transaction, with the lock held. Recovers first if the last write failed."""
         self._process.check()
         with self.lock, translated(f"reading {self.folder}"):
             if self._broken:
@@ -390,20 +392,20 @@ class Gallery:
             try:
                 self._catalogue.begin_reading()
                 yield
-            except ODD_CONTENT as error:
-                raise never_written(self.folder, error) from (None if isinstance(error, MemoryError) else error)
+            except MALFORMED as error:
+                raise malformed_error(self.folder, error) from (None if isinstance(error, MemoryError) else error)
             finally:
                 try:
                     self._catalogue.rollback()
                 except (sqlite3.Error, MemoryError):
-                    self._broken = True  # what was read is sound; the next one connects anew
+                    self._broken = True  # the read was valid; the next transaction opens a new connection
 
     # writing ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Holds the lock; commits at the end. Raises what the body raises, StorageUnavailable, and GalleryBusy where another
-        process wrote; then nothing changed."""
+        """A write transaction: holds the lock, and commits at the end. Raises the body's exception, StorageUnavailable, and GalleryBusy if
+        another process has written. After an exception nothing has changed."""
         self._process.check()
         self._refuse_reader()
         with self.lock:
@@ -413,12 +415,15 @@ class Gallery:
             try:
                 with translated("writing"):
                     self._catalogue.begin()
-                    self._meet_other_writers()
+                    self._check_other_writers()
                     transaction = self._staged()
                     yield transaction
                     for recorder in self.recorders if transaction.changed else ():
                         recorder.stage(transaction)
-                    changed, state = transaction.changed, transaction.state  # once durable, nothing is called unguarded
+                    changed, state = (
+                        transaction.changed,
+                        transaction.state,
+                    )  # read here: after the commit, an error would be misread
                     if changed:
                         self._make_files_durable(transaction)
                         self._catalogue.set_state(state)
@@ -432,9 +437,9 @@ class Gallery:
             if changed:
                 try:
                     self._adopt(transaction)
-                except BaseException:  # memory ran out, and the commit is durable: what is there is read again
+                except BaseException:  # for example out of memory: the commit is durable, so the gallery is read again
                     self._broken, self._uncertain = True, state
-                    with suppress(BiodedupError, MemoryError):  # or else the next transaction does
+                    with suppress(BiodedupError, MemoryError):  # then the next transaction recovers
                         self._recover()
                     raise
             self._wipe_if_erased()
@@ -456,7 +461,7 @@ class Gallery:
         )
 
     def _undo(self, transaction: Transaction | None) -> None:
-        """Forgets a transaction that was not committed. None: it failed before anything was staged."""
+        """Discards a transaction that was not committed. None: it failed before changes were staged."""
         if transaction is None:
             try:
                 self._catalogue.rollback()
@@ -468,14 +473,14 @@ class Gallery:
                 self._remove_files(number)
 
     def _make_files_durable(self, transaction: Transaction) -> None:
-        """Before the commit that names them. Files in the gallery's folder are durable when they are written."""
+        """Called before the commit that names new files. In a folder they are durable already."""
 
-    def _meet_other_writers(self) -> None:
-        """Inside a transaction, which no other process can enter. Raises GalleryBusy."""
+    def _check_other_writers(self) -> None:
+        """Raises GalleryBusy if another process has committed since. Called inside a transaction, which excludes other processes."""
         found = self._catalogue.state()
         if found.commit_id != self._state.commit_id or found.commits != self._state.commits:
             raise GalleryBusy(
-                f"another process wrote to {self.folder}: commit {found.commits} is there, wanted {self._state.commits} of this "
+                f"another process wrote to {self.folder}: got commit {found.commits}, wanted commit {self._state.commits} of this "
                 "process; close this engine and open the gallery again. Nothing of this call was written"
             )
         self._refuse_lost_lock()
@@ -491,17 +496,17 @@ class Gallery:
         return self._lock_file is not None and self._lock_file.is_held()
 
     def _wipe_if_erased(self) -> None:
-        """Overwrites erased templates that the rollback journal still holds. If the disk fails, the next transaction tries again; the
-        commit itself is durable."""
+        """Overwrites SQLite's rollback journal if it may still hold erased templates. If the disk fails, the next transaction tries again;
+        the commit itself is durable."""
         self._unwiped = self._unwiped or self._catalogue.erased
         if not self._unwiped or self._broken:
             return
         try:
-            self._catalogue.begin()  # no other process writes meanwhile
+            self._catalogue.begin()  # so that no other process writes
             self.storage.wipe(self.folder / f"{DATABASE_NAME}-journal")
             self._unwiped = self._catalogue.erased = False
         except (OSError, sqlite3.Error, MemoryError) as error:
-            _log.warning("overwriting the journal was put off: %s", error)
+            _log.warning("overwriting the journal was postponed: %s", error)
         finally:
             try:
                 self._catalogue.rollback()
@@ -509,6 +514,7 @@ class Gallery:
                 self._broken = True
 
     def _adopt(self, transaction: Transaction) -> None:
+        """Publishes a transaction whose commit is durable, and removes the files that it has retired."""
         for recorder in self.recorders:
             recorder.settle()
         for tell in transaction.when_durable:
@@ -518,7 +524,9 @@ class Gallery:
         self._policies += tuple(transaction.policies)
         self._published = published
         _log.debug("committed version %d", published.version)
-        self._tail.answers.update(transaction.answers)  # after the rows: an answer without its row reads as `removed`
+        self._tail.answers.update(
+            transaction.answers
+        )  # after the rows: readers take an answer without a row for a removed one
         self._opened.update(published.segments)
         for segment in transaction.retired:
             self._remove_files(segment.entry.number)
@@ -526,7 +534,7 @@ class Gallery:
         self._maintenance.wake_if_due()
 
     def _is_durable(self, transaction: Transaction) -> bool:
-        """After a failed transaction: rolls back, and reads whether the commit is on the disk nevertheless."""
+        """After a failed transaction: rolls back, and checks whether the commit is durable nevertheless."""
         try:
             self._catalogue.rollback()
             return self._catalogue.state().commit_id == transaction.state.commit_id
@@ -535,29 +543,29 @@ class Gallery:
             return False
 
     def _recover(self) -> None:
-        """Connects again and loads what is on the disk, after a failure that left the result of a commit or of a read unknown. Raises
+        """Opens a new connection and reads the gallery again, after a failure that left the result of a commit or a read unknown. Raises
         StorageUnavailable while the disk still fails."""
         with translated("connecting again after a failure"):
             self._catalogue.close()
             database = self.folder / DATABASE_NAME
             self._catalogue = SqliteCatalogue(self.storage.connect(database, read_only=self.read_only))
-        mine = self._state
+        before = self._state
         self._load()
-        ours = [state.commit_id for state in (mine, self._uncertain) if state is not None]
-        if not self.read_only and self._state.commit_id not in ours:
-            self._state = mine  # so that every later transaction is refused
+        own_commits = [state.commit_id for state in (before, self._uncertain) if state is not None]
+        if not self.read_only and self._state.commit_id not in own_commits:
+            self._state = before  # another process has written: every later transaction is refused
         self._broken, self._uncertain, self._unwiped = False, None, True
         _log.warning("connected again after a failure, at version %d", self._published.version)
 
     def write_rows(
         self, subject_ids: Packed, cells: Mapping[str, NewCells], group_sets: NDArray[np.uint32]
     ) -> SegmentEntry:
-        """Writes a segment of new rows, for `Transaction.attach`. No reader sees it before that."""
+        """Writes a segment of new rows. It becomes visible with `Transaction.attach`."""
         cells = sealed_cells(self.keys, cells, len(subject_ids))
         return self.write_part(NewRows(subject_ids, cells, group_sets), None)
 
     def write_part(self, part: Rows, keep: NDArray[np.bool_] | None) -> SegmentEntry:
-        """As `write_rows`, of the rows of a part from anywhere. keep: which of them, bool (count,), None for all."""
+        """As `write_rows`, for the rows of any part. keep: the rows to write, bool (count,), None for all."""
         return self.write_parts([part], [keep])
 
     def write_parts(
@@ -566,10 +574,10 @@ class Gallery:
         keeps: Sequence[NDArray[np.bool_] | None],
         go_on: Callable[[], bool] = lambda: True,
     ) -> SegmentEntry:
-        """As `write_part`, of neighbouring parts. Raises Abandoned when go_on turns false."""
+        """As `write_part`, for several neighbouring parts. Raises Abandoned when `go_on` returns False."""
         number = self._take_number()
 
-        def still() -> bool:
+        def continues() -> bool:
             self._refuse_lost_lock()
             return go_on()
 
@@ -581,30 +589,33 @@ class Gallery:
                 about = (self.storage, folder, number, gallery_id)
                 side_by_side = all(isinstance(part, NewRows | Segment) for part in parts)
                 threads = self.limits.threads if side_by_side else 1
-                entry = write_segment(*about, parts, keeps, now.parts, still, threads=threads, turn=now.turn)
+                entry = write_segment(
+                    *about, parts, keeps, now.parts, continues, threads=threads, transform=now.transform
+                )
                 codecs = now.indexing.wanted_codecs()
                 with index_codec.threads(self.limits.threads, sum(part.count for part in parts)):
-                    return with_indexes(self.storage, folder, gallery_id, entry, codecs, still)
+                    return with_indexes(self.storage, folder, gallery_id, entry, codecs, continues)
         except BaseException:
             self._remove_files(number)
             raise
 
     def discard_rows(self, entry: SegmentEntry) -> None:
-        """Removes what `write_rows` wrote and no transaction attached."""
+        """Removes the files of `write_rows`, if no transaction has attached them."""
         self._remove_files(entry.number)
 
     # sealing and merging ----------------------------------------------------------------------------------------
 
     def maintaining(self) -> AbstractContextManager[None]:
-        """Held while segments are sealed in the background, merged or indexed. One process writes a folder, so that nothing is to be done."""
+        """Held while segments are sealed in the background, merged or indexed. It does nothing for a folder, which only one process
+        writes."""
         return nullcontext()
 
     def maintain(self) -> None:
-        """Seals a full tail and merges what is due, now."""
+        """Seals a full journal, and merges the segments that are due, now."""
         self._maintenance.run()
 
     def seal(self) -> None:
-        """Turns the journal into a segment."""
+        """Seals the journal: writes its rows into a new segment."""
         began = time.perf_counter()
         with self.transaction() as transaction:
             rows, answers = self._tail.count, len(self._tail.answers)
@@ -618,19 +629,19 @@ class Gallery:
             _log.info("sealed %d rows and %d decisions of the journal in %.2f s", rows, answers, took_s)
 
     def compact(self) -> None:
-        """Seals, and merges segments into as few as their largest size allows: removed subjects' templates are gone from
-        the disk afterwards."""
+        """Seals the journal, and merges segments into as few as the largest size allows. Afterwards the disk holds no templates of removed
+        subjects."""
         self.seal()
         self._maintenance.compact()
 
     @property
     def journal_count(self) -> int:
-        """Rows and answers that are not sealed."""
+        """The number of rows and answers that are not sealed."""
         return self._tail.count + len(self._tail.answers)
 
     @property
     def is_broken(self) -> bool:
-        """Whether the next transaction has to connect anew first."""
+        """Whether the next transaction must open a new connection first."""
         return self._broken
 
     def reindex(
@@ -641,11 +652,11 @@ class Gallery:
         report: Callable[[int, int], None] | None = None,
         approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
-        """As `Maintenance.reindex`."""
+        """See `Maintenance.reindex`."""
         self._maintenance.reindex(specs, force=force, report=report, approve=approve)
 
     def rewrite(self, changed: Callable[[Segment], Rows | None]) -> None:
-        """As `Maintenance.rewrite`."""
+        """See `Maintenance.rewrite`."""
         self._maintenance.rewrite(changed)
 
     def rekey(
@@ -655,75 +666,80 @@ class Gallery:
         report: Callable[[int, int], None] | None = None,
         approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> str:
-        """Turns the stored embeddings by a new secret transform, or ends a change that was interrupted. Searches go on meanwhile.
+        """Stores all embeddings with a new secret transform, or completes an interrupted change. Searches continue meanwhile.
 
-        renewable: False stores them as they are. approve: is called in the transaction that begins the change. Returns the id of the transform,
-        "" for none. Call `forget_turns` afterwards. Raises InvalidInput where the gallery is not encrypted, KeyMismatch, StorageUnavailable.
+        renewable: False stores embeddings without a transform; approve: called in the transaction that begins the change. Returns the id of
+        the transform, "" for none. Call `forget_transforms` afterwards. Raises InvalidInput if the gallery is not encrypted, KeyMismatch,
+        StorageUnavailable.
         """
-        with translated(f"turning the embeddings of {self.name}"):
+        with translated(f"rekeying the embeddings of {self.name}"):
             self._refuse_reader()
-            turn = self._next_turn() if renewable else None
-            self._maintenance.rekey(turn, report, approve)
-            return turn_id_of(turn)
+            transform = self._next_transform() if renewable else None
+            self._maintenance.rekey(transform, report, approve)
+            return transform_id_of(transform)
 
     def rekey_goes_on(self, *, renewable: bool) -> bool:
-        """Whether `rekey` begins no change, and only ends one that was interrupted. Raises InvalidInput of a reader, and where a gallery in the
-        clear is asked for renewable templates."""
+        """Whether `rekey` would only complete an interrupted change, instead of beginning one. Raises InvalidInput for a reader, and for
+        renewable templates in a gallery in the clear."""
         self._refuse_reader()
         if renewable and KEY_NAME not in (self.storage.list_names(self.folder) or ()):
             raise needs_key(self.folder)
-        now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
+        now, known = transform_id_of(self.snapshot().transform), self.storage.transform_ids(self.folder)
         if not renewable or not now:
             return not renewable and not now
-        return known[-1:] == [now] and (len(known) > 1 or bool(turned_otherwise(self.snapshot())))
+        return known[-1:] == [now] and (len(known) > 1 or bool(segments_to_rekey(self.snapshot())))
 
-    def _next_turn(self) -> Turn:
-        """That of an interrupted change, or a new one. A secret that no embedding is stored with is left by a run that ended before its first
-        commit."""
-        now, known = turn_id_of(self.snapshot().turn), self.storage.turn_ids(self.folder)
-        used = self._used_turns() | {now}
-        spare = [now] if self.rekey_goes_on(renewable=True) else [turn_id for turn_id in known if turn_id not in used]
-        turn_id = spare[-1] if spare else self.storage.add_turn(self.folder)
-        return self.storage.turn(self.folder / DATABASE_NAME, turn_id)
+    def _next_transform(self) -> Transform:
+        """The transform of an interrupted change, or a new one. A secret that no embedding uses comes from a run that was interrupted
+        before its first commit; it is used now."""
+        now, known = transform_id_of(self.snapshot().transform), self.storage.transform_ids(self.folder)
+        used = self._used_transforms() | {now}
+        spare = (
+            [now]
+            if self.rekey_goes_on(renewable=True)
+            else [transform_id for transform_id in known if transform_id not in used]
+        )
+        transform_id = spare[-1] if spare else self.storage.add_transform(self.folder)
+        return self.storage.transform(self.folder / DATABASE_NAME, transform_id)
 
-    def _used_turns(self) -> set[str]:
-        """Of all segments."""
+    def _used_transforms(self) -> set[str]:
+        """The transforms of all segments."""
         columns = (column for segment in self.snapshot().segments for column in segment.columns.values())
-        return {column.turn_id or "" for column in columns}
+        return {column.transform_id or "" for column in columns}
 
-    def forget_turns(self) -> None:
-        """Destroys the secrets of transforms that no embedding is stored with any more."""
+    def forget_transforms(self) -> None:
+        """Destroys the secrets of transforms that no stored embedding uses any more."""
         snapshot = self.snapshot()
-        if not turned_otherwise(snapshot):
+        if not segments_to_rekey(snapshot):
             codecs = [codec for several in snapshot.indexing.codecs.values() for codec in several]
-            needed = {turn_id_of(snapshot.turn), *(turn_id_of(codec.turn) for codec in codecs)}
-            self.storage.keep_turns(self.folder, needed)
+            needed = {transform_id_of(snapshot.transform), *(transform_id_of(codec.transform) for codec in codecs)}
+            self.storage.keep_transforms(self.folder, needed)
 
     def _refuse_other_index(self, config: GalleryConfig) -> None:
-        """A gallery keeps the index engine that it was created with until it is asked for another one. Raises IndexMismatch."""
+        """Raises IndexMismatch if the configuration names another index engine than the gallery's. `reindex` changes the engine."""
         if config.index is None:
             return
         asked, stored = parse_specs(config.index), self._published.indexing.specs
         if any(spec_of(asked, column) != spec_of(stored, column) for column in COLUMNS):
             raise IndexMismatch(
-                f"{self.folder} is indexed by {_in_words(stored)}, got {_in_words(asked)}; leave `index` out, or change the gallery by "
+                f"{self.folder} has the index {_in_words(stored)}, got {_in_words(asked)}; leave `index` out, or change the gallery with "
                 "`biodedup reindex`"
             )
 
     def write_index(
         self, segment: Segment, column: str, codec: FaissCodec, go_on: Callable[[], bool]
     ) -> tuple[str, str]:
-        """Writes an index of a segment's column. Returns (kind, digest) of the file, for `Transaction.replace_index`."""
+        """Writes the index of a segment's column. Returns (kind, digest) of the file, for `Transaction.replace_index`."""
         kind = column + INDEX + codec.codec_id
 
-        def still() -> bool:
+        def continues() -> bool:
             self._refuse_lost_lock()
             return go_on()
 
         try:
             with translated("writing an index"), index_codec.threads(self.limits.threads, segment.count):
                 self._refuse_lost_lock()
-                index = built(segment.columns[column], codec, still)
+                index = built(segment.columns[column], codec, continues)
                 which = (segment.entry.number, kind)
                 digest = write_column_index(self.storage, self._segments, self.gallery_id, which, index, replaces=True)
                 self.storage.sync_folder(self._segments)
@@ -733,7 +749,7 @@ class Gallery:
             raise
 
     def remove_index_files(self, names: Sequence[str]) -> None:
-        """Removes index files that no manifest names. What cannot be removed is left to the next writer."""
+        """Removes index files that the manifest does not name. If that fails, the next writer removes them."""
         with suppress(OSError, sqlite3.Error):
             for name in names:
                 if self._holds_lock():
@@ -747,8 +763,8 @@ class Gallery:
             return number
 
     def _remove_files(self, number: int) -> None:
-        """Removes a segment's files. What cannot be removed is left to the next writer. Nothing is removed without the lock: another writer
-        may have taken the same number."""
+        """Removes a segment's files. If that fails, the next writer removes them. Without the lock nothing is removed, because another
+        writer may use the same number."""
         try:
             for name in self.storage.list_names(self._segments) or ():
                 if number_of(name) == number and self._holds_lock():
@@ -763,19 +779,20 @@ class Gallery:
         return self.folder / SEGMENT_FOLDER
 
     def _load(self) -> None:
-        """Sees what is on the disk."""
-        self._see(load(self._catalogue, self.storage, self.folder))
+        """Reads the gallery from the disk."""
+        self._publish(load(self._catalogue, self.storage, self.folder))
 
-    def _see(self, loaded: LoadedGallery) -> None:
+    def _publish(self, loaded: LoadedGallery) -> None:
         self.gallery_id, self._policies = loaded.gallery_id, loaded.policies
-        # a number that a merge has taken, and not committed yet, stays taken
+        # the maximum: a running merge may have taken a higher number without having committed it
         next_segment = max(loaded.state.next_segment, self._state.next_segment)
         self._state = replace(loaded.state, next_segment=next_segment)
         self._published, self._tail = replace(loaded.snapshot, keys=self.keys), loaded.tail
         self._opened.update(loaded.snapshot.segments)
 
     def _sweep(self) -> None:
-        """Removes files that no manifest names, which a killed writer left. In a transaction, so that no other writer can name them."""
+        """Removes segment files that the manifest does not name, left by a killed writer. In a transaction, so that no other writer can use
+        them."""
         with translated(f"sweeping {self.folder}"):
             self._catalogue.begin()
             try:

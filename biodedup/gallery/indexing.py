@@ -1,7 +1,7 @@
-"""Gives every segment the FAISS index that its gallery asks for: trains codecs, builds indexes, drops those of another engine.
+"""Gives every segment the FAISS index that the gallery's settings name: trains codecs, builds indexes, drops indexes of other engines.
 
-Owns the order of these steps. Never searches. Each step is a commit of its own, so that searches go on meanwhile, with the index that a
-segment has, and an interrupted run goes on where it stopped.
+Owns the order of these steps. Never searches. Each step is a commit of its own. So searches continue with the present index of each
+segment, and an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _log = logging.getLogger("biodedup.gallery")
 
 @dataclass(frozen=True)
 class IndexLimits:
-    """threads: that train and build; miss_risk: that a codec has to keep."""
+    """threads: for training and building; miss_risk: the limit that a codec must keep."""
 
     threads: int = 1
     miss_risk: float = 1e-3
 
 
 class Indexed(Protocol):
-    """What indexing needs of a gallery (gallery.py)."""
+    """The methods of a gallery that indexing calls (gallery.py)."""
 
     limits: IndexLimits
 
@@ -53,7 +53,7 @@ class Indexed(Protocol):
 
 @dataclass(frozen=True)
 class _Step:
-    """segment: None to train a codec of the column. codec: to index with, None to drop the index."""
+    """One step. segment: the segment to index, None to train a codec for the column; codec: for the index, None to drop the index."""
 
     column: str
     segment: Segment | None = None
@@ -61,26 +61,26 @@ class _Step:
 
 
 class Indexing:
-    """The steps of one gallery. The caller sees to it that only one thread takes them, and that none merges meanwhile."""
+    """The steps for one gallery. The caller ensures that only one thread runs them, and that no thread merges meanwhile."""
 
     def __init__(self, gallery: Indexed) -> None:
         self._gallery = gallery
-        self._hopeless: set[tuple[str, IndexSpec]] = set()
-        """Columns and engines of which no codec can be had; they are searched by the native engine."""
+        self._failed: set[tuple[str, IndexSpec]] = set()
+        """(column, engine) for which no codec can be trained. These columns are searched with the native engine."""
 
     def is_due(self) -> bool:
-        """Whether a segment lacks an index, or has one too many."""
+        """Whether a segment lacks its index, or has an index that it should not have."""
         return next(self._steps(self._gallery.snapshot()), None) is not None
 
     def progress(self) -> tuple[int, int]:
-        """(cells in segments whose index is the wanted one, cells of all segments)."""
+        """(cells in segments with the wanted index, cells in all segments)."""
         snapshot = self._gallery.snapshot()
         total = sum(column.count for _, _, column in _indexable(snapshot))
         left = sum(s.segment.columns[s.column].count for s in self._steps(snapshot) if s.segment is not None)
         return total - left, total
 
     def run(self, go_on: Callable[[], bool] = lambda: True, report: Callable[[int, int], None] | None = None) -> None:
-        """Takes steps until every segment has its index. go_on: raises to stop; report: gets `progress` after each step."""
+        """Runs steps until every segment has its index. go_on: raises to stop; report: receives `progress` after each step."""
         while (step := next(self._steps(self._gallery.snapshot()), None)) is not None:
             go_on()
             if step.segment is None:
@@ -92,7 +92,7 @@ class Indexing:
         self._drop_unused_codecs()
 
     def codec_for(self, column: str, spec: IndexSpec) -> FaissCodec | None:
-        """A codec trained on a column's rows; None where these are too few. Raises InvalidInput where FAISS cannot make one."""
+        """A codec trained on a column's rows; None if there are too few rows. Raises InvalidInput if FAISS cannot make the index."""
         columns = [
             segment.columns[column] for segment in self._gallery.snapshot().segments if column in segment.columns
         ]
@@ -104,8 +104,8 @@ class Indexing:
             return None
         sample = sample_of(columns, index_codec.training_rows_max(spec, dimension))
         with index_codec.threads(self._gallery.limits.threads, len(sample)):
-            turn = self._gallery.snapshot().turn
-            return index_codec.train(spec, sample, None if turn is None else turn.of(column))
+            transform = self._gallery.snapshot().transform
+            return index_codec.train(spec, sample, None if transform is None else transform.of(column))
 
     def _steps(self, snapshot: Snapshot) -> Iterator[_Step]:
         settings = snapshot.indexing
@@ -114,7 +114,7 @@ class Indexing:
             if codec is None and not settings.spec(name).is_native:
                 if self._can_train(snapshot, name):
                     yield _Step(name)
-                continue  # an index of an earlier engine serves until there is a codec
+                continue  # the index of an earlier engine is used until there is a codec
             wanted = codec if column.count > indexing.CELLS_MIN else None
             present = None if column.index is None else column.index.codec_id
             if present != (None if wanted is None else wanted.codec_id):
@@ -123,7 +123,7 @@ class Indexing:
     def _can_train(self, snapshot: Snapshot, name: str) -> bool:
         spec = snapshot.indexing.spec(name)
         columns = [segment.columns[name] for segment in snapshot.segments if name in segment.columns]
-        if (name, spec) in self._hopeless or not _large(columns):
+        if (name, spec) in self._failed or not _large(columns):
             return False
         try:
             wanted = index_codec.training_rows_min(spec, columns[0].dimension or 0)
@@ -142,14 +142,14 @@ class Indexing:
             return
         if codec is None or not (settings.forced or codec.keeps(self._gallery.limits.miss_risk)):
             self._give_up(
-                column, spec, f"it loses mates with a probability of up to {codec.lost_bound if codec else 1:.2g}"
+                column, spec, f"it misses mates with a probability of up to {codec.lost_bound if codec else 1:.2g}"
             )
             return
         with self._gallery.transaction() as transaction:
             transaction.add_codec(column, codec)
 
     def _give_up(self, column: str, spec: IndexSpec, why: str) -> None:
-        self._hopeless.add((column, spec))
+        self._failed.add((column, spec))
         _log.warning("column %s is searched by the native engine: index %s: %s", column, spec, why)
 
     def _index(self, segment: Segment, column: str, codec: FaissCodec | None, go_on: Callable[[], bool]) -> None:
@@ -181,7 +181,7 @@ class Indexing:
 
 
 def _indexable(snapshot: Snapshot) -> Iterator[tuple[str, Segment, Column]]:
-    """(name, segment, column) of every sealed column of embeddings."""
+    """(column name, segment, column) of every column of embeddings in segments."""
     for segment in snapshot.segments:
         for name, column in segment.columns.items():
             if column.dimension is not None and column.codec is not None:
@@ -189,4 +189,5 @@ def _indexable(snapshot: Snapshot) -> Iterator[tuple[str, Segment, Column]]:
 
 
 def _large(columns: Sequence[Column]) -> bool:
+    """Whether one of the columns has enough cells for an index."""
     return any(column.count > indexing.CELLS_MIN and column.codec is not None for column in columns)

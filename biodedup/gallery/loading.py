@@ -1,6 +1,6 @@
-"""Reads a gallery into memory: its counters, its open segments, and the tail from the journal.
+"""Reads a gallery into memory: its counters, its segments, and the tail (the rows of the journal).
 
-Owns the checks that these agree with one another. Never writes.
+Owns the checks that these agree with each other. Never writes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from biodedup.errors import BiodedupError, GalleryDamaged
-from biodedup.gallery.cases import judged_before
+from biodedup.gallery.cases import pairs_of_old_verdicts
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 from biodedup.gallery.files.names import SEGMENT_FOLDER
 from biodedup.gallery.files.packed import hashes, pack_text
 from biodedup.gallery.policies import PolicyVersion
@@ -31,7 +31,7 @@ from biodedup.values import Float32
 
 @dataclass(frozen=True)
 class LoadedGallery:
-    """What a database and its segments hold, as of one commit."""
+    """A gallery in memory, as of one commit."""
 
     gallery_id: str
     state: State
@@ -41,21 +41,21 @@ class LoadedGallery:
 
 
 def load(catalogue: Catalogue, storage: Storage, folder: Path) -> LoadedGallery:
-    """Raises GalleryDamaged, StorageUnavailable."""
+    """Reads the whole gallery. Raises GalleryDamaged, StorageUnavailable."""
     try:
         with translated(f"reading {folder}"):
-            catalogue.begin_reading()  # no writer can retire a file before it is open here
+            catalogue.begin_reading()  # so that no writer removes a segment before it is open here
             try:
                 with catalogue.compared_with_chain():
                     return read(catalogue, storage, folder)
             finally:
                 catalogue.rollback()
-    except ODD_CONTENT as error:  # damage that SQLite's own checks do not find
-        raise never_written(folder, error) from (None if isinstance(error, MemoryError) else error)
+    except MALFORMED as error:  # damage that SQLite's own checks do not find
+        raise malformed_error(folder, error) from (None if isinstance(error, MemoryError) else error)
 
 
 def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[Segment] = ()) -> LoadedGallery:
-    """As `load`, inside the caller's transaction. opened: segments that are open already, and are not opened again."""
+    """As `load`, inside the caller's transaction. opened: segments that are open already, which are used again."""
     state, models = catalogue.state(), catalogue.models()
     known = {segment.entry.number: segment for segment in opened}
     segments = [_open(storage, folder, entry, known.get(entry.number)) for entry in catalogue.segments()]
@@ -66,10 +66,10 @@ def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[
         if segment.end_row != following.first_row:
             raise GalleryDamaged(f"{folder}: rows {segment.end_row} to {following.first_row} are in no segment")
     if tail.end_row != state.row_count:
-        raise GalleryDamaged(f"{folder}: {tail.end_row} rows, wanted {state.row_count}; run `biodedup doctor`")
+        raise GalleryDamaged(f"{folder} has {tail.end_row} rows, wanted {state.row_count}; run `biodedup doctor`")
     tombstones = np.array(catalogue.tombstones(), np.int64)
     if len(tombstones) and not 0 <= tombstones[0] <= tombstones[-1] < tail.end_row:
-        raise GalleryDamaged(f"{folder}: rows are removed that were never given out; run `biodedup doctor`")
+        raise GalleryDamaged(f"{folder}: a tombstone names a row that does not exist; run `biodedup doctor`")
     for segment in segments:
         for name, column in segment.columns.items():
             if name not in models or models[name].dimension != column.dimension:
@@ -90,10 +90,10 @@ def read(catalogue: Catalogue, storage: Storage, folder: Path, opened: Sequence[
         different=catalogue.judged(),
         steps=catalogue.job_steps(),
         indexing=catalogue.index_settings(),
-        turn=catalogue.turn(),
+        transform=catalogue.transform(),
     )
-    if not catalogue.has_encounters():  # and no writer has opened it
-        snapshot = replace(snapshot, different=paired(judged_before(catalogue.verdicts(), snapshot)))
+    if not catalogue.has_encounters():  # an older format that no writer has upgraded yet
+        snapshot = replace(snapshot, different=paired(pairs_of_old_verdicts(catalogue.verdicts(), snapshot)))
     return LoadedGallery(catalogue.meta()["gallery_id"], state, snapshot, tail, tuple(catalogue.policies()))
 
 
@@ -138,22 +138,24 @@ def append_journal(
         dimension = models[name].dimension
         matrix = None if dimension is None else np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dimension)
         if matrix is not None and not np.isfinite(matrix).all():
-            raise GalleryDamaged(f"{folder}: column {name} of the journal holds no numbers; run `biodedup doctor`")
+            raise GalleryDamaged(
+                f"{folder}: column {name} of the journal holds infinite or undefined numbers; run `biodedup doctor`"
+            )
         arrays[name] = (positions, matrix, minutiae, quality)
     tail.extend([(subject_id, encounter_id, group_set) for _, subject_id, encounter_id, group_set in subjects], arrays)
 
 
-def never_written(folder: Path, error: Exception) -> Exception:
-    """The error for content that contradicts itself; those of the tree stay, and so does a lack of memory."""
+def malformed_error(folder: Path, error: Exception) -> Exception:
+    """Converts an exception about malformed content into GalleryDamaged. Errors of this library and MemoryError are returned unchanged."""
     if isinstance(error, BiodedupError | MemoryError):
         return error
     return GalleryDamaged(
-        f"{folder}: its tables hold what was never written ({type(error).__name__}); restore it from a backup"
+        f"{folder}: its tables hold malformed content ({type(error).__name__}); restore it from a backup"
     )
 
 
 def _again(tail: Tail, segments: Sequence[Segment]) -> Int64:
-    """The positions of a tail whose rows are not the first under their id."""
+    """The positions in a tail of rows that are not the first row under their subject_id."""
     if not tail.count:
         return np.zeros(0, np.int64)
     ids = pack_text(tail.subject_ids)

@@ -1,7 +1,8 @@
-"""Seals a full tail, merges neighbouring segments and indexes them, at once or in a background thread.
+"""Seals a full journal, merges neighbouring segments and indexes them, on request or in a background thread.
 
-Owns when this happens, and the thread. Searches and enrolments go on meanwhile; only the swap of the manifest takes the gallery's lock.
-Never decides which segments are due (segments/compaction.py) nor how they are indexed (indexing.py), and never writes a file itself.
+Owns the time when this happens, and the thread. Searches and enrolments continue meanwhile; only the change of the manifest takes the
+gallery's lock. Never decides which segments are merged (segments/compaction.py) or how they are indexed (indexing.py), and never writes a
+file itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, InvalidInput
-from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
+from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.index_codec import MATED_SIMILARITY, FaissCodec
 from biodedup.gallery.indexing import Indexed, Indexing
 from biodedup.gallery.segments.compaction import due, grouped
@@ -31,12 +32,12 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.gallery.transaction import Transaction
 from biodedup.index_spec import IndexSpec
 
-_FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of up to this many rows; a larger one is abandoned
+_FINISH_ROWS_MAX = 1_000_000  # closing waits for a merge of at most so many rows; a larger merge is abandoned
 _log = logging.getLogger("biodedup.gallery")
 
 
 class Maintained(Indexed, Protocol):
-    """What maintenance needs of a gallery (gallery.py)."""
+    """The methods of a gallery that maintenance calls (gallery.py)."""
 
     @property
     def journal_count(self) -> int: ...
@@ -68,7 +69,7 @@ class Maintenance:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Seals a full tail and merges what is due, now."""
+        """Seals a full journal, merges the segments that are due, and indexes segments, now."""
         with self._merging, self._gallery.maintaining():
             if self._tail_is_full():
                 self._gallery.seal()
@@ -77,7 +78,7 @@ class Maintenance:
             self._index()
 
     def compact(self) -> None:
-        """Merges segments into as few as their largest size allows, and writes those anew that hold removed rows."""
+        """Merges segments into as few as the largest size allows, and rewrites segments that hold removed rows."""
         with self._merging, self._gallery.maintaining():
             snapshot = self._gallery.snapshot()
             segments = snapshot.segments
@@ -94,9 +95,10 @@ class Maintenance:
         report: Callable[[int, int], None] | None = None,
         approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
-        """Gives every segment the index of these engines. A codec that misses more than the miss risk is refused before anything changes.
+        """Indexes every segment with these engines. A codec that misses more than the miss risk is refused before anything changes.
 
-        approve: is called in the transaction that stores the engines. Raises InvalidInput, StorageUnavailable. Stopped in between, it goes on with the next call, or in the background.
+        force: accept such a codec; approve: called in the transaction that stores the engines. Raises InvalidInput, StorageUnavailable.
+        After an interruption the next call, or the background thread, continues.
         """
         with self._merging, self._gallery.maintaining():
             settings = replace(self._gallery.snapshot().indexing, specs=specs)
@@ -120,24 +122,24 @@ class Maintenance:
 
     def rekey(
         self,
-        turn: Turn | None,
+        transform: Transform | None,
         report: Callable[[int, int], None] | None = None,
         approve: Callable[[Transaction], None] = lambda transaction: None,
     ) -> None:
-        """Stores all embeddings with another transform: new ones from now on, and segment by segment those that are there. Searches go on.
+        """Stores all embeddings with another secret transform: new embeddings at once, stored ones segment by segment. Searches continue.
 
-        turn: the transform that the gallery has already to go on with what was interrupted; None to store embeddings as they are. approve:
-        is called in the transaction that begins the change. Stopped in between, segments of both kinds are searched together. Raises
+        transform: None for no transform; the gallery's present transform continues an interrupted change; approve: called in the
+        transaction that begins the change. After an interruption, segments with the old and the new transform are searched together. Raises
         StorageUnavailable.
         """
         with self._merging, self._gallery.maintaining():
-            if turn_id_of(self._gallery.snapshot().turn) != turn_id_of(turn):
+            if transform_id_of(self._gallery.snapshot().transform) != transform_id_of(transform):
                 with self._gallery.transaction() as transaction:
                     approve(transaction)
-                    transaction.set_turn(turn)
+                    transaction.set_transform(transform)
                 _log.info("embeddings are stored with another transform from now on")
             total = len(self._gallery.snapshot().segments)
-            while left := turned_otherwise(self._gallery.snapshot()):
+            while left := segments_to_rekey(self._gallery.snapshot()):
                 if report is not None:
                     report(max(total - len(left), 0), total)
                 self.merge(left[:1])
@@ -148,14 +150,14 @@ class Maintenance:
     def _index(self, report: Callable[[int, int], None] | None = None) -> None:
         def go_on() -> bool:
             if self._closing:
-                raise Abandoned("the engine was closed while segments were indexed; they are indexed another time")
+                raise Abandoned("the engine was closed while segments were indexed; they are indexed later")
             return True
 
         if not self._gallery.is_broken:
             self._indexing.run(go_on, report)
 
     def rewrite(self, changed: Callable[[Segment], Rows | None]) -> None:
-        """Writes segments anew, without removed rows. changed: what a segment becomes, None where it stays."""
+        """Rewrites segments, without removed rows. changed: segment -> its new rows, None to leave it."""
         with self._merging, self._gallery.maintaining():
             for segment in self._gallery.snapshot().segments:
                 if (rows := changed(segment)) is not None:
@@ -163,7 +165,8 @@ class Maintenance:
             self._index()
 
     def merge(self, segments: Sequence[Segment], written: Sequence[Rows] | None = None) -> None:
-        """Writes neighbouring segments as one, and swaps the manifest. written: what to write of each, None for all of them."""
+        """Writes neighbouring segments as one segment, and changes the manifest. written: the rows to write instead of the segments' own;
+        None for the segments themselves."""
         began, snapshot = time.perf_counter(), self._gallery.snapshot()
         dropped = _removed(snapshot, segments)
         rows = sum(segment.count for segment in segments)
@@ -189,7 +192,7 @@ class Maintenance:
         )
 
     def wake_if_due(self) -> None:
-        """Starts the background thread where something is to be sealed or merged."""
+        """Wakes the background thread, if something must be sealed, merged or indexed."""
         if self._closing or not self._config.background or not self._is_due():
             return
         if self._thread is None:
@@ -198,11 +201,11 @@ class Maintenance:
         self._wake.set()
 
     def stop(self) -> None:
-        """Begins nothing more, and abandons a large merge."""
+        """Starts no further work, and abandons a large merge."""
         self._closing = True
 
     def join(self) -> None:
-        """After `stop`: waits for the background thread."""
+        """Waits for the background thread. Called after `stop`."""
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
@@ -218,8 +221,8 @@ class Maintenance:
             except GalleryBusy as error:
                 _log.debug("sealing or merging is left to another process: %s", error)
             except (BiodedupError, MemoryError) as error:
-                # the journal still holds what could not be sealed; the next commit tries again
-                _log.warning("sealing or merging was put off: %s", error)
+                # the rows are still in the journal; the next commit tries again
+                _log.warning("sealing or merging was postponed: %s", error)
 
     def _is_due(self) -> bool:
         return self._tail_is_full() or bool(self._run_due()) or self._indexing.is_due()
@@ -228,7 +231,7 @@ class Maintenance:
         return self._gallery.journal_count >= self._config.seal_rows
 
     def _run_due(self) -> list[Segment]:
-        """Neighbours that are to be merged; none where nothing is due."""
+        """The neighbouring segments that must be merged; empty if none are due."""
         snapshot = self._gallery.snapshot()
         segments, config = snapshot.segments, self._config
         dead = [len(_removed(snapshot, [segment])) for segment in segments]
@@ -236,15 +239,15 @@ class Maintenance:
         return [] if run is None else segments[run]
 
 
-def turned_otherwise(snapshot: Snapshot) -> list[Segment]:
-    """The segments with embeddings that are stored with another transform than the gallery's."""
-    wanted = turn_id_of(snapshot.turn)
-    return [s for s in snapshot.segments if any(c.turn_id not in (None, wanted) for c in s.columns.values())]
+def segments_to_rekey(snapshot: Snapshot) -> list[Segment]:
+    """The segments whose embeddings have another secret transform than the gallery's."""
+    wanted = transform_id_of(snapshot.transform)
+    return [s for s in snapshot.segments if any(c.transform_id not in (None, wanted) for c in s.columns.values())]
 
 
 def _loses(column: str, codec: FaissCodec, miss_risk: float) -> InvalidInput:
     return InvalidInput(
-        f"index {codec.spec} would lose a mate of cosine {MATED_SIMILARITY} or more of column {column} with a probability of up to "
+        f"index {codec.spec} misses a mate with cosine {MATED_SIMILARITY} or more in column {column} with a probability of up to "
         f"{codec.lost_bound:.2g}, wanted at most {miss_risk:g}: it reads too few lists; raise nprobe, or force it"
     )
 

@@ -1,6 +1,6 @@
-"""Opens the database of a gallery: creates it, recognises its format, and brings format 1 up to date.
+"""Opens the folder and the database of a gallery: creates them, checks their format, and converts older formats.
 
-Owns these checks. Never reads rows.
+Owns these checks and the order of the steps. Never reads rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from biodedup.gallery.catalogue.sqlite import (
     SqliteCatalogue,
 )
 from biodedup.gallery.catalogue.upgrade import OLD_FORMAT, upgrade
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.filesystem import Lock, Storage
 from biodedup.gallery.files.names import (
     CANARIES_NAME,
@@ -45,8 +45,8 @@ _OWN_NAMES = {
 
 
 def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock | None:
-    """Checks what is in the folder, makes it where it is absent, and returns the writer's lock; None with read_only. Raises
-    NotAGallery, GalleryDamaged, GalleryBusy."""
+    """Checks the content of the folder, creates it if it is absent, and returns the writer's lock; None with read_only. Raises NotAGallery,
+    GalleryDamaged, GalleryBusy."""
     names = storage.list_names(folder)
     if names and DATABASE_NAME not in names:
         if set(names) - _OWN_NAMES:
@@ -58,14 +58,14 @@ def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock |
     if read_only:
         if not names or DATABASE_NAME not in names:
             raise NotAGallery(
-                f"{folder} holds no gallery; name another folder, or create one: `biodedup enroll` and `load` do, and Engine.open"
+                f"{folder} holds no gallery; name another folder, or create one with `biodedup enroll`, `biodedup load` or Engine.open"
             )
         storage.unlock(folder, new=False)
         return None
     if names is None:
         storage.make_folder(folder)
     elif DATABASE_NAME in names:
-        storage.unlock(folder, new=False)  # with a wrong key nothing changes
+        storage.unlock(folder, new=False)  # before the lock file is made, so that a wrong key changes nothing
     refuse_link(folder / SEGMENT_FOLDER)
     lock = storage.lock(folder / LOCK_NAME)
     try:
@@ -79,7 +79,7 @@ def prepare_folder(storage: Storage, folder: Path, *, read_only: bool) -> Lock |
 def open_catalogue(
     storage: Storage, folder: Path, *, read_only: bool, gallery_id: str, settings: str
 ) -> SqliteCatalogue:
-    """Connects to the database; a writer creates it where it is absent, and brings its tables up to date. gallery_id, settings (JSON):
+    """Connects to the database. A writer creates it if it is absent, and upgrades the tables of older formats. gallery_id, settings (JSON):
     stored with a new gallery."""
     if DATABASE_NAME not in (storage.list_names(folder) or ()):
         _create(storage, folder, gallery_id, settings)
@@ -99,7 +99,7 @@ def open_catalogue(
 
 
 def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> None:
-    """Makes the database under another name, so that a file of its own name is never a half-made one."""
+    """Creates the database under a temporary name, so that a file with the final name is always complete."""
     storage.make_folder(folder / SEGMENT_FOLDER)
     storage.remove(folder / NEW_NAME)
     storage.remove(folder / f"{NEW_NAME}-journal")
@@ -107,8 +107,8 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     try:
         catalogue.begin()
         catalogue.create(gallery_id, settings)
-        if (turn := new_turn(storage, folder, settings)) is not None:
-            catalogue.set_turn(turn.turn_id)
+        if (transform := new_transform(storage, folder, settings)) is not None:
+            catalogue.set_transform(transform.transform_id)
         catalogue.commit()
     finally:
         catalogue.close()
@@ -117,16 +117,16 @@ def _create(storage: Storage, folder: Path, gallery_id: str, settings: str) -> N
     storage.remove(folder / f"{NEW_NAME}-journal")
 
 
-def new_turn(storage: Storage, folder: Path, settings: str) -> Turn | None:
-    """The transform of a new gallery's embeddings; None where its settings (JSON) ask for none, or it is in the clear."""
+def new_transform(storage: Storage, folder: Path, settings: str) -> Transform | None:
+    """The secret transform for the embeddings of a new gallery; None if its settings (JSON) do not ask for one, or it is in the clear."""
     asked = json.loads(settings).get("gallery", {}).get("renewable")
     if not asked or KEY_NAME not in (storage.list_names(folder) or ()):
         return None
-    return storage.turn(folder / DATABASE_NAME, storage.add_turn(folder))
+    return storage.transform(folder / DATABASE_NAME, storage.add_transform(folder))
 
 
 def _upgrade(storage: Storage, folder: Path) -> None:
-    """Turns a gallery of the old format into one of this; leaves every other alone."""
+    """Converts a gallery of format 1 to the present format. Does nothing for other formats."""
     old = storage.connect(folder / DATABASE_NAME, read_only=True)
     try:
         if SqliteCatalogue(old).identify()[:2] != (APPLICATION_ID, OLD_FORMAT):
@@ -137,7 +137,7 @@ def _upgrade(storage: Storage, folder: Path) -> None:
         upgrade(storage, old, folder / NEW_NAME)
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
-            return  # `check_format` says what it is
+            return  # `check_format` reports it
         raise
     finally:
         old.close()
@@ -147,7 +147,7 @@ def _upgrade(storage: Storage, folder: Path) -> None:
 
 
 def _format_stored(catalogue: SqliteCatalogue) -> str | None:
-    """What the settings say the format is; None where they are damaged, or another program's."""
+    """The format in the settings; None if they are damaged, or the database belongs to another program."""
     if not catalogue.has_own("meta"):
         return None
     try:
@@ -157,7 +157,7 @@ def _format_stored(catalogue: SqliteCatalogue) -> str | None:
 
 
 def check_format(storage: Storage, catalogue: SqliteCatalogue, folder: Path) -> None:
-    """Raises NotAGallery for another program's database or another version's, GalleryDamaged for one that was lost."""
+    """Raises NotAGallery for the database of another program or an unknown format, GalleryDamaged for an empty or damaged one."""
     name = folder / DATABASE_NAME
     with_segments = storage.list_names(folder / SEGMENT_FOLDER) is not None
     try:
@@ -169,9 +169,9 @@ def check_format(storage: Storage, catalogue: SqliteCatalogue, folder: Path) -> 
             raise GalleryDamaged(f"{name} is damaged: {error}; restore it from a backup") from error
         raise
     if application_id == 0 and tables == 0:
-        raise GalleryDamaged(f"{name} is empty: a gallery was lost here; restore it from a backup")
+        raise GalleryDamaged(f"{name} is empty: its content was lost; restore it from a backup")
     if format_stored in [str(number) for number in READABLE] and (not ours or str(format_version) != format_stored):
-        raise GalleryDamaged(f"{name} is damaged: its header; restore it from a backup")
+        raise GalleryDamaged(f"{name} is damaged: its header is wrong; restore it from a backup")
     if not ours:
         raise NotAGallery(f"{name} is a database of another program; name an empty folder or a gallery")
     if format_version not in READABLE:

@@ -1,9 +1,9 @@
-"""The versions of a gallery's policy: the text of each, its author, its date and its reason.
+"""The versions of a gallery's policy: content, author, date and reason.
 
 Owns their form as text in the database. Never decides and never writes.
 
-1. Versions are numbered from 1, the policy that the gallery was created with. None is ever changed or dropped.
-2. A field that the text does not have (it is older than the field) gets its default.
+1. Versions are numbered from 1, the policy with which the gallery was created. A version is never changed or deleted.
+2. A field that an older text does not have gets its default.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _OLD_NAMES = {"duplicate_fpir": "fpir", "own_strangers": "use_gallery_impostors"
 
 @dataclass(frozen=True)
 class PolicyVersion(Described):
-    """A policy as a gallery keeps it. by, at: the person who stored it, and the time in seconds; "" and None of the first version, which came with the
-    gallery. reason: why."""
+    """One stored version of the policy. by, at: the person who stored it, and the time in seconds since 1970; "" and None for version 1;
+    reason: why it was stored."""
 
     version: int
     policy: Policy
@@ -39,24 +39,25 @@ class PolicyVersion(Described):
 
 
 def to_text(policy: Policy) -> str:
-    """One line of JSON, as `from_text` reads it."""
+    """The policy as one line of JSON, for `from_text`."""
     return json.dumps(_stored(policy))
 
 
 @lru_cache(maxsize=64)
 def policy_digest(policy: Policy) -> str:
-    """32 hexadecimal digits of SHA-256 of its fields, as JSON with sorted keys."""
+    """The first 32 hexadecimal digits of the SHA-256 of the policy's fields, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(_stored(policy), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def from_text(text: str, what: str) -> Policy:
-    """what: holds the text, for errors. Raises NotAGallery for a policy of a later release, GalleryDamaged for what is none."""
+    """The policy from its JSON text. what: the name of the text, for errors. Raises NotAGallery for a policy of a later release,
+    GalleryDamaged for other content."""
     try:
         return _policy_of(json.loads(text), what)
     except (ValueError, InvalidInput) as error:
         if isinstance(error, NotAGallery):
             raise
-        raise GalleryDamaged(f"{what} is no policy; restore the gallery from a backup") from error
+        raise GalleryDamaged(f"{what} is not a policy; restore the gallery from a backup") from error
 
 
 def from_settings(text: str) -> Policy:
@@ -68,25 +69,27 @@ def from_settings(text: str) -> Policy:
     except (ValueError, AttributeError) as error:
         if isinstance(error, NotAGallery):
             raise
-        raise GalleryDamaged(f"{what} is none; restore the gallery from a backup") from error
+        raise GalleryDamaged(f"{what} is damaged; restore the gallery from a backup") from error
 
 
-def told(changes: Mapping[str, tuple[Any, Any]], before: str, after: str) -> str:
-    """Differences in words, as `fpir is 1e-06 BEFORE, 0.001 AFTER`."""
-    return "; ".join(f"{name} is {shown(a)} {before}, {shown(b)} {after}" for name, (a, b) in changes.items())
-
-
-def mismatch(where: str, stored: PolicyVersion, given: Policy) -> PolicyMismatch:
-    """The error for a policy that is not the gallery's."""
-    return PolicyMismatch(
-        f"{where} decides by its own policy (version {stored.version}), and another one was given: "
-        f"{told(differences(stored.policy, given), 'in the gallery', 'as given')}. Give none, so that the gallery's counts; store another "
-        "one with `biodedup policy set`; or open it with override_policy=True, for this process alone"
+def differences_in_words(changes: Mapping[str, tuple[Any, Any]], before: str, after: str) -> str:
+    """Differences as text, for example `fpir is 1e-06 BEFORE, 0.001 AFTER`."""
+    return "; ".join(
+        f"{name} is {value_in_words(a)} {before}, {value_in_words(b)} {after}" for name, (a, b) in changes.items()
     )
 
 
-def shown(value: Any) -> str:
-    """A value of a policy in words."""
+def mismatch(where: str, stored: PolicyVersion, given: Policy) -> PolicyMismatch:
+    """The error for a policy that differs from the gallery's."""
+    return PolicyMismatch(
+        f"{where} has its own policy (version {stored.version}), got another policy: "
+        f"{differences_in_words(differences(stored.policy, given), 'in the gallery', 'as given')}. State no policy, to use the gallery's; "
+        "store another one with `biodedup policy set`; or open it with override_policy=True, for this process only"
+    )
+
+
+def value_in_words(value: Any) -> str:
+    """A value of a policy as text."""
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value in (None, ()) else ", ".join(value) if isinstance(value, tuple) else str(value)
@@ -101,6 +104,6 @@ def _policy_of(fields: Any, what: str) -> Policy:
         fields = {_OLD_NAMES.get(name, name): value for name, value in fields.items()}
     if isinstance(fields, dict) and (unknown := fields.keys() - hints(Policy).keys()):
         raise NotAGallery(
-            f"{what} has {sorted(unknown)[0]!r}, which this version does not know; use the one that stored it"
+            f"{what} has {sorted(unknown)[0]!r}, which this release does not know; use the release that stored it"
         )
     return made(Policy, typed(Policy, fields, what), what)

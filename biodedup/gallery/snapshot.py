@@ -1,9 +1,10 @@
-"""A snapshot: an unchanging view of all rows of a gallery, as of one version.
+"""A snapshot: an immutable view of all rows of a gallery, as of one version.
 
-Owns reading across parts: look-ups by id, templates by row, the state of each row. Never changes anything.
+Owns reading across the parts of a gallery (segments and tail): look-ups by id, templates by row, the state of each row. Never changes
+anything.
 
-A row is an encounter, in one of three states. A *live* row belongs to an enrolled subject, which owns one or several. A *pending*
-row belongs to an open case: searches see it, look-ups by subject do not. A *removed* row is a tombstone until a merge drops it.
+A row is one encounter. It is in one of three states. A *live* row belongs to an enrolled subject, which has one or more rows. A *pending*
+row belongs to an open case: searches include it, look-ups by subject do not. A *removed* row has a tombstone, until a merge erases the row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codes import dequantise
 from biodedup.gallery.files.encryption.subject_keys import SubjectKeys, slot_of, unsealed
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.index_settings import IndexSettings
@@ -35,15 +36,15 @@ from biodedup.values import BIT, COLUMNS, EnrolledEncounter, Float32, Template
 
 _T = TypeVar("_T", bound=np.generic)
 _DRAWN_SEED = 7
-_MEMORY_SHARE = 0.75  # that a gallery may fill; of the rest everything else lives
+_MEMORY_SHARE = 0.75  # the share of the memory that a gallery may fill; the rest is for everything else
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open
-    case -> its encounter_id; extra_rows: live rows beyond the first of their subject; different: row -> rows that were judged to be
-    of another person, in both directions; steps: name of a step that a job has done -> what it noted, JSON; indexing: the index engines
-    of its columns; turn: the transform that embeddings are stored with from now on; keys: of subjects, which minutiae are sealed by."""
+    """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open case
+    -> its encounter_id; extra_rows: live rows beyond the first row of their subject; different: row -> rows that verdicts assign to another
+    person, in both directions; steps: name of a completed job step -> its result (JSON); indexing: the index settings; transform: the
+    secret transform of new embeddings; keys: the keys that minutiae are sealed by."""
 
     version: int
     row_count: int
@@ -56,7 +57,7 @@ class Snapshot:
     different: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
     steps: Mapping[str, str] = field(default_factory=dict, repr=False)
     indexing: IndexSettings = field(default_factory=IndexSettings, repr=False)
-    turn: Turn | None = field(default=None, repr=False)
+    transform: Transform | None = field(default=None, repr=False)
     keys: SubjectKeys | None = field(default=None, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
@@ -72,17 +73,17 @@ class Snapshot:
 
     @cached_property
     def live_count(self) -> int:
-        """Subjects enrolled."""
+        """The number of enrolled subjects."""
         return self.present_count - len(self.pending) - self.extra_rows
 
     @property
     def present_count(self) -> int:
-        """Rows that are not removed: live or pending."""
+        """The number of rows that are live or pending."""
         return sum(part.count for part in self.parts) - len(self.tombstones)
 
     @property
     def searched_count(self) -> int:
-        """Subjects enrolled and cases open: how many people a search compares a probe with."""
+        """The number of enrolled subjects and open cases, which a search compares with a probe."""
         return self.live_count + len(self.pending)
 
     @cached_property
@@ -92,12 +93,12 @@ class Snapshot:
 
     @cached_property
     def pending_rows(self) -> Int64:
-        """Ascending."""
+        """The rows of open cases, ascending."""
         return np.array(sorted(self.pending), np.int64)
 
     @cached_property
     def enrolled(self) -> Snapshot:
-        """The same without the open cases."""
+        """This snapshot without the open cases."""
         if not self.pending:
             return self
         without = np.union1d(self.tombstones, self.pending_rows)
@@ -105,7 +106,7 @@ class Snapshot:
 
     @cached_property
     def presences(self) -> Mapping[int, int]:
-        """How many rows have each combination of columns, as a mask."""
+        """presence (a bit mask of columns) -> the number of rows with exactly these columns."""
         counts: Counter[int] = Counter()
         for part in self.parts:
             counts.update(part.bits)
@@ -114,15 +115,15 @@ class Snapshot:
         return {bits: count for bits, count in counts.items() if count}
 
     def count_with(self, bits: int) -> int:
-        """Rows with a template in one of these columns, a mask."""
+        """The number of rows with a template in at least one of these columns. bits: a bit mask of columns."""
         return sum(count for has, count in self.presences.items() if has & bits)
 
     def column_counts(self) -> dict[str, int]:
-        """Live rows with a template in each column."""
+        """column -> the number of live rows with a template in it."""
         return {column: self.enrolled.count_with(1 << index) for index, column in enumerate(COLUMNS)}
 
     def outcomes(self) -> dict[str, int]:
-        """Encounters answered with each outcome."""
+        """outcome -> the number of encounters with this answer."""
         counts: dict[str, int] = {}
         for part in self.parts:
             for outcome, count in part.answers.outcomes.items():
@@ -131,8 +132,8 @@ class Snapshot:
 
     @cached_property
     def streamed(self) -> frozenset[Column]:
-        """Columns whose single cells no memory can hold beside all that is scanned. A large search reads through them, and the system
-        is to forget them at once, or else it would forget what every search scans."""
+        """Columns whose single cells do not fit into the memory beside the scanned arrays. After a large search reads their cells, the
+        system is told to drop them from its cache; otherwise it would drop the scanned arrays, which every search needs."""
         columns = [column for part in self.parts for column in part.columns.values()]
         room = _MEMORY_SHARE * memory_bytes() - sum(column.byte_counts[0] for column in columns)
         found = set()
@@ -145,28 +146,28 @@ class Snapshot:
     # look-ups ---------------------------------------------------------------------------------------------------
 
     def row_of(self, subject_id: str) -> int | None:
-        """The newest row of an enrolled subject."""
+        """The newest row of an enrolled subject; None if the subject is not enrolled."""
         rows = self.rows_under(subject_id)
         return rows[-1] if rows else None
 
     def rows_under(self, subject_id: str) -> list[int]:
-        """The rows of an enrolled subject, ascending; none where it is not enrolled."""
+        """The live rows of a subject, ascending; empty if the subject is not enrolled."""
         return [row for row in self._present(subject_id) if row not in self.pending]
 
     def pending_under(self, subject_id: str) -> list[int]:
-        """The rows of open cases that ask to enrol or update this subject, ascending."""
+        """The pending rows under a subject_id, ascending."""
         return [row for row in self._present(subject_id) if row in self.pending]
 
     def is_known(self, subject_id: str) -> bool:
-        """Whether a row that is not removed has this id: of an enrolled subject or of an open case."""
+        """Whether an enrolled subject or an open case has this id."""
         return bool(self._present(subject_id))
 
     def count_under(self, subject_id: str) -> int:
-        """Rows under an id that are not removed, those of open cases included."""
+        """The number of live and pending rows under a subject_id."""
         return len(self._present(subject_id))
 
     def _present(self, subject_id: str) -> list[int]:
-        """Rows under an id that are not removed, ascending."""
+        """The live and pending rows under a subject_id, ascending."""
         hashed = packed.hash_of(subject_id)
         rows: list[int] = []
         for part in self.parts:
@@ -177,14 +178,14 @@ class Snapshot:
         return rows
 
     def rows_of(self, subject_ids: Packed) -> Int64:
-        """The newest row of each subject, -1 where it is not enrolled."""
+        """The newest row of each subject, int64 (n,); -1 if the subject is not enrolled."""
         rows = np.full(len(subject_ids), -1)
         which, found = self.all_rows_of(subject_ids)
-        rows[which] = found  # of several rows the last one stays
+        rows[which] = found  # rows ascend, so the last assignment is the newest row
         return rows
 
     def all_rows_of(self, subject_ids: Packed) -> tuple[Int64, Int64]:
-        """(index of the id, row) of every row of these subjects; of one subject, rows ascend."""
+        """(index of the id, row) of every live row of these subjects. The rows of a subject ascend."""
         hashes = packed.hashes(subject_ids)
         which, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for part in self.parts:
@@ -196,8 +197,8 @@ class Snapshot:
         return np.concatenate(which), np.concatenate(rows)
 
     def with_siblings(self, rows: Int64) -> tuple[Int64, Int64 | None]:
-        """(these rows, ascending, with all other rows of their subjects; the number of the subject of each). No numbers where every
-        subject has one row. An open case is a subject of its own."""
+        """(these rows and all other rows of their subjects, ascending; a number for the subject of each row). The numbers are None if every
+        subject has one row. An open case counts as a subject."""
         if not self.extra_rows or not len(rows):
             return rows, None
         ids = packed.pack_text(self.subject_ids(rows.tolist()))
@@ -210,7 +211,7 @@ class Snapshot:
         if not len(at):
             return rows, None
         order = np.argsort(hashes[at], kind="stable")
-        at = at[order][np.append(True, np.diff(hashes[at][order]) != 0)]  # each subject once
+        at = at[order][np.append(True, np.diff(hashes[at][order]) != 0)]  # one row of each subject
         which, found = self.all_rows_of(ids.take(at))
         together = np.union1d(rows, found)
         subjects = len(ids) + np.arange(len(together))
@@ -218,17 +219,17 @@ class Snapshot:
         return together, subjects
 
     def siblings(self, row: int) -> tuple[int, ...]:
-        """All rows of the subject that has this one, ascending."""
+        """All rows of the subject of a row, ascending."""
         if not self.extra_rows:
             return (row,)
         return tuple(self.with_siblings(np.array([row]))[0].tolist())
 
     def is_present(self, row: int) -> bool:
-        """Whether the row, which some snapshot had, is there and not removed."""
+        """Whether a row, from this or another snapshot, is live or pending in this one."""
         return bool(self.are_present(np.array([row]))[0])
 
     def are_present(self, rows: Int64) -> NDArray[np.bool_]:
-        """bool (n,): which of these rows, which some snapshot had, are there and not removed: live or pending."""
+        """bool (n,): as `is_present`, for several rows."""
         present = self._gather(rows, np.zeros(len(rows), bool), lambda part, at: at >= 0)
         if len(self.tombstones):
             at = np.minimum(np.searchsorted(self.tombstones, rows), len(self.tombstones) - 1)
@@ -236,15 +237,15 @@ class Snapshot:
         return present
 
     def job_step(self, name: str) -> dict[str, Any] | None:
-        """What a job noted of a step that it has done, or None."""
+        """The result of a completed job step, or None."""
         text = self.steps.get(name)
         if text is not None:
             return parsed(text)
-        stored = self.answer(name)  # as releases before 0.3.0 noted it
+        stored = self.answer(name)  # releases before 0.3.0 stored it as an answer
         return None if stored is None or stored.kind != "job" else parsed(stored.text)
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
-        """What was sent and answered, or None for an encounter never seen."""
+        """The stored answer to an encounter, or None for an unknown encounter."""
         hashed = packed.hash_of(encounter_id)
         for part in reversed(self.parts):
             found = part.answers.find(encounter_id, hashed)
@@ -264,7 +265,7 @@ class Snapshot:
         return ids
 
     def all_subject_ids(self) -> Iterator[str]:
-        """The enrolled subjects, in order of enrolment, each once."""
+        """The ids of the enrolled subjects, each once, in the order of enrolment."""
         several = {int(hashed) for part in self.parts for hashed in part.again.tolist()} if self.extra_rows else set()
         seen: set[str] = set()
         for part in self.parts:
@@ -283,7 +284,7 @@ class Snapshot:
                         yield name
 
     def live_rows(self) -> Int64:
-        """Of every enrolled subject, ascending."""
+        """The rows of all enrolled subjects, ascending."""
         found = [np.zeros(0, np.int64)]
         for part in self.parts:
             mask = self.enrolled.mask(part)
@@ -293,8 +294,8 @@ class Snapshot:
     def mask(
         self, part: Part, groups: Collection[str] | None = None, excluded_presence: frozenset[int] = frozenset()
     ) -> NDArray[np.bool_] | None:
-        """bool (count,): the rows of a part that are not removed and, with groups, belong to one of them. None: all do. excluded_presence:
-        presences of rows that do not count."""
+        """bool (count,): the rows of a part that are live or pending, and belong to one of the groups. None if all rows do. groups: None
+        for no restriction; excluded_presence: rows with one of these presences are left out."""
         key = (id(part), None if groups is None else frozenset(groups), excluded_presence)
         if key not in self._masks:
             self._masks[key] = self._mask(part, *key[1:])
@@ -324,7 +325,7 @@ class Snapshot:
         groups: frozenset[str] | None = None,
         excluded_presence: frozenset[int] = frozenset(),
     ) -> NDArray[np.uint64]:
-        """The mask over a column's cells, 64 of them in each number, the first in the lowest bit; empty where all live."""
+        """The mask over a column's cells as bits: 64 cells in each uint64, the lowest bit first. Empty if all cells are in the mask."""
         key = (id(part), id(column), groups, excluded_presence)
         if key not in self._bits:
             self._bits[key] = self._live_bits(part, column, groups, excluded_presence)
@@ -334,9 +335,8 @@ class Snapshot:
         self, part: Part, column: Column, groups: frozenset[str] | None, excluded_presence: frozenset[int]
     ) -> NDArray[np.uint64]:
         words = -(-column.count // 64)
-        if groups is None and not any(
-            bits in excluded_presence for bits in part.bits
-        ):  # a few holes: not a number for every row
+        if groups is None and not any(bits in excluded_presence for bits in part.bits):
+            # only tombstones: clear their bits, without an array over all rows
             low, high = np.searchsorted(self.tombstones, (part.first_row, part.end_row))
             cells = column.cells_at(part.at(self.tombstones[low:high]))
             cells = cells[cells >= 0]
@@ -349,7 +349,7 @@ class Snapshot:
     def live_members(
         self, part: Part, presences: tuple[int, ...], positions: Int64 | None, groups: frozenset[str] | None
     ) -> NDArray[np.uint64]:
-        """As `live_bits`, over the rows of a part that have one of these presences. positions: of these rows, None for all."""
+        """As `live_bits`, for the rows of a part with one of these presences. positions: of these rows, None for all rows."""
         key = (id(part), presences, groups)
         if key not in self._bits:
             mask = self.mask(part, groups)
@@ -359,11 +359,11 @@ class Snapshot:
     # templates --------------------------------------------------------------------------------------------------
 
     def presence(self, rows: Sequence[int] | Int64) -> NDArray[np.uint16]:
-        """uint16 (n,): bit c is set where the row has a template in COLUMNS[c]. rows: ascending or not."""
+        """uint16 (n,): bit c is set if the row has a template in COLUMNS[c]. rows: in any order."""
         return self._gather(rows, np.zeros(len(rows), np.uint16), lambda part, at: part.presence(0, part.count)[at])
 
     def encounter_ids(self, rows: Sequence[int]) -> list[str]:
-        """The encounter that enrolled each row, '' where it was added without one."""
+        """The encounter_id of each row; '' if the row was added without an encounter."""
         found: dict[int, str] = {}
         for part, positions in self._by_part(np.sort(np.array(rows, np.int64))):
             for row, at in zip(part.rows(positions).tolist(), positions.tolist(), strict=True):
@@ -371,7 +371,7 @@ class Snapshot:
         return [found[row] for row in rows]
 
     def quality(self, rows: Sequence[int], column: str) -> Float32:
-        """float32 (n,), 0 to 1: of the templates in a column; NaN where there is none, or it was not measured."""
+        """float32 (n,), 0 to 1: the quality of each row's template in a column. NaN without a template or a measured quality."""
         return self._gather(rows, np.full(len(rows), np.nan, np.float32), lambda part, at: _quality(part, column, at))
 
     def groups(self, rows: Sequence[int]) -> list[frozenset[str]]:
@@ -382,16 +382,16 @@ class Snapshot:
         return [self.group_sets.get(number, frozenset()) for number in numbers.tolist()]
 
     def embeddings(self, rows: Sequence[int] | Int64, column: str) -> Float32:
-        """float32 (n, d), for rows that have this column; d = 0 where it holds no embeddings."""
+        """float32 (n, d), for rows that have this column. d = 0 if the column holds no embeddings."""
         model = self.models.get(column)
         empty = np.zeros((len(rows), (model and model.dimension) or 0), np.float32)
         return self._gather(rows, empty, lambda part, at: _vectors(part, column, at))
 
     def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32:
-        """Cosines float32 (n, q) of rows that have this column, each with the q vectors of its probe. probes: float32 (p, q, d), unit
+        """The cosines float32 (n, q) of rows, which have this column, and the q vectors of each row's probe. probes: float32 (p, q, d), unit
         vectors; which: int64 (n,), the number of each row's probe."""
         found = np.zeros((len(rows), probes.shape[1]), np.float32)
-        rotated: dict[int, Float32] = {}  # by the codec that rotates them
+        rotated: dict[int, Float32] = {}  # id of a codec -> the probes, rotated by it
         order, start = np.argsort(rows, kind="stable"), 0
         for part, positions in self._by_part(rows[order]):
             places = order[start : start + len(positions)]
@@ -399,7 +399,7 @@ class Snapshot:
             cells = held.cells_at(positions)
             if held.codec is None:
                 found[places] = dot_products(held.vectors_at(cells), probes, which[places])
-            else:  # the few probes are rotated instead of the many rows
+            else:  # rotate the few probes instead of the many rows
                 if id(held.codec) not in rotated:
                     rotated[id(held.codec)] = held.codec.rotate_probes(probes.reshape(-1, probes.shape[2])).reshape(
                         probes.shape
@@ -410,7 +410,7 @@ class Snapshot:
         return found
 
     def minutiae(self, rows: Sequence[int] | Int64, column: str) -> dict[int, bytes]:
-        """Records of those of the rows that have one in this column."""
+        """row -> its minutiae record in a column, for the rows that have one."""
         rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
         records: dict[int, bytes] = {}
         for part, positions in self._by_part(np.sort(np.array(rows, np.int64))):
@@ -450,13 +450,14 @@ class Snapshot:
         return sorted((row, slot) for row, slot in found if slot >= 0)
 
     def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:
-        """What an enrolled subject owns, oldest first."""
+        """The encounters of an enrolled subject, oldest first."""
         rows = self.rows_under(subject_id)
-        told = zip(rows, self.encounter_ids(rows), self.groups(rows), strict=True)
-        return [EnrolledEncounter(row, eid, tuple(sorted(groups)), self.templates(row)) for row, eid, groups in told]
+        each = zip(rows, self.encounter_ids(rows), self.groups(rows), strict=True)
+        return [EnrolledEncounter(row, eid, tuple(sorted(groups)), self.templates(row)) for row, eid, groups in each]
 
     def best_templates(self, subject_id: str) -> dict[str, Template] | None:
-        """column -> of all rows of a subject the template of the best quality, then the newest; None where it is not enrolled."""
+        """column -> the template of the best quality among all rows of a subject, the newest of equal ones. None if the subject is not
+        enrolled."""
         rows = self.rows_under(subject_id)
         best: dict[str, Template] = {}
         for row in rows:
@@ -467,7 +468,7 @@ class Snapshot:
         return best if rows else None
 
     def sample(self, column: str, count: int) -> Float32:
-        """Up to count embeddings of a column, the oldest, float32 (n, d)."""
+        """The oldest embeddings of a column, at most `count`, float32 (n, d)."""
         found: list[Float32] = []
         for part in self.parts:
             if column in part.columns and count > 0:
@@ -477,10 +478,10 @@ class Snapshot:
         return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
 
     def drawn(self, model_id: str, count: int) -> tuple[str, Int64]:
-        """(column, rows) of up to count people with an embedding of this model, by chance; ('', none) without such a column.
+        """A random sample of at most `count` subjects with an embedding of this model: (column, rows). ('', no rows) without such a column.
 
-        They are drawn among the first 2^n rows of all time, whatever has been sealed or merged: the same ones until one of them is
-        removed, or there are twice as many rows. Open cases are left out, and of each subject all rows but one: they may be mates.
+        The sample is drawn from the first 2^n rows, independently of sealing and merging. So it stays the same until a drawn row is
+        removed, or the number of rows has doubled. It has no open cases, and one row of each subject, because other rows would be mates.
         """
         columns = [name for name, model in self.models.items() if model.model_id == model_id and model.dimension]
         rows = _drawn((1 << self.row_count.bit_length()) // 2, count)
@@ -496,12 +497,12 @@ class Snapshot:
         return "", np.zeros(0, np.int64)
 
     def sealed_before(self, rows: Int64) -> int:
-        """How many of these rows, ascending, are sealed."""
+        """The number of these rows, ascending, that are in segments."""
         sealed = [part.end_row for part in self.parts if any(column.codec for column in part.columns.values())]
         return int(np.searchsorted(rows, sealed[-1] if sealed else 0))
 
     def _by_part(self, rows: Int64) -> Iterator[tuple[Part, Int64]]:
-        """Ascending rows as (part, positions)."""
+        """Divides ascending rows by part: (part, positions in the part)."""
         low = 0
         while low < len(rows):
             index = bisect_right(self._starts, int(rows[low])) - 1
@@ -518,6 +519,7 @@ class Snapshot:
     def _gather(
         self, rows: Sequence[int] | Int64, out: NDArray[_T], read: Callable[[Part, Int64], NDArray[_T]]
     ) -> NDArray[_T]:
+        """Fills `out` with the values of rows, in any order. read: the values of positions in a part."""
         wanted = np.asarray(rows, np.int64)
         order = np.argsort(wanted, kind="stable")
         start = 0
@@ -529,7 +531,7 @@ class Snapshot:
 
 @cache
 def _drawn(below: int, count: int) -> Int64:
-    """Four times so many rows below a number, or all of them, in an order of chance."""
+    """4 * count random row numbers below `below`, or all of them, in random order."""
     rng = np.random.default_rng([_DRAWN_SEED, below])
     return rng.permutation(below) if below <= 4 * count else rng.choice(below, 4 * count, replace=False)
 

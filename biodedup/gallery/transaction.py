@@ -1,7 +1,7 @@
-"""A transaction: changes that become durable and visible together.
+"""A transaction: changes of a gallery that become durable and visible together.
 
-Owns staging: every change is written to the database and to the staged parts, which only the transaction's own `snapshot` shows.
-Never commits; the gallery does.
+Owns staging: every change is written to the database and to staged parts, which only the transaction's own `snapshot` shows. Never commits;
+the gallery does (gallery.py).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from biodedup.gallery.answers import StoredDecision, to_json
 from biodedup.gallery.cases import (
     RECAPTURE,
     Request,
-    judged_before,
+    current_answer,
+    pairs_of_old_verdicts,
     read_case,
     request_of,
-    resembled,
-    standing,
+    similar_cases,
 )
 from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
 from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
-from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
+from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.files.packed import Packed, pack, pack_text, text
@@ -53,7 +53,7 @@ _log = logging.getLogger("biodedup.gallery")
 
 
 class Transaction:
-    """For the holder of the gallery's lock. version: of the content, once this is committed."""
+    """Staged changes. Only the thread that holds the gallery's lock uses it. version: of the content after the commit."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Transaction:
         self.different = before.different
         self.steps = before.steps
         self.indexing = before.indexing
-        self.turn = before.turn
+        self.transform = before.transform
         self.keys = before.keys
         self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
@@ -85,17 +85,17 @@ class Transaction:
         self.retired: list[Segment] = []
         self.retired_files: list[str] = []
         self.when_durable: list[Callable[[], None]] = []
-        """Called once the commit is durable; they never raise."""
+        """Functions that are called when the commit is durable. They must not raise."""
         self.audited: list[AuditRecord] = []
-        """Calls that this commit carries out."""
+        """Records for the audit log: the calls that this commit completes."""
         self._catalogue = catalogue
         self._storage = storage
         self._folder = folder
         self._gallery_id = gallery_id
         self._state = state
         self._commit_id = secrets.token_hex(8)
-        self._shown: tuple[tuple[Any, ...], Snapshot] | None = None
-        """The last snapshot, with what it was made of."""
+        self._last_snapshot: tuple[tuple[Any, ...], Snapshot] | None = None
+        """(the objects that the last snapshot was made of, the snapshot)."""
 
     @property
     def changed(self) -> bool:
@@ -113,14 +113,14 @@ class Transaction:
         )
 
     def snapshot(self) -> Snapshot:
-        """Everything, what is staged included."""
+        """A snapshot of the gallery with the staged changes."""
         extra_rows = self._state.extra_rows
-        made_of = (
+        sources = (
             *(*self.segments, self.tail, self.tombstones, self.pending, self.different, self.steps, self.indexing),
             *(self.tail.count, extra_rows, self.content_changed),
         )
-        if self._shown is not None and _are_same(self._shown[0], made_of):
-            return self._shown[1]
+        if self._last_snapshot is not None and _are_same(self._last_snapshot[0], sources):
+            return self._last_snapshot[1]
         snapshot = Snapshot(
             version=self._state.version + self.content_changed,
             row_count=self.tail.end_row,
@@ -133,19 +133,19 @@ class Transaction:
             different=self.different,
             steps=self.steps,
             indexing=self.indexing,
-            turn=self.turn,
+            transform=self.transform,
             keys=self.keys,
         )
-        self._shown = made_of, snapshot
+        self._last_snapshot = sources, snapshot
         return snapshot
 
     def answer(self, encounter_id: str) -> StoredDecision | None:
-        """As `Gallery.answer`, with what is staged."""
+        """As `Gallery.answer`, with the staged changes."""
         staged = self.answers.get(encounter_id)
         if staged is not None:
             return staged
         found = self.snapshot().answer(encounter_id)
-        return None if found is None else standing(self._catalogue, encounter_id, found)
+        return None if found is None else current_answer(self._catalogue, encounter_id, found)
 
     # content ----------------------------------------------------------------------------------------------------
 
@@ -160,12 +160,12 @@ class Transaction:
     def add_encounter(
         self, subject_id: str, templates: Mapping[str, Template], encounter_id: str = "", groups: Iterable[str] = ()
     ) -> None:
-        """Stages a row of a subject, enrolled or not. Raises ModelMismatch."""
+        """Stages a row of a subject, which may be enrolled or new. Raises ModelMismatch."""
         enrolled = self.snapshot().row_of(subject_id) is not None
         self._append(subject_id, templates, encounter_id, groups)
         self._count_extra(int(enrolled))
 
-    def hold(
+    def open_case(
         self,
         subject_id: str,
         templates: Mapping[str, Template],
@@ -173,8 +173,8 @@ class Transaction:
         request: Request,
         linked: Iterable[str] = (),
     ) -> int:
-        """Opens a case: a pending row with the templates of an encounter in review, and what it asked for. linked: the open cases that
-        it resembles. Returns the row."""
+        """Opens a case: stages a pending row with the templates of an encounter in review, and its request. linked: the open cases among
+        its candidates. Returns the row."""
         row = self._append(subject_id, templates, encounter_id, request.groups)
         self._catalogue.add_pending(row, encounter_id)
         self._catalogue.put_case(encounter_id, request.to_json(), None)
@@ -182,19 +182,19 @@ class Transaction:
         self.pending = {**self.pending, row: encounter_id}
         return row
 
-    def release(self, encounter_id: str) -> None:
-        """The pending row of a case becomes a row of its subject, which is enrolled by that if it was not."""
+    def enrol_case(self, encounter_id: str) -> None:
+        """Makes the pending row of a case a row of its subject. This enrols the subject if it is new."""
         row, subject_id = self._pending_row(encounter_id)
         enrolled = self.snapshot().row_of(subject_id) is not None
         self._drop_pending(row)
         self._count_extra(int(enrolled))
         self.content_changed = True
 
-    def withdraw(self, encounter_id: str) -> None:
-        """The pending row of a case is removed."""
+    def remove_case(self, encounter_id: str) -> None:
+        """Removes the pending row of a case."""
         row, _ = self._pending_row(encounter_id)
         self._drop_pending(row)
-        self._bury([row])
+        self._add_tombstones([row])
 
     def _pending_row(self, encounter_id: str) -> tuple[int, str]:
         row = self.snapshot().pending_row_of[encounter_id]
@@ -224,7 +224,7 @@ class Transaction:
         return row
 
     def add_many(self, subject_ids: Packed, cells: Mapping[str, NewCells], groups: Sequence[Iterable[str]]) -> None:
-        """Stages subjects, in the journal. cells: column -> its templates; groups: of each subject. Raises SubjectExists,
+        """Stages new subjects in the journal. cells: column -> its templates; groups: of each subject. Raises SubjectExists,
         ModelMismatch."""
         self.refuse_enrolled(subject_ids)
         self.settle_models(cells)
@@ -239,10 +239,10 @@ class Transaction:
         self.content_changed = True
 
     def attach(self, entry: SegmentEntry, extra_rows: int = 0) -> None:
-        """Stages the rows of a segment that was written before; its range is settled here, behind all rows given out. extra_rows: how
-        many of them are not the first of their subject. Raises GalleryBusy where embeddings were turned since it was written: the secret of
-        its transform may be gone."""
-        self._refuse_other_turn(entry)
+        """Stages the rows of a segment that was written before. Its rows get the next row numbers. extra_rows: how many of its rows are not
+        the first row of their subject. Raises GalleryBusy if the gallery has changed its secret transform since the segment was written,
+        because the old secret may be destroyed."""
+        self._refuse_other_transform(entry)
         if self.tail.count:
             self.seal()
         count = entry.end_row - entry.first_row
@@ -254,15 +254,18 @@ class Transaction:
         self._count_extra(extra_rows)
         self.content_changed = True
 
-    def _refuse_other_turn(self, entry: SegmentEntry) -> None:
+    def _refuse_other_transform(self, entry: SegmentEntry) -> None:
         segment = open_segment(self._storage, self._folder, entry)
         try:
-            turned = {column.turn_id for column in segment.columns.values()} - {None, turn_id_of(self.turn)}
+            outdated = {column.transform_id for column in segment.columns.values()} - {
+                None,
+                transform_id_of(self.transform),
+            }
         finally:
             segment.close()
-        if turned:
+        if outdated:
             raise GalleryBusy(
-                "the embeddings of the gallery were turned while rows were written; nothing was added; send them again"
+                "the embeddings of the gallery got a new transform while rows were written; nothing was added; send them again"
             )
 
     def remove(self, subject_id: str) -> None:
@@ -270,21 +273,21 @@ class Transaction:
         rows = self.snapshot().rows_under(subject_id)
         if not rows:
             raise UnknownSubject(f"subject {subject_id!r} is not enrolled; there is nothing to remove")
-        self._bury(rows)
+        self._add_tombstones(rows)
         self._count_extra(1 - len(rows))
 
     def remove_rows(self, rows: Sequence[int] | Int64) -> None:
-        """Removes live rows, ascending; a subject without further rows is enrolled no more."""
+        """Removes live rows, ascending. A subject without remaining rows is not enrolled any more."""
         now = self.snapshot()
         fewer = 0
         if now.extra_rows and len(rows):
             ids, counts = np.unique(now.subject_ids(np.asarray(rows).tolist()), return_counts=True)
             which, _ = now.all_rows_of(pack_text(ids.tolist()))
             fewer = int(np.minimum(counts, np.bincount(which, minlength=len(ids)) - 1).sum())
-        self._bury(rows)
+        self._add_tombstones(rows)
         self._count_extra(-fewer)
 
-    def _bury(self, rows: Sequence[int] | Int64) -> None:
+    def _add_tombstones(self, rows: Sequence[int] | Int64) -> None:
         if self.keys is not None and (doomed := self.snapshot().slots_of(rows)):
             self.keys.doom(doomed)
             self.when_durable.append(partial(destroy_doomed, self.keys, {slot for _, slot in doomed}))
@@ -294,33 +297,33 @@ class Transaction:
         self.content_changed = self.content_changed or bool(len(rows))
 
     def record(self, encounter_id: str, answer: StoredDecision) -> None:
-        """Stores what was sent and answered, so that a resent encounter gets the same answer."""
-        _ = answer.compressed  # now, so that sealing need not
+        """Stores the answer to an encounter, so that the same answer is given when it is sent again."""
+        _ = answer.compressed  # computed and cached now, so that sealing is fast
         self._catalogue.add_answer(encounter_id, answer)
         self.answers[encounter_id] = answer
         self.content_changed = True
 
     def record_step(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Notes that a job has done a step. facts: JSON-ready; `Snapshot.job_step` returns them."""
+        """Records that a job has completed a step. facts: its result, for JSON; `Snapshot.job_step` returns it."""
         text = json.dumps(dict(facts))
         self._catalogue.add_job_step(name, text)
         self.steps = {**self.steps, name: text}
         self.content_changed = True
 
-    def set_policy(self, one: PolicyVersion) -> None:
+    def set_policy(self, policy: PolicyVersion) -> None:
         """Stores the next version of the policy."""
-        self._catalogue.add_policy(one)
-        self.policies.append(one)
+        self._catalogue.add_policy(policy)
+        self.policies.append(policy)
         self.content_changed = True
 
-    def callers(self, *, noted: bool = True) -> Catalogue:
-        """The database, to note budgets, alarms and approvals in. These are no content: searches see the same version. noted: whether
-        something is put."""
+    def caller_tables(self, *, noted: bool = True) -> Catalogue:
+        """The database, for the tables of budgets, alarms, cards and approvals. They are not content: the version does not change. noted:
+        whether the caller changes rows."""
         self.manifest_changed = self.manifest_changed or noted
         return self._catalogue
 
     def add_audit(self, records: Sequence[AuditRecord]) -> None:
-        """Appends calls to the audit log. They are no content."""
+        """Appends records to the audit log. They are not content: the version does not change."""
         if records:
             self._catalogue.add_audit(records)
             self.manifest_changed = True
@@ -329,42 +332,43 @@ class Transaction:
         return read_case(self._catalogue, self.snapshot(), encounter_id)
 
     def judge(self, verdicts: Sequence[Verdict], different: Sequence[tuple[int, int]]) -> None:
-        """Records what was ruled. different: pairs of rows that are of two people by it."""
+        """Records verdicts. different: pairs of rows that belong to two people by these verdicts."""
         self._catalogue.add_verdicts(verdicts)
         self._catalogue.add_judged(different)
         self.different = paired(different, self.different)
         self.content_changed = True
 
     def forget_cases(self, encounter_ids: Sequence[str]) -> None:
-        """Of closed cases."""
+        """Deletes the requests, decisions and verdicts of closed cases."""
         assert not set(encounter_ids) & set(self.pending.values()), "open cases are kept"
         self._catalogue.forget_cases(encounter_ids)
         self.content_changed = self.content_changed or bool(encounter_ids)
 
     def revise(self, case: Case, decision: Decision) -> None:
-        """The decision of a case as it stands from now on."""
+        """Replaces the present decision of a case."""
         self._catalogue.put_case(case.encounter_id, request_of(case).to_json(), to_json(decision))
         if decision.outcome == "review":
-            self._catalogue.link(case.encounter_id, resembled(decision))
+            self._catalogue.link(case.encounter_id, similar_cases(decision))
         self.content_changed = True
 
     def adopt_cases(self) -> None:
-        """In a gallery of an older format: open cases get their rows, and verdicts are about the rows that they were given on.
+        """Upgrades a gallery of an older format: open cases get pending rows, and verdicts are assigned to rows.
 
-        A case whose templates are of another model than the gallery's by now cannot be compared any more: it asks for a recapture.
+        If the templates of a case are of another model than the gallery's, they cannot be compared: the case is refused, with a request for
+        a recapture.
         """
         for encounter_id in self._catalogue.held_cases():
             case, stored = self.case(encounter_id), self._catalogue.case(encounter_id)
-            assert case is not None, "what is held went to review"
+            assert case is not None, "held templates belong to a case"
             try:
-                self.hold(case.subject_id, case.templates, encounter_id, request_of(case))
+                self.open_case(case.subject_id, case.templates, encounter_id, request_of(case))
                 if stored is not None:
                     self._catalogue.put_case(encounter_id, *stored)
             except ModelMismatch:
                 refusals = (*case.decision.refusals, RECAPTURE)
                 self.revise(case, replace(case.decision, outcome="refused", refusals=refusals))
             self._catalogue.drop_held(encounter_id)
-        pairs = judged_before(self._catalogue.verdicts(), self.snapshot())
+        pairs = pairs_of_old_verdicts(self._catalogue.verdicts(), self.snapshot())
         self._catalogue.add_judged(pairs)
         self.different = paired(pairs, self.different)
         self._catalogue.set_encounters()
@@ -380,7 +384,7 @@ class Transaction:
             self.settle_model(column, ColumnModel(some.model_id, some.dimension))
 
     def settle_model(self, column: str, model: ColumnModel) -> None:
-        """Raises ModelMismatch where the column holds templates of another one."""
+        """Sets the model of a column by its first template. Raises ModelMismatch if the column has another model."""
         known = self.models.get(column)
         if known is None:
             self._catalogue.add_model(column, model)
@@ -389,14 +393,14 @@ class Transaction:
             raise mismatch(column, known, model)
 
     def group_sets_of(self, groups: Sequence[Iterable[str]]) -> NDArray[np.uint32]:
-        """uint32 (n,): the number of each subject's combination of groups."""
+        """uint32 (n,): the number of each subject's set of groups."""
         numbers = {names: self._group_set(names) for names in {frozenset(names) for names in groups}}
         return np.array([numbers[frozenset(names)] for names in groups], np.uint32)
 
     # the manifest -----------------------------------------------------------------------------------------------
 
     def seal(self) -> None:
-        """Turns the journal into a segment. Before anything else is staged."""
+        """Writes the journal into a new segment. Must be called before other changes are staged."""
         tail = TailPart(self.tail, self.tail.count)
         if not tail.count and not tail.answers.count:
             return
@@ -412,7 +416,7 @@ class Transaction:
                 parts=[tail],
                 keeps=[keep],
                 others=parts,
-                turn=self.turn,
+                transform=self.transform,
             )
         )
         self._drop_tombstones(self.tombstones[self.tombstones >= tail.first_row])
@@ -420,14 +424,14 @@ class Transaction:
         self.tail = Tail(tail.end_row)
 
     def take_sealed(self, entry: SegmentEntry, dropped: Int64, rest: Tail) -> None:
-        """The first rows of the journal are in a segment that was written before. dropped: the removed rows that it does not hold; rest: the
-        rows behind it. The caller has taken the sealed rows out of the journal."""
+        """Stages a segment that was written from the first rows of the journal. The caller has deleted these rows from the journal.
+        dropped: removed rows that the segment does not hold; rest: the remaining rows of the journal."""
         self._adopt(entry)
         self._drop_tombstones(dropped)
         self.tail = rest
 
     def swap(self, merged: Sequence[Segment], entry: SegmentEntry, dropped: Int64) -> None:
-        """One segment for several neighbours; dropped: the removed rows that it does not hold any more."""
+        """Replaces neighbouring segments by one merged segment. dropped: removed rows that the new segment does not hold."""
         numbers = [segment.entry.number for segment in merged]
         present = [part.entry.number for part in self.segments if isinstance(part, Segment)]
         at = present.index(numbers[0])
@@ -439,17 +443,17 @@ class Transaction:
         self.retired += merged
 
     def set_index(self, specs: Mapping[str, IndexSpec], *, forced: bool) -> None:
-        """Stores which index engine each column asks for."""
+        """Stores the configured index engine of each column."""
         self.indexing = replace(self.indexing, specs=specs, forced=forced)
         self._catalogue.set_index(self.indexing)
         self.manifest_changed = True
 
-    def set_turn(self, turn: Turn | None) -> None:
-        """Embeddings are stored with this transform from now on. The journal becomes a segment of it."""
-        self.turn = turn
-        self.indexing = replace(self.indexing, turn_id=turn_id_of(turn))
+    def set_transform(self, transform: Transform | None) -> None:
+        """Sets the secret transform of new embeddings. The journal is sealed into a segment with this transform."""
+        self.transform = transform
+        self.indexing = replace(self.indexing, transform_id=transform_id_of(transform))
         self.seal()
-        self._catalogue.set_turn(turn_id_of(turn))
+        self._catalogue.set_transform(transform_id_of(transform))
         self.manifest_changed = True
 
     def add_codec(self, column: str, codec: FaissCodec) -> None:
@@ -467,7 +471,7 @@ class Transaction:
         self.manifest_changed = True
 
     def replace_index(self, segment: Segment, column: str, kind: str | None, digest: str = "") -> None:
-        """Another index file for a column of a segment, or None. kind, digest: of the file, which was written before."""
+        """Replaces the index file of a segment's column. kind, digest: of the new file, which was written before; None for no index."""
         at = self.segments.index(segment)
         old = [name for name in segment.entry.files if (index_of(name) or ("",))[0] == column]
         files = {name: known for name, known in segment.entry.files.items() if name not in old}
@@ -479,7 +483,7 @@ class Transaction:
         self.manifest_changed = True
 
     def take_number(self) -> int:
-        """A number for a new segment."""
+        """Takes the number for a new segment."""
         number = unused_number(self._storage, self._folder, self._state.next_segment)
         self._state = replace(self._state, next_segment=number + 1)
         return number
@@ -498,11 +502,11 @@ class Transaction:
 
     @cached_property
     def _numbers(self) -> dict[frozenset[str], int]:
-        """The number of each combination of groups, of which a national register has a hundred thousand."""
+        """set of groups -> its number. A national register has about a hundred thousand sets."""
         return {names: number for number, names in self.group_sets.items()}
 
     def _group_set(self, names: frozenset[str]) -> int:
-        """Number 0 is no group at all."""
+        """The number of a set of groups; 0 for the empty set."""
         if not names:
             return 0
         if names not in self._numbers:
@@ -547,10 +551,10 @@ def destroy_doomed(keys: SubjectKeys, slots: Iterable[int]) -> None:
         _log.error("keys of removed subjects are not destroyed yet, the next writer does so: %s", error)
 
 
-def _are_same(ones: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Whether these are the same objects, or equal numbers."""
-    return len(ones) == len(others) and all(
-        one is other or (isinstance(one, int) and one == other) for one, other in zip(ones, others, strict=True)
+def _are_same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    """Whether two tuples hold the same objects, or equal numbers."""
+    return len(left) == len(right) and all(
+        a is b or (isinstance(a, int) and a == b) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -565,10 +569,10 @@ def _journalled(first_row: int, column: str, cells: NewCells) -> Iterator[Journa
 
 
 def mismatch(column: str, known: ColumnModel, got: ColumnModel) -> ModelMismatch:
-    """The error for a template that the column cannot hold."""
+    """The error for a template whose model is not that of its column."""
     remedy = "extract again with the gallery's model, or use another gallery"
     if EXTERNAL_MINUTIAE in (known.model_id, got.model_id):
-        remedy = f"{remedy}; records that are of one extractor are declared so by FingerConfig(record_model_id)"
+        remedy = f"{remedy}; if all records are of one extractor, state it in FingerConfig(record_model_id)"
     return ModelMismatch(
         f"column {column} holds templates of {known.model_id} (dimension {known.dimension}), got {got.model_id} "
         f"(dimension {got.dimension}); {remedy}"

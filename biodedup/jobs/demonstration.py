@@ -1,7 +1,7 @@
-"""`demo`: enrols synthetic subjects and one real portrait, detects re-captures of it, and measures searches.
+"""`demo`: enrols synthetic subjects and one real portrait, detects re-captures of the portrait, and measures searches.
 
-Owns a seeded population of subjects with templates only, the portrait that scikit-image ships, re-captures of it, and generated fingers.
-Needs nothing from outside. Every number that it prints is measured in the run.
+Owns a seeded population of synthetic templates, the portrait that scikit-image ships, re-captures of it, and generated fingers. Downloads
+nothing. Every number that it prints is measured in the run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from biodedup.values import Decision, Encounter, Face, Finger
 
 @dataclass(frozen=True)
 class DemoResult(Described):
-    """decisions: (what was sent, decision). recall: share of mates that are first, and of numpy's first that are ours."""
+    """The result of a demonstration. decisions: (name of the encounter, decision); mates_first: share of searches whose mate is the first
+    candidate; agrees_with_numpy: share of searches whose first candidate is that of numpy's exact search."""
 
     subjects: int
     load_seconds: float
@@ -60,7 +61,8 @@ class DemoResult(Described):
 
 
 def recaptures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
-    """The same person again: other framing, light, angle, and compression. RGB uint8 in, encoded images out."""
+    """Imitated re-captures of a portrait: other framing, light, angle and compression. portrait: RGB, uint8 (h, w, 3). Returns name -> encoded
+    image."""
     height, width = portrait.shape[:2]
     rotation = cv2.getRotationMatrix2D((width / 2, height / 3), 8, 1.0)
     images = {
@@ -76,7 +78,7 @@ def recaptures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
 
 
 def poor_captures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
-    """Captures that a quality gate has to refuse."""
+    """Captures that the quality gate has to refuse: name -> encoded image."""
     return {
         "out of focus": _jpeg(np.asarray(cv2.GaussianBlur(portrait, (0, 0), 14), np.uint8), 85),
         "underexposed": _jpeg((portrait * 0.06).astype(np.uint8), 85),
@@ -85,15 +87,15 @@ def poor_captures(portrait: NDArray[np.uint8]) -> dict[str, bytes]:
 
 
 def with_fingers() -> list[tuple[str, Encounter]]:
-    """(what it is, encounter): two persons with a generated finger and a synthetic face, and the first of them again."""
+    """Encounters with a generated finger and a synthetic face, as (name, encounter): two persons, and the first person again."""
     rng = np.random.default_rng(7)
     first, second = draw_master(rng), draw_master(rng)
     faces = population(2, seed=3)
     again = mates_of(faces[:1], np.array([0.6]))[0]
     sent = (
         ("a face and a finger", "person-1", faces[0], first),
-        ("others", "person-2", faces[1], second),
-        ("the first ones, again", "impostor", again, first),
+        ("another face and finger", "person-2", faces[1], second),
+        ("the first person again", "impostor", again, first),
     )
     return [
         (
@@ -117,7 +119,7 @@ def demo(
     probes: int = 2_000,
     say: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:
-    """Runs the demonstration in an empty gallery folder; say is told what happens, a line at a time."""
+    """Runs the demonstration in an empty gallery folder. say: called with each line of the report."""
     with Engine.open(folder, config or Config()) as engine:
         vectors = population(subjects)
         load_seconds = _load(engine, vectors)
@@ -126,14 +128,14 @@ def demo(
         searched = _search(engine, vectors, min(probes, subjects))
         say(
             f"{searched['probes']:,} probes at mated cosines (mean 0.64): {searched['probes_per_second']:,.0f} searches a second; "
-            f"the mate is first for {searched['mates_first']:.2%}; first place as numpy's exact search: "
+            f"the mate is first for {searched['mates_first']:.2%}; same first candidate as numpy's exact search: "
             f"{searched['agrees_with_numpy']:.2%}"
         )
         return DemoResult(subjects=subjects, load_seconds=load_seconds, decisions=decisions, **searched)
 
 
 def _load(engine: Engine, vectors: NDArray[np.float32]) -> float:
-    """Enrols a subject a row; returns the seconds it took."""
+    """Enrols a subject for each row of the vectors. Returns the duration in seconds."""
     model_id, started = load_card(engine.config.face.model).model_id, time.perf_counter()
     for first in range(0, len(vectors), 20_000):
         part = vectors[first : first + 20_000]
@@ -149,9 +151,9 @@ def _enrol_portraits(engine: Engine, say: Callable[[str], None]) -> tuple[tuple[
     def enroll(name: str, encounter: Encounter) -> None:
         decision = engine.enroll(encounter)
         decisions.append((name, decision))
-        say(f"  {name:<28} {_told(decision)}")
+        say(f"  {name:<28} {_described(decision)}")
 
-    say("a portrait comes in for the first time")
+    say("a portrait is enrolled for the first time")
     enroll("portrait", _of_face("astronaut", _jpeg(portrait, 95)))
     say("the same person tries again under other names")
     for number, (name, image) in enumerate(recaptures(portrait).items(), start=1):
@@ -159,7 +161,7 @@ def _enrol_portraits(engine: Engine, say: Callable[[str], None]) -> tuple[tuple[
     say("poor captures")
     for number, (name, image) in enumerate(poor_captures(portrait).items(), start=1):
         enroll(f"portrait, {name}", _of_face(f"poor-{number}", image))
-    say("fingers that a generator draws, with synthetic faces")
+    say("generated fingers with synthetic faces")
     for name, encounter in with_fingers():
         enroll(name, encounter)
     return tuple(decisions)
@@ -189,7 +191,7 @@ def _of_face(subject_id: str, image: bytes) -> Encounter:
     return Encounter(subject_id, [Face(image)], encounter_id=f"demo/{subject_id}")
 
 
-def _told(decision: Decision) -> str:
+def _described(decision: Decision) -> str:
     if decision.outcome == "refused":
         refusal = decision.refusals[0]
         measured = "" if refusal.measured is None else f" (measured {refusal.measured:.3g}, limit {refusal.limit:.3g})"

@@ -1,1 +1,1 @@
-"""Exact comparison: similarities, their calibration, their fusion, and the decision."""
+"""Exact comparison of templates: raw scores, their calibration, their fusion, and the decision rules."""

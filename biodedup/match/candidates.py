@@ -1,9 +1,10 @@
-"""Reads candidates' templates and compares them with those of probes: raw scores, by pair of columns.
+"""Compares templates of probes with those of many candidates: raw scores, by pair of columns.
 
-Owns what is read of candidates, and which minutiae have been compared. Never calibrates and never chooses.
+Owns the reading of candidates' templates, and the list of minutiae that are compared already. Never calibrates, and never chooses
+candidates.
 
 1. Each column is read once for the candidates of all probes.
-2. Minutiae that add to an embedding wait until they are asked for (`staged.py`). Other minutiae are compared at once.
+2. Minutiae that add to an embedding are compared on request only (`staged.py`). All other minutiae are compared at once.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ class Candidates(Protocol):
     """The source of the candidates' templates: a gallery's rows, or a few templates in memory. rows: int64 (n,)."""
 
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
-        """The columns of each row, as a bit mask (`values.BIT`)."""
+        """The columns of each row, as a bit mask (`values.BIT`), uint16 (n,)."""
 
     def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32 | None:
-        """Cosines float32 (n, q) of each row with the q captures of its probe; None if the column holds no embeddings. All rows have this
-        column. probes: float32 (p, q, d), unit vectors; which: int64 (n,), the number of each row's probe. A cosine is the same to the
-        last bit in any company. Raises ModelMismatch."""
+        """Cosines float32 (n, q) of each row with the q captures of its probe, or None if the column holds no embeddings. All rows have this
+        column. probes: float32 (p, q, d), unit vectors. which: int64 (n,), the number of each row's probe. A cosine does not depend on the
+        other rows and probes, not even in the last bit. Raises ModelMismatch."""
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
-        """row -> minutiae record, of the rows that have one."""
+        """Row -> minutiae record, for the rows that have a record."""
 
     def model_ids(self) -> Mapping[str, str]:
         """The model of each column."""
 
 
 class TemplateCandidates:
-    """Candidates that are held as templates: one mapping column -> template for each row 0, 1, ..."""
+    """Candidates in memory: a mapping column -> template for each of the rows 0, 1, ..."""
 
     def __init__(self, *candidates: Mapping[str, Template]) -> None:
         self._candidates = candidates
@@ -50,10 +51,10 @@ class TemplateCandidates:
         return np.array([sum(BIT[column] for column in self._candidates[row]) for row in rows.tolist()], np.uint16)
 
     def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32 | None:
-        held, at = np.unique(rows, return_inverse=True)
-        found = [self._candidates[row][column].embedding for row in held.tolist()]
-        vectors = [vector for vector in found if vector is not None]
-        if not vectors or len(vectors) < len(held):
+        distinct, at = np.unique(rows, return_inverse=True)
+        embeddings = [self._candidates[row][column].embedding for row in distinct.tolist()]
+        vectors = [vector for vector in embeddings if vector is not None]
+        if not vectors or len(vectors) < len(distinct):
             return None
         return similarities_of(np.array(vectors, np.float32)[at], column, probes, which)
 
@@ -66,39 +67,39 @@ class TemplateCandidates:
 
 
 class JoinedCandidates:
-    """The candidates of two sources. Rows below `count` are of the first; rows from it on are of the second, less count."""
+    """The candidates of two sources. Rows below `count` are rows of the first source; row count + i is row i of the second."""
 
     def __init__(self, first: Candidates, second: Candidates, count: int) -> None:
         self._sources = (first, second)
         self._count = count
 
     def _parts(self, rows: Int64) -> Iterator[tuple[Candidates, Bool, Int64]]:
-        """(source, which rows are of it, its rows)."""
+        """(source, mask of the rows that it has, their numbers in it)."""
         for number, source in enumerate(self._sources):
-            own = (rows >= self._count) == bool(number)
-            if own.any():
-                yield source, own, rows[own] - number * self._count
+            mask = (rows >= self._count) == bool(number)
+            if mask.any():
+                yield source, mask, rows[mask] - number * self._count
 
     def presence(self, rows: Int64) -> NDArray[np.uint16]:
-        found = np.zeros(len(rows), np.uint16)
-        for source, own, some in self._parts(rows):
-            found[own] = source.presence(some)
-        return found
+        presence = np.zeros(len(rows), np.uint16)
+        for source, mask, numbers in self._parts(rows):
+            presence[mask] = source.presence(numbers)
+        return presence
 
     def similarities(self, rows: Int64, column: str, probes: Float32, which: Int64) -> Float32 | None:
-        found = np.full((len(rows), probes.shape[1]), np.nan, np.float32)
-        for source, own, some in self._parts(rows):
-            similarity = source.similarities(some, column, probes, which[own])
-            if similarity is None:
+        cosines = np.full((len(rows), probes.shape[1]), np.nan, np.float32)
+        for source, mask, numbers in self._parts(rows):
+            of_source = source.similarities(numbers, column, probes, which[mask])
+            if of_source is None:
                 return None
-            found[own] = similarity
-        return found
+            cosines[mask] = of_source
+        return cosines
 
     def minutiae(self, rows: Int64, column: str) -> dict[int, bytes]:
         records = dict[int, bytes]()
-        for source, own, some in self._parts(rows):
-            of_source, numbers = source.minutiae(some, column), zip(rows[own].tolist(), some.tolist(), strict=True)
-            records.update({row: of_source[number] for row, number in numbers if number in of_source})
+        for source, mask, numbers in self._parts(rows):
+            of_source, pairs = source.minutiae(numbers, column), zip(rows[mask].tolist(), numbers.tolist(), strict=True)
+            records.update({row: of_source[number] for row, number in pairs if number in of_source})
         return records
 
     def model_ids(self) -> Mapping[str, str]:
@@ -114,7 +115,7 @@ def similarities_of(vectors: Float32, column: str, probes: Float32, which: Int64
 
 
 def check_dimension(dimension: int, column: str, probes: Float32) -> None:
-    """Raises ModelMismatch for probes (..., d) that have another number of dimensions than the column."""
+    """Raises ModelMismatch unless the probes (..., d) have as many dimensions as the column."""
     if probes.shape[-1] != dimension:
         raise ModelMismatch(
             f"the {column} probe has {probes.shape[-1]} numbers, the candidate's {dimension}; extract both with one model"
@@ -124,10 +125,10 @@ def check_dimension(dimension: int, column: str, probes: Float32) -> None:
 class RawScores:
     """The raw scores of some probes with n candidates.
 
-    probes: with captures in the same columns, of the same models and of the same kinds (embedding, minutiae, or both). which: int64 (n,),
-    ascending, the probe that each candidate is compared with. wanted: the pairs of columns to compare, and for each the candidates that
-    have its column, int64 (k,), ascending. waiting: bool (n, pairs), where minutiae would add to the embedding and are not compared yet.
-    compared: int64 (probes,), how many pairs of minutiae records were compared so far.
+    probes: have captures in the same columns, of the same models and of the same kinds (embedding, minutiae, or both). which: int64 (n,),
+    ascending, the probe of each candidate. wanted: pair of columns -> the indices of the candidates to compare, int64 (k,), ascending.
+    waiting: bool (n, pairs), True where minutiae add to the embedding and are not compared yet. compared: int64 (probes,), the number of
+    pairs of minutiae records that were compared so far.
     """
 
     def __init__(
@@ -136,79 +137,81 @@ class RawScores:
         probes: Sequence[Mapping[str, Template]],
         models: Mapping[str, ScoreModel],
         source: Candidates,
-        held: tuple[Int64, Int64],
+        candidates: tuple[Int64, Int64],
         wanted: Mapping[Pair, Int64],
     ) -> None:
-        """held: (the rows of the candidates, which)."""
-        self._rows, self._which = held
+        """candidates: (the rows of the candidates, which)."""
+        self._rows, self._which = candidates
         self.pairs = tuple(wanted)
         self.compared = np.zeros(len(probes), np.int64)
         self._matcher, self._probes, self._models, self._source = matcher, probes, models, source
         self._similarity, self._minutiae = np.full((2, len(wanted), len(self._rows)), np.nan)
         self.waiting = np.zeros((len(wanted), len(self._rows)), bool).T
-        self._first = probes[0]  # its captures are of the same kinds as those of all
+        self._first = probes[0]  # all probes have the same kinds of captures
         model_ids = source.model_ids()
-        minutiae_only = list[tuple[int, Int64]]()
-        shared: dict[tuple[str, str, bytes], list[int]] = {}  # pairs that read the same embeddings
-        for number, (pair, ats) in enumerate(wanted.items()):
+        without_embedding = list[tuple[int, Int64]]()
+        same_embeddings: dict[
+            tuple[str, str, bytes], list[int]
+        ] = {}  # pairs that compare the same candidates' embeddings
+        for number, (pair, indices) in enumerate(wanted.items()):
             template = self._first[pair[0]]
             if pair[0] != pair[1] and model_ids.get(pair[1]) != template.model_id:
                 continue
             if template.embedding is None:
-                minutiae_only.append((number, ats))
+                without_embedding.append((number, indices))
             else:
-                shared.setdefault((pair[1], template.model_id, ats.tobytes()), []).append(number)
-        self._compare(minutiae_only)
-        for (column, *_), numbers in shared.items():
-            self._embeddings(column, numbers, wanted[self.pairs[numbers[0]]])
+                same_embeddings.setdefault((pair[1], template.model_id, indices.tobytes()), []).append(number)
+        self._compare(without_embedding)
+        for (column, *_), numbers in same_embeddings.items():
+            self._compare_embeddings(column, numbers, wanted[self.pairs[numbers[0]]])
 
-    def _embeddings(self, column: str, numbers: Sequence[int], ats: Int64) -> None:
+    def _compare_embeddings(self, column: str, numbers: Sequence[int], indices: Int64) -> None:
         """Compares the embeddings of a column with those of the probes' columns in these pairs."""
-        own = [self.pairs[number][0] for number in numbers]
-        probes = np.array([[probe[name].embedding for name in own] for probe in self._probes], np.float32)
-        similarity = self._source.similarities(self._rows[ats], column, probes, self._which[ats])
+        probe_columns = [self.pairs[number][0] for number in numbers]
+        probes = np.array([[probe[name].embedding for name in probe_columns] for probe in self._probes], np.float32)
+        similarity = self._source.similarities(self._rows[indices], column, probes, self._which[indices])
         if similarity is None:
             return
-        for number, name, of_pair in zip(numbers, own, similarity.T, strict=True):
-            self._similarity[number, ats] = of_pair
+        for number, name, of_pair in zip(numbers, probe_columns, similarity.T, strict=True):
+            self._similarity[number, indices] = of_pair
             adds = self._models[name].with_minutiae is not None
-            self.waiting[ats, number] = adds and self._first[name].minutiae is not None
+            self.waiting[indices, number] = adds and self._first[name].minutiae is not None
 
     def compare(self, cells: Bool) -> None:
-        """Compares the minutiae that wait in these cells. cells: bool, (n, pairs) or (n, 1)."""
+        """Compares the waiting minutiae of these cells. cells: bool, (n, pairs) or (n, 1)."""
         wanted = self.waiting & cells
         numbers = np.flatnonzero(wanted.any(axis=0)).tolist()
         self._compare([(number, np.flatnonzero(wanted[:, number])) for number in numbers])
         self.waiting &= ~wanted
 
     def _compare(self, wanted: Sequence[tuple[int, Int64]]) -> None:
-        """Compares the minutiae of these pairs of columns with these candidates, all in one call. wanted: (number of the pair, candidates)."""
+        """Compares minutiae in one call of the matcher. wanted: (number of the pair of columns, indices of the candidates)."""
         probes, records, which = list[bytes | None](), list[bytes](), [np.zeros(0, np.int64)]
         cells = list[tuple[int, Int64]]()
-        for number, ats in wanted:
-            own, column = self.pairs[number]
-            if self._first[own].minutiae is None:
+        for number, indices in wanted:
+            probe_column, column = self.pairs[number]
+            if self._first[probe_column].minutiae is None:
                 continue
-            record_of = self._source.minutiae(np.unique(self._rows[ats]), column)
-            told = zip(ats.tolist(), self._rows[ats].tolist(), strict=True)
-            has = np.array([at for at, row in told if row in record_of], np.int64)
-            records += [record_of[row] for row in self._rows[has].tolist()]
-            used, of_each = np.unique(self._which[has], return_inverse=True)
+            record_of = self._source.minutiae(np.unique(self._rows[indices]), column)
+            pairs = zip(indices.tolist(), self._rows[indices].tolist(), strict=True)
+            with_record = np.array([index for index, row in pairs if row in record_of], np.int64)
+            records += [record_of[row] for row in self._rows[with_record].tolist()]
+            used, of_each = np.unique(self._which[with_record], return_inverse=True)
             which.append(len(probes) + of_each)
-            probes += [self._probes[i][own].minutiae for i in used.tolist()]
-            cells.append((number, has))
+            probes += [self._probes[i][probe_column].minutiae for i in used.tolist()]
+            cells.append((number, with_record))
         if not records:
             return
         known = [record for record in probes if record is not None]
-        scores, low = self._matcher.compare_pairs(known, records, np.concatenate(which)), 0
-        for number, has in cells:
-            self._minutiae[number, has] = scores[low : low + len(has)]
-            self.compared += np.bincount(self._which[has], minlength=len(self.compared))
-            low += len(has)
+        scores, start = self._matcher.compare_pairs(known, records, np.concatenate(which)), 0
+        for number, with_record in cells:
+            self._minutiae[number, with_record] = scores[start : start + len(with_record)]
+            self.compared += np.bincount(self._which[with_record], minlength=len(self.compared))
+            start += len(with_record)
 
-    def scores(self, ats: Int64 | None = None) -> dict[Pair, PairScores]:
-        """By what has been compared so far; of these candidates, None for all."""
-        chosen = slice(None) if ats is None else ats
+    def scores(self, indices: Int64 | None = None) -> dict[Pair, PairScores]:
+        """Calibrated scores by pair of columns, from the raw scores so far. indices: of these candidates; None: of all."""
+        chosen = slice(None) if indices is None else indices
         return {
             pair: calibrated(
                 self._models[pair[0]],
@@ -219,6 +222,10 @@ class RawScores:
             for number, pair in enumerate(self.pairs)
         }
 
-    def llr_db(self, ats: Int64) -> Float64:
-        """The evidence of each pair of columns by what has been compared so far, float64 (k, pairs); NaN where there is none."""
-        return np.array([scores.llr_db for scores in self.scores(ats).values()]).reshape(len(self.pairs), len(ats)).T
+    def llr_db(self, indices: Int64) -> Float64:
+        """The evidence of each pair of columns from the raw scores so far, float64 (k, pairs); NaN where nothing is compared."""
+        return (
+            np.array([scores.llr_db for scores in self.scores(indices).values()])
+            .reshape(len(self.pairs), len(indices))
+            .T
+        )

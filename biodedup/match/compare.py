@@ -1,12 +1,13 @@
 """Compares probes with many candidates each, capture by capture, and adds up the evidence.
 
-Owns which captures are paired, and how their scores become one. Never searches and never decides.
+Owns the choice of the captures that are paired, and the fusion of their scores. Never searches and never decides.
 
-1. Captures of one column are paired. A finger of unknown position is tried against every finger left over on the other
-   side; the best of m tries counts, less 10 log10(m) dB, since m tries have m chances to look alike.
-2. Across positions, when asked: other readings of the fingers' labels are tried as well (`labels.py`), and the better of right
-   labels and the strongest other reading counts, each less its penalty.
-3. A finger's embedding and its minutiae add their llr_db, and the sum is calibrated again; with only one, that one counts.
+1. Captures of one column are paired. A finger of unknown position is compared with every finger that has no partner on the other side.
+   The best of m tries counts, minus 10 log10(m) dB, because m tries have m chances of a false match.
+2. On request (across positions), other readings of the fingers' labels are tried (`labels.py`). The given labels and the strongest other
+   reading each lose their penalty, and the better of the two counts.
+3. The llr_db of a finger's embedding and of its minutiae are added, and the sum is calibrated again. If one of them is missing, the other
+   counts alone.
 4. A subject with several rows is one candidate (`encounters.py`).
 5. Every returned number has a unit: `score_db`, `llr_db`.
 """
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from biodedup.errors import InvalidInput, ModelMismatch
 from biodedup.match.candidates import Candidates, RawScores, TemplateCandidates
-from biodedup.match.encounters import Joint, of_all_rows
+from biodedup.match.encounters import SubjectScores, presence_of_subjects
 from biodedup.match.labels import Pair, Readings, readings_of
 from biodedup.match.prints.minutiae import MinutiaeMatcher
 from biodedup.match.ranked import Fused, PairScores, Ranked, Scored, ScoreMatrix, ScoreModel
@@ -34,12 +35,12 @@ from biodedup.match.scores.fusion import llr_reaching
 from biodedup.match.staged import Probes, Stage
 from biodedup.values import BIT, Score, Template
 
-_ROWS_TOGETHER = 8192
-"""Rows that are compared together: some 10 MB with a face and ten fingers, ten times as much across positions."""
+_BATCH_ROWS = 8192
+"""Rows of a batch: about 10 MB with a face and ten fingers, ten times as much across positions."""
 
 
 def pairings(probe: Sequence[str], candidate: Sequence[str]) -> list[list[Pair]]:
-    """The pairs of columns to compare, in groups; of each group the best pair counts."""
+    """The pairs of columns to compare, in groups. The best pair of each group counts."""
     groups = [[(column, column)] for column in probe if column in candidate]
     of_probe = [column for column in probe if column != "face" and column not in candidate]
     of_candidate = [column for column in candidate if column != "face" and column not in probe]
@@ -61,8 +62,8 @@ class WithMinutiaeOf(Protocol):
 
 
 class Comparer:
-    """Compares templates with calibrated scores. calibration_of: model_id -> its calibration; with_minutiae: how minutiae add to
-    embeddings of a model; replay_of: as `Calibrations.replay_of`."""
+    """Compares templates with calibrated scores. calibration_of, with_minutiae, replay_of: as `Calibrations.of`, `with_minutiae` and
+    `replay_of`."""
 
     def __init__(
         self,
@@ -77,10 +78,10 @@ class Comparer:
         self._matcher = matcher
         self._sample: tuple[()] | tuple[SampleOf] = ()
         self._known: dict[str, ScoreModel] | None = None
-        """model_id -> how its templates score, once the subjects are settled that this is measured on."""
+        """model_id -> its score model, once `calibrated_on` has fixed the subjects of the calibration; None before."""
 
     def calibrated_on(self, sample_of: SampleOf) -> Comparer:
-        """The same comparer, with calibrations that are measured on these subjects."""
+        """The same comparer, with calibrations measured on these subjects."""
         comparer = copy(self)
         comparer._sample, comparer._known = (sample_of,), {}
         return comparer
@@ -95,11 +96,11 @@ class Comparer:
         subjects: NDArray[np.int64] | None = None,
         stage: Stage | None = None,
     ) -> Ranked:
-        """The probe compared with each row, strongest first, equal ones by row. Rows without a comparable capture are left out.
+        """The comparisons of the probe with each row, strongest first, equal scores by row. Rows without a comparable capture are left out.
 
-        across: also compare fingers with fingers of other labels. subjects: int64 (n,), rows with the same number belong to one
-        subject, which gives one comparison, that of its strongest row; None: each row is a subject of its own. stage: which rows'
-        minutiae are compared (`staged.py`), by the evidence of the embeddings; the other rows are left out, too. None: all rows'.
+        across: also compare fingers with fingers of other labels. subjects: int64 (n,), the number of each row's subject. A subject gives
+        one comparison, that of its strongest row. None: each row is a subject of its own. stage: chooses, by the evidence of the
+        embeddings, the rows whose minutiae are compared (`staged.py`); all other rows are left out. None: all rows are compared in full.
         """
         (ranked,) = self.compare_each(
             [probe], source, [np.asarray(rows, np.int64)], across=across, subjects=[subjects], stages=[stage]
@@ -116,56 +117,60 @@ class Comparer:
         subjects: Sequence[NDArray[np.int64] | None],
         stages: Sequence[Stage | None],
     ) -> list[Ranked]:
-        """As `compare`, for several probes: rows, subjects and stages are of each. Probes with the same kinds of captures are compared
-        together, so that a column is read once and hardly anything is done probe by probe; the results are the same to the last bit."""
+        """As `compare`, for several probes. rows, subjects, stages: of each probe.
+
+        Probes with the same kinds of captures are compared in one batch, so that a column is read once. The results are the same to the last
+        bit.
+        """
         results = [Ranked()] * len(probes)
-        alike: dict[Hashable, list[int]] = {}
+        same_kinds: dict[Hashable, list[int]] = {}
         for number, (probe, of_probe, stage) in enumerate(zip(probes, rows, stages, strict=True)):
             if len(of_probe):
-                alike.setdefault((_kinds_of(probe), _without_above(stage)), []).append(number)
-        for numbers in alike.values():
-            for some in _pieces(numbers, [len(rows[number]) for number in numbers]):
-                together = _Together(
-                    [probes[n] for n in some], [rows[n] for n in some], [subjects[n] for n in some], stages[some[0]]
+                same_kinds.setdefault((_kinds_of(probe), _without_above(stage)), []).append(number)
+        for numbers in same_kinds.values():
+            for piece in _pieces(numbers, [len(rows[number]) for number in numbers]):
+                batch = _Batch(
+                    [probes[n] for n in piece], [rows[n] for n in piece], [subjects[n] for n in piece], stages[piece[0]]
                 )
-                above = [stage.above if (stage := stages[n]) is not None else None for n in some]
-                for number, ranked in zip(some, self._compare_alike(together, source, above, across), strict=True):
+                above = [stage.above if (stage := stages[n]) is not None else None for n in piece]
+                for number, ranked in zip(piece, self._compare_batch(batch, source, above, across), strict=True):
                     results[number] = ranked
         return results
 
-    def _compare_alike(
-        self, together: _Together, source: Candidates, above: Sequence[tuple[float, float] | None], across: bool
+    def _compare_batch(
+        self, batch: _Batch, source: Candidates, above: Sequence[tuple[float, float] | None], across: bool
     ) -> list[Ranked]:
-        held, which, subjects = together.held, together.which, together.subjects
-        probe, stage = together.probes[0], together.stage
-        paired = _Paired(probe, source.model_ids(), held, source.presence(held), subjects, across=across)
-        measured = RawScores(
-            self._matcher, together.probes, self.score_models(probe), source, (held, which), paired.wanted()
+        """The comparisons of each probe of the batch. above: `Stage.above` of each probe."""
+        rows, which, subjects = batch.rows, batch.which, batch.subjects
+        probe, stage = batch.probes[0], batch.stage
+        pairing = _Pairing(probe, source.model_ids(), rows, source.presence(rows), subjects, across=across)
+        raw_scores = RawScores(
+            self._matcher, batch.probes, self.score_models(probe), source, (rows, which), pairing.wanted()
         )
-        kept, by_embeddings = np.arange(len(held)), None
-        if stage is not None and measured.waiting.any():
-            least = np.array([(-np.inf, -np.inf) if pair is None else pair for pair in above]).T
+        kept, by_embeddings = np.arange(len(rows)), None
+        if stage is not None and raw_scores.waiting.any():
+            above_db = np.array([(-np.inf, -np.inf) if pair is None else pair for pair in above]).T
             chosen, by_embeddings = stage.choose(
-                measured, *paired.fuse(measured.scores()), subjects, Probes(which, least)
+                raw_scores, *pairing.fuse(raw_scores.scores()), subjects, Probes(which, above_db)
             )
             kept = np.flatnonzero(chosen)
             by_embeddings = by_embeddings[:, kept]
-        whole = np.zeros((len(held), 1), bool)
-        whole[kept] = True
-        measured.compare(whole)
-        matrix, fused = paired.of(kept).fuse(measured.scores(kept))
-        ends = np.searchsorted(which[kept], np.arange(len(together.probes) + 1)).tolist()
-        spans = zip(pairwise(ends), measured.compared.tolist(), strict=True)
-        return [Ranked([Scored(matrix, fused, by_embeddings, count, low, high)]) for (low, high), count in spans]
+        in_full = np.zeros((len(rows), 1), bool)
+        in_full[kept] = True
+        raw_scores.compare(in_full)
+        matrix, fused = pairing.of(kept).fuse(raw_scores.scores(kept))
+        ends = np.searchsorted(which[kept], np.arange(len(batch.probes) + 1)).tolist()
+        spans = zip(pairwise(ends), raw_scores.compared.tolist(), strict=True)
+        return [Ranked([Scored(matrix, fused, by_embeddings, count, start, end)]) for (start, end), count in spans]
 
     def score_models(self, probe: Mapping[str, Template]) -> dict[str, ScoreModel]:
-        """How the templates in each of the probe's columns score."""
-        # once for all rows: the calibration of a model without a card comes from the gallery
-        of = {model_id: self.score_model(model_id) for model_id in {one.model_id for one in probe.values()}}
-        return {column: of[template.model_id] for column, template in probe.items()}
+        """The score model of each of the probe's columns."""
+        # looked up once for all rows: the calibration of a model without a card is measured on the gallery
+        models = {model_id: self.score_model(model_id) for model_id in {t.model_id for t in probe.values()}}
+        return {column: models[template.model_id] for column, template in probe.items()}
 
     def score_model(self, model_id: str) -> ScoreModel:
-        """How templates of one model score."""
+        """The score model of a model_id."""
         known = self._known
         if known is not None and model_id in known:
             return known[model_id]
@@ -176,15 +181,15 @@ class Comparer:
         return model
 
     def score_db(self, probe: Template, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """score_db, float64 (n,), of raw scores of the probe's model."""
+        """The score_db, float64 (n,), of raw scores of the probe's model."""
         return self.calibration(probe.model_id).score_db(values.astype(np.float64))
 
     def adds_minutiae(self, model_id: str) -> bool:
-        """Whether minutiae add to the embeddings of this model."""
+        """Whether minutiae add evidence to the embeddings of this model."""
         return self.score_model(model_id).with_minutiae is not None
 
-    def has_more(self, probe: Template) -> bool:
-        """Whether minutiae add to the probe's embedding, so that a ranking by embeddings is not final."""
+    def has_minutiae_to_add(self, probe: Template) -> bool:
+        """Whether the probe has minutiae that add to its embedding, so that a ranking by embeddings is not final."""
         return probe.embedding is not None and probe.minutiae is not None and self.adds_minutiae(probe.model_id)
 
     def calibration(self, model_id: str) -> Calibration:
@@ -192,13 +197,13 @@ class Comparer:
         return self.score_model(model_id).alone
 
     def llr_reaching(self, score_db: float, model_ids: Sequence[str]) -> float:
-        """The least sum of llr_db, over one capture of each of these models, that reaches score_db."""
+        """The lowest sum of llr_db, over one capture of each of these models, that reaches score_db."""
         return llr_reaching(score_db, tuple(map(self.calibration, model_ids)))
 
 
-class _Together:
-    """Probes with the same kinds of captures, and the rows that each is compared with: held, int64 (n,), the rows; which, int64 (n,),
-    ascending, the probe of each; subjects, int64 (n,), None if each row is a subject of its own."""
+class _Batch:
+    """Probes with the same kinds of captures, and the rows to compare. rows: int64 (n,). which: int64 (n,), ascending, the probe of each row.
+    subjects: int64 (n,), or None if each row is a subject of its own."""
 
     def __init__(
         self,
@@ -208,86 +213,94 @@ class _Together:
         stage: Stage | None,
     ) -> None:
         self.probes, self.stage = probes, stage
-        self.held = np.concatenate(rows)
-        self.which = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
+        self.rows = np.concatenate(rows)
+        self.which = np.repeat(np.arange(len(rows)), [len(of_probe) for of_probe in rows])
         self.subjects: NDArray[np.int64] | None = None
-        if any(some is not None for some in subjects):
-            base, numbers = 0, list[NDArray[np.int64]]()  # no two probes share the number of a subject
-            for some, of_probe in zip(rows, subjects, strict=True):
-                own = np.arange(len(some)) if of_probe is None else np.unique(of_probe, return_inverse=True)[1]
-                numbers.append(base + own)
-                base += len(some)
+        if any(of_probe is not None for of_probe in subjects):
+            base, numbers = 0, list[NDArray[np.int64]]()  # subjects of different probes have different numbers
+            for rows_of_probe, of_probe in zip(rows, subjects, strict=True):
+                if of_probe is None:
+                    numbers.append(base + np.arange(len(rows_of_probe)))
+                else:
+                    numbers.append(base + np.unique(of_probe, return_inverse=True)[1])
+                base += len(rows_of_probe)
             self.subjects = np.concatenate(numbers)
 
 
-class _Paired:
-    """Which captures of a probe and of each row are compared, and how their scores become one. own: the columns of each row, as masks;
-    subjects: int64 (n,), None if each row is a subject of its own."""
+class _Pairing:
+    """The captures of a probe and of each row that are compared, and the fusion of their scores. presence: the columns of each row, as
+    masks. subjects: int64 (n,), or None if each row is a subject of its own."""
 
     def __init__(
         self,
         probe: Mapping[str, Template],
         model_ids: Mapping[str, str],
         rows: NDArray[np.int64],
-        own: NDArray[np.uint16],
+        presence: NDArray[np.uint16],
         subjects: NDArray[np.int64] | None,
         *,
         across: bool,
     ) -> None:
         self._probe, self._model_ids, self._across = probe, model_ids, across
-        self._rows, self._own, self._subjects = rows, own, subjects
-        masks, which = np.unique(own if subjects is None else of_all_rows(own, subjects), return_inverse=True)
+        self._rows, self._presence, self._subjects = rows, presence, subjects
+        of_subjects = presence if subjects is None else presence_of_subjects(presence, subjects)
+        masks, which = np.unique(of_subjects, return_inverse=True)
         self._members = [
             (_columns_of(mask), np.flatnonzero(which == number)) for number, mask in enumerate(masks.tolist())
         ]
-        self._groups = {some: pairings(tuple(probe), some) for some, _ in self._members}
+        self._groups = {columns: pairings(tuple(probe), columns) for columns, _ in self._members}
         self._readings = {
-            some: _readings(probe, model_ids, some, bool(self._groups[some])) for some, _ in self._members if across
+            columns: _readings(probe, model_ids, columns, bool(self._groups[columns]))
+            for columns, _ in self._members
+            if across
         }
 
-    def of(self, ats: NDArray[np.int64]) -> _Paired:
-        """The same of some rows, with all rows of their subjects."""
-        subjects = None if self._subjects is None else self._subjects[ats]
-        return _Paired(self._probe, self._model_ids, self._rows[ats], self._own[ats], subjects, across=self._across)
+    def of(self, indices: NDArray[np.int64]) -> _Pairing:
+        """The same for a part of the rows, which must contain all rows of their subjects."""
+        subjects = None if self._subjects is None else self._subjects[indices]
+        rows, presence = self._rows[indices], self._presence[indices]
+        return _Pairing(self._probe, self._model_ids, rows, presence, subjects, across=self._across)
 
     def wanted(self) -> dict[Pair, NDArray[np.int64]]:
-        """The pairs of columns to compare, and for each the rows that have its column, ascending. In one order whatever the rows are, so
-        that sums are equal to the last bit."""
+        """Pair of columns -> the indices of the rows to compare, ascending. The order of the pairs does not depend on the rows, so that sums
+        are equal to the last bit."""
         lists: dict[Pair, list[NDArray[np.int64]]] = {}
-        for some, ats in self._members:
-            tried = self._readings.get(some)
-            of_groups = (pair for group in self._groups[some] for pair in group)
-            for pair in dict.fromkeys((*of_groups, *(tried.pairs if tried else ()))):
-                lists.setdefault(pair, []).append(ats)
+        for columns, indices in self._members:
+            readings = self._readings.get(columns)
+            of_groups = (pair for group in self._groups[columns] for pair in group)
+            for pair in dict.fromkeys((*of_groups, *(readings.pairs if readings else ()))):
+                lists.setdefault(pair, []).append(indices)
         place = {column: at for at, column in enumerate(self._probe)}
         pairs = sorted(lists, key=lambda pair: (place[pair[0]], BIT[pair[1]]))
         wanted = {pair: np.sort(np.concatenate(lists[pair])) for pair in pairs}
         if self._subjects is None:
             return wanted
-        return {pair: ats[(self._own[ats] & BIT[pair[1]]) != 0] for pair, ats in wanted.items()}
+        return {pair: indices[(self._presence[indices] & BIT[pair[1]]) != 0] for pair, indices in wanted.items()}
 
     def fuse(self, scores: Mapping[Pair, PairScores]) -> tuple[ScoreMatrix, Fused]:
-        """The scores of these rows as one. Of a subject's rows only the strongest keeps its score."""
-        joint = None if self._subjects is None else Joint(scores, self._subjects)
-        if joint is None:
+        """Fuses the scores of each row. Of a subject's rows only the strongest keeps its score."""
+        subject_scores = None if self._subjects is None else SubjectScores(scores, self._subjects)
+        if subject_scores is None:
             matrix = ScoreMatrix(self._rows, scores)
         else:
-            matrix = ScoreMatrix(self._rows, joint.scores, joint.borrowed_db)
-        fused = matrix.fuse(*as_labelled(matrix, [(ats, self._groups[some]) for some, ats in self._members]))
-        for some, ats in self._members:
-            reading = self._readings.get(some)
-            if reading is not None:
-                fused = _read_across(matrix, fused, ats, reading)
-        return matrix, fused if joint is None else joint.best_of_each(fused)
+            matrix = ScoreMatrix(self._rows, subject_scores.scores, subject_scores.borrowed_db)
+        fused = matrix.fuse(
+            *as_labelled(matrix, [(indices, self._groups[columns]) for columns, indices in self._members])
+        )
+        for columns, indices in self._members:
+            readings = self._readings.get(columns)
+            if readings is not None:
+                fused = _across_positions(matrix, fused, indices, readings)
+        return matrix, fused if subject_scores is None else subject_scores.best_row_of_each(fused)
 
 
 def compare_templates(comparer: Comparer, a: Template, b: Template) -> Score:
-    """1:1. Raises ModelMismatch, and InvalidInput for a face against a finger."""
+    """The 1:1 score of two templates. Raises ModelMismatch, and InvalidInput for a face and a finger."""
     if a.modality != b.modality:
         raise InvalidInput(f"a {a.modality} does not compare with a {b.modality}; pass two templates of one modality")
     if a.model_id != b.model_id:
         raise ModelMismatch(f"one template is of {a.model_id}, the other of {b.model_id}; extract both with one model")
-    # The caller asks for this pair, whatever the labels say: both go into one column.
+    # the caller asks for this pair whatever its labels are, so that both go into one column
     result = comparer.compare({"unknown": _relabelled(a)}, TemplateCandidates({"unknown": _relabelled(b)}), [0])[0]
     part = result.evidence[0]
     return Score(result.score_db, result.llr_db, part.similarity, part.minutiae, result.extrapolated)
@@ -302,13 +315,13 @@ def _readings(
 ) -> Readings | None:
     """The other readings of the probe's labels. labelled: whether the given labels pair any captures."""
     of_probe = tuple(column for column in probe if column != "face")
-    known = {probe[column].model_id for column in of_probe}
-    of_candidate = tuple(column for column in columns if column != "face" and models.get(column) in known)
+    probe_models = {probe[column].model_id for column in of_probe}
+    of_candidate = tuple(column for column in columns if column != "face" and models.get(column) in probe_models)
     return readings_of(of_probe, of_candidate, labelled)
 
 
 def _kinds_of(probe: Mapping[str, Template]) -> Hashable:
-    """What the captures of a probe are; probes of equal kinds are compared together."""
+    """The columns, models and kinds of a probe's captures. Probes with equal kinds are compared in a batch."""
     return tuple(
         [
             (
@@ -323,6 +336,7 @@ def _kinds_of(probe: Mapping[str, Template]) -> Hashable:
 
 
 def _without_above(stage: Stage | None) -> Hashable:
+    """A key for all fields of the stage except `above`."""
     if stage is None:
         return None
     lone_db = tuple(sorted(stage.lone_db.items()))
@@ -330,10 +344,10 @@ def _without_above(stage: Stage | None) -> Hashable:
 
 
 def _pieces(numbers: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers in pieces with at most _ROWS_TOGETHER rows, or a single number with more. counts: the rows of each."""
+    """The numbers in pieces of at most _BATCH_ROWS rows, or of a single number with more rows. counts: the rows of each number."""
     piece, total = list[int](), 0
     for number, count in zip(numbers, counts, strict=True):
-        if piece and total + count > _ROWS_TOGETHER:
+        if piece and total + count > _BATCH_ROWS:
             yield piece
             piece, total = [], 0
         piece.append(number)
@@ -349,34 +363,37 @@ def _columns_of(mask: int) -> tuple[str, ...]:
 def as_labelled(
     matrix: ScoreMatrix, members: Sequence[tuple[NDArray[np.int64], list[list[Pair]]]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """(used, trial_penalty_db) as `ScoreMatrix.fuse` takes them: of each group of pairs the best one counts, less the number of its rivals."""
-    used = np.zeros(matrix.llr_db.shape, bool, order="F")  # as the matrix's arrays lie, so that they add up fast
+    """(used, trial_penalty_db), the arguments of `ScoreMatrix.fuse`: the best pair of each group counts, minus a penalty for the number of
+    pairs that were tried. members: (indices of rows, their groups of pairs)."""
+    used = np.zeros(
+        matrix.llr_db.shape, bool, order="F"
+    )  # the memory order of the matrix's arrays, so that sums are fast
     trial_penalty_db = np.zeros(matrix.llr_db.shape, order="F")
-    for ats, groups in members:
+    for indices, groups in members:
         for group in groups:
             pairs = np.array([matrix.number[pair] for pair in group])
             if len(group) == 1:
-                used[ats, pairs[0]] = ~np.isnan(matrix.llr_db[ats, pairs[0]])
+                used[indices, pairs[0]] = ~np.isnan(matrix.llr_db[indices, pairs[0]])
                 continue
-            llr_db = matrix.llr_db[np.ix_(ats, pairs)]
+            llr_db = matrix.llr_db[np.ix_(indices, pairs)]
             tries = np.count_nonzero(~np.isnan(llr_db), axis=1)
-            there = np.flatnonzero(tries)
-            best = pairs[np.nanargmax(llr_db[there], axis=1)]
-            used[ats[there], best] = True
-            trial_penalty_db[ats[there], best] = 10 * np.log10(tries[there])
+            tried = np.flatnonzero(tries)
+            best = pairs[np.nanargmax(llr_db[tried], axis=1)]
+            used[indices[tried], best] = True
+            trial_penalty_db[indices[tried], best] = 10 * np.log10(tries[tried])
     return used, trial_penalty_db
 
 
-def _read_across(matrix: ScoreMatrix, fused: Fused, ats: NDArray[np.int64], readings: Readings) -> Fused:
-    """Of these rows the better of right labels and the strongest other reading, each less its penalty."""
+def _across_positions(matrix: ScoreMatrix, fused: Fused, indices: NDArray[np.int64], readings: Readings) -> Fused:
+    """For these rows the better of the given labels and the strongest other reading, each after its penalty."""
     pairs = np.array([matrix.number[pair] for pair in readings.pairs])
-    paired, label_penalties_db = readings.strongest(matrix.llr_db[np.ix_(ats, pairs)])
-    used = np.zeros((len(ats), len(matrix.pairs)), bool)
+    paired, label_penalties_db = readings.strongest(matrix.llr_db[np.ix_(indices, pairs)])
+    used = np.zeros((len(indices), len(matrix.pairs)), bool)
     used[:, pairs] = paired
     for number, (column, _) in enumerate(matrix.pairs):
         if column == "face":
-            used[:, number] = fused.used[ats, number]
+            used[:, number] = fused.used[indices, number]
     label_penalty_db = np.zeros(len(matrix.rows))
-    label_penalty_db[ats] = readings.as_labelled_db
-    other = matrix.fuse(used, ats=ats).penalised(label_penalties_db)
-    return fused.penalised(label_penalty_db).or_better(other, ats)
+    label_penalty_db[indices] = readings.as_labelled_db
+    other = matrix.fuse(used, indices=indices).penalised(label_penalties_db)
+    return fused.penalised(label_penalty_db).or_better(other, indices)

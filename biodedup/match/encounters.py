@@ -1,10 +1,11 @@
 """Combines the rows (encounters) of one subject into one comparison.
 
-Owns which rows lend columns to one another, and the penalty for having several rows. Never measures a similarity.
+Owns the borrowing of columns between a subject's rows, and the penalty for several rows. Never compares captures.
 
-1. Each row is one reading of the subject. A column that the row lacks is borrowed from the subject's other rows: of the m rows that
-   have it the strongest, less 10 log10(m) dB. Rows of different finger positions are thus compared jointly.
-2. The strongest of k different readings counts, less 10 log10(k) dB: k readings have k chances to look alike (Bonferroni's bound).
+1. If a row lacks a column, it borrows the strongest pair among the m rows of its subject that have the column, minus 10 log10(m) dB. Rows
+   with different finger positions are thus compared jointly.
+2. The strongest of a subject's k different rows counts, minus 10 log10(k) dB, because k rows have k chances of a false match
+   (Bonferroni's bound).
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from biodedup.match.ranked import Fused, PairScores
 Int64 = NDArray[np.int64]
 
 
-def of_all_rows(presence: NDArray[np.uint16], subjects: Int64) -> NDArray[np.uint16]:
-    """For each row the columns of all rows of its subject, as masks, uint16 (n,)."""
+def presence_of_subjects(presence: NDArray[np.uint16], subjects: Int64) -> NDArray[np.uint16]:
+    """The columns of all rows of each row's subject, as masks, uint16 (n,)."""
     _, which = np.unique(subjects, return_inverse=True)
-    together = np.zeros(which.max() + 1 if len(which) else 0, np.uint16)
-    np.bitwise_or.at(together, which, presence)
-    return together[which]
+    masks = np.zeros(which.max() + 1 if len(which) else 0, np.uint16)
+    np.bitwise_or.at(masks, which, presence)
+    return masks[which]
 
 
-class Joint:
+class SubjectScores:
     """Scores of rows, completed by borrowed columns. subjects: int64 (n,), the number of each row's subject.
 
-    scores: by pair of columns, of every row; borrowed_db: float64 (n, pairs), what is off a borrowed pair's evidence.
+    scores: pair of columns -> scores of every row. borrowed_db: float64 (n, pairs), the penalty of a borrowed pair.
     """
 
     def __init__(self, scores: Mapping[Pair, PairScores], subjects: Int64) -> None:
@@ -41,31 +42,34 @@ class Joint:
         self._several = np.flatnonzero(counts[which] > 1)
         self.borrowed_db = np.zeros((len(subjects), len(scores)))
         self._source = np.tile(np.arange(len(subjects)), (len(scores), 1)).T
-        for number, one in enumerate(scores.values()):
-            self._borrow(number, one.llr_db)
-        self.scores = {pair: one.taken(self._source[:, at]) for at, (pair, one) in enumerate(scores.items())}
+        for number, pair_scores in enumerate(scores.values()):
+            self._borrow(number, pair_scores.llr_db)
+        self.scores = {
+            pair: pair_scores.select(self._source[:, number])
+            for number, (pair, pair_scores) in enumerate(scores.items())
+        }
 
     def _borrow(self, number: int, llr_db: NDArray[np.float64]) -> None:
-        some = self._several
-        has = some[~np.isnan(llr_db[some])]
-        lacks = some[np.isnan(llr_db[some])]
-        ordered = has[np.lexsort((has, -llr_db[has], self._subjects[has]))]  # of each subject the strongest first
-        owners, first, offers = np.unique(self._subjects[ordered], return_index=True, return_counts=True)
+        rows = self._several
+        has = rows[~np.isnan(llr_db[rows])]
+        lacks = rows[np.isnan(llr_db[rows])]
+        ordered = has[np.lexsort((has, -llr_db[has], self._subjects[has]))]  # by subject, its strongest row first
+        owners, first, counts = np.unique(self._subjects[ordered], return_index=True, return_counts=True)
         lacks = lacks[np.isin(self._subjects[lacks], owners)]
         at = np.searchsorted(owners, self._subjects[lacks])
         self._source[lacks, number] = ordered[first[at]]
-        self.borrowed_db[lacks, number] = 10 * np.log10(offers[at])
+        self.borrowed_db[lacks, number] = 10 * np.log10(counts[at])
 
-    def best_of_each(self, fused: Fused) -> Fused:
-        """The strongest row of each subject, less the penalty for its readings; its other rows lose their score."""
-        some = self._several[~np.isnan(fused.score_db[self._several])]
-        used = np.where(fused.used[some], self._source[some], -1)
-        readings = np.unique(np.column_stack([self._subjects[some], used]), axis=0)
-        owners, counts = np.unique(readings[:, 0], return_counts=True)
+    def best_row_of_each(self, fused: Fused) -> Fused:
+        """The strongest row of each subject, minus the penalty for several rows. The subject's other rows lose their score (NaN)."""
+        rows = self._several[~np.isnan(fused.score_db[self._several])]
+        used = np.where(fused.used[rows], self._source[rows], -1)
+        different = np.unique(np.column_stack([self._subjects[rows], used]), axis=0)
+        owners, counts = np.unique(different[:, 0], return_counts=True)
         label_penalty_db = np.zeros(len(fused.score_db))
-        label_penalty_db[some] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[some])])
+        label_penalty_db[rows] = 10 * np.log10(counts[np.searchsorted(owners, self._subjects[rows])])
         fused = fused.penalised(label_penalty_db)
-        ordered = some[np.lexsort((some, -fused.score_db[some], -fused.llr_db[some], self._subjects[some]))]
+        ordered = rows[np.lexsort((rows, -fused.score_db[rows], -fused.llr_db[rows], self._subjects[rows]))]
         later = ordered[1:][np.diff(self._subjects[ordered]) == 0]
         score_db = fused.score_db.copy()
         score_db[later] = np.nan

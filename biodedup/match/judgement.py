@@ -1,14 +1,14 @@
-"""The decision rules: from scored candidates to an outcome, and to the kind of each resemblance.
+"""The decision rules: they turn scored candidates into an outcome, and name the kind of each resemblance.
 
 Owns the rules. Never compares, stores or reads a biometric sample.
 
 A score above a threshold says that two records are very unlikely to be an impostor pair. It does not prove that they are one person: twins
-share a face, an operator's finger can be on many records, and captures of two people can be filed as one. If captures contradict one
-another, the encounter goes to review, with its kind.
+share a face, an operator's finger can be on many records, and captures of two people can be filed as one record. If captures contradict
+each other, the encounter goes to review, with the kind of the contradiction.
 
-A score whose calibration may be wrong by more than its margin is not trusted either. Until a gallery has checked a model's card on its
-own subjects (match/scores/calibrations.py), the score under the worst case of the card, `sure_db`, must reach the duplicate threshold, too.
-Otherwise the encounter goes to review, with the reason `uncalibrated`.
+The calibration may be wrong as well. Until the gallery has checked a model's card on its own subjects (match/scores/calibrations.py), the
+score in the worst case of the card, `worst_case_db`, must reach the duplicate threshold, too. Otherwise the encounter goes to review, with
+the reason `uncalibrated`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from biodedup.required import INCOMPLETE
 from biodedup.values import Decision, Evidence, Kind, Outcome
 
 SPEAKS_FOR_DB = 20.0
-"""llr_db from which a capture speaks for one person: a hundred to one."""
+"""llr_db at or above which a capture is evidence for one person: a hundred to one."""
 SPEAKS_AGAINST_DB = -7.0
-"""llr_db down to which captures together speak against one person: one to five. Two impostor fingers together reach it."""
+"""llr_db at or below which captures together are evidence for two people: one to five. Two fingers of an impostor together reach it."""
 
-BELIEVED: tuple[Kind, ...] = ("same_person", "swapped_fingers")
-"""Kinds whose score decides alone."""
+TRUSTED_KINDS: tuple[Kind, ...] = ("same_person", "swapped_fingers")
+"""Kinds of resemblance without a contradiction: the score alone decides."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """An outcome with its evidence. kinds: the kind of each candidate, "" below the review threshold. reasons: why the encounter goes to
-    review, most serious first."""
+    """An outcome. kinds: the kind of each candidate, "" below the review threshold. reasons: why the encounter goes to review, the most
+    serious first."""
 
     outcome: Outcome
     kinds: tuple[Kind, ...]
@@ -55,10 +55,10 @@ def judge(
 ) -> Judgement:
     """The outcome of a search.
 
-    candidates: strongest first. band_db: the policy's review threshold; review_db is lower if mates with these captures may score less.
-    incomplete: part of the gallery was not searched; such a search never gives `unique`. usable: the probe has a template.
-    nothing_in_common: no enrolled subject has a comparable capture. waiting: for each candidate, whether it is an open case; an encounter
-    that resembles an open case goes to review.
+    candidates: strongest first. band_db: the policy's review threshold. review_db: the review threshold of this search; it is lower if mates
+    with these captures may score less. incomplete: part of the gallery was not searched; such a search never gives `unique`. usable:
+    whether the probe has a template. nothing_in_common: no enrolled subject has a comparable capture. waiting: for each candidate, whether
+    it is an open case; an encounter that resembles an open case goes to review.
     """
     kinds = kinds_of(candidates, duplicate_db, review_db)
     if not usable:
@@ -70,17 +70,17 @@ def judge(
             continue
         if waits:
             reasons["open_case"] = None
-        elif kind not in BELIEVED:
+        elif kind not in TRUSTED_KINDS:
             reasons[kind] = None
         elif candidate.score_db < duplicate_db:
             reasons["between_thresholds" if candidate.score_db >= band_db else "little_evidence"] = None
-        elif candidate.sure_db is not None and candidate.sure_db < duplicate_db:
+        elif candidate.worst_case_db is not None and candidate.worst_case_db < duplicate_db:
             reasons["uncalibrated"] = None
         elif candidate.extrapolated and not trust_extrapolation:
             reasons["extrapolated"] = None
         else:
             duplicate = True
-        if kind in BELIEVED and candidate.sure_db == 0.0:  # only models without a calibration took part
+        if kind in TRUSTED_KINDS and candidate.worst_case_db == 0.0:  # no model has a calibration
             reasons["uncalibrated"] = None
     if incomplete:
         reasons["incomplete"] = None
@@ -91,26 +91,24 @@ def judge(
 
 
 REASONS = {
-    "another_person": "the subject is enrolled, and these captures do not verify as theirs",
-    "replay_suspected": "a capture is probably a copy of one that is enrolled: the same picture or template was sent again",
+    "another_person": "the subject is enrolled, and these captures do not match its own",
+    "replay_suspected": "a capture is probably a copy of an enrolled capture: the same picture or template was sent again",
     "open_case": "another case is open that resembles this one",
-    "mixed_record": "captures of two subjects seem to be filed as one",
-    "shared_finger": "one finger agrees and nothing else does; is it an operator's own?",
+    "mixed_record": "captures of two subjects seem to be filed as one record",
+    "shared_finger": "one finger agrees and no other capture does; is it the operator's finger?",
     "look_alike": "the face agrees and the fingers do not; twins?",
     "uncalibrated": "the calibration of these scores is not checked yet with people of this gallery, and may be off by more than the "
     "margin; a model without a calibration is never checked",
     "extrapolated": "the score lies beyond the measured pairs, which the policy does not trust",
     "incomplete": "part of the gallery was not compared",
     "between_thresholds": "the score lies between the thresholds",
-    "little_evidence": "with so few captures a mate may score no more than an impostor does",
+    "little_evidence": "with so few captures a mate may score as low as an impostor",
     "removed": "the subject was enrolled, and has been removed since",
     "nothing_in_common": "no enrolled subject has a capture to compare with these",
 }
-"""The text of each of `Decision.reasons`, most serious first."""
+"""Reason in `Decision.reasons` -> its text, the most serious first."""
 _SERIOUS = tuple(REASONS)
-LACKS_CAPTURES = (
-    "captures are missing or cannot be used; send the encounter again, repaired, under the same encounter_id"
-)
+LACKS_CAPTURES = "captures are missing or unusable; repair the encounter and send it again under the same encounter_id"
 """The text of the reason `incomplete` for a refused encounter."""
 
 
@@ -124,9 +122,9 @@ def texts_of(decision: Decision) -> tuple[str, ...]:
 def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: float) -> tuple[Kind, ...]:
     """The kind of resemblance of each candidate, "" below the review threshold.
 
-    `shared_finger`: one finger agrees and all other captures disagree; reported if that finger alone reaches duplicate_db, even if the sum
-    is below both thresholds. `look_alike`: the face agrees and the fingers together disagree, as twins' do. `mixed_record`: two
-    candidates reach the review threshold, each by captures that speak against the other. `swapped_fingers`: finger labels differ.
+    `shared_finger`: one finger agrees and all other captures disagree; also if the sum is below both thresholds, provided that the finger
+    alone reaches duplicate_db. `look_alike`: the face agrees and the fingers together disagree, as twins' do. `mixed_record`: two
+    candidates reach the review threshold, each by captures that are evidence against the other. `swapped_fingers`: finger labels differ.
     """
     kinds: list[Kind] = []
     for candidate in candidates:
@@ -142,22 +140,22 @@ def kinds_of(candidates: Sequence[Comparison], duplicate_db: float, review_db: f
             elif any(part.swapped for part in candidate.evidence):
                 kind = "swapped_fingers"
         kinds.append(kind)
-    spoken = {
+    evidence = {
         i: _for_and_against(candidate.evidence)
         for i, candidate in enumerate(candidates)
         if candidate.score_db >= review_db
     }
-    for (i, (for_i, against_i)), (j, (for_j, against_j)) in combinations(spoken.items(), 2):
-        if for_i & against_j and for_j & against_i:  # each by captures that speak against the other
+    for (i, (for_i, against_i)), (j, (for_j, against_j)) in combinations(evidence.items(), 2):
+        if for_i & against_j and for_j & against_i:
             kinds[i] = kinds[j] = "mixed_record"
     return tuple(kinds)
 
 
 def _one_finger_against_all(evidence: Sequence[Evidence], from_db: float) -> bool:
     if len(evidence) < 2 or not any([part.llr_db >= from_db and part.column != "face" for part in evidence]):
-        return False  # nearly always; the code below is slow
+        return False  # the usual case, decided first because the code below is slow
     fingers = [part for part in evidence if part.column != "face"]
-    from_db += 10 * log10(len(fingers))  # Bonferroni: so many fingers could have agreed by chance
+    from_db += 10 * log10(len(fingers))  # Bonferroni: each finger could have agreed by chance
     best = max(fingers, key=lambda part: part.llr_db)
     rest_db = sum(part.llr_db for part in evidence if part is not best)
     return min(best.score_db, best.llr_db) >= from_db and rest_db <= SPEAKS_AGAINST_DB
@@ -170,7 +168,7 @@ def _face_against_fingers(evidence: Sequence[Evidence]) -> bool:
 
 
 def _for_and_against(evidence: Sequence[Evidence]) -> tuple[set[str], set[str]]:
-    """(the probe's captures that speak for a candidate, those that speak against it)."""
+    """(captures of the probe that are evidence for a candidate, captures that are evidence against it)."""
     return (
         {part.column for part in evidence if part.llr_db >= SPEAKS_FOR_DB},
         {part.column for part in evidence if part.llr_db <= SPEAKS_AGAINST_DB},

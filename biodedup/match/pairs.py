@@ -1,6 +1,6 @@
-"""Compares two sets of templates 1:1, and records comparisons in a trace, with the minutiae that agree.
+"""Compares two sets of templates 1:1, and records comparisons in a trace, with the minutiae that are paired.
 
-Owns the comparison of one pair and its trace. Never measures a similarity (`compare.py`) and never calibrates (`calibration.py`).
+Owns the 1:1 comparison and its trace. Never computes raw scores and never calibrates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from biodedup.values import Decision, Evidence, Score, Template, Verification
 
 @dataclass(frozen=True, eq=False)
 class PairComparer:
-    """A comparer with its calibrations. Thread-safe."""
+    """Compares two sets of templates. Thread-safe."""
 
     calibrations: Calibrations
     comparer: Comparer
@@ -31,7 +31,7 @@ class PairComparer:
     def compare(
         self, a: Mapping[str, Template], b: Mapping[str, Template], *, across: bool = False
     ) -> Comparison | None:
-        """The comparison of all captures of both sides; None if no capture is comparable. Raises ModelMismatch."""
+        """The comparison of all captures of both sides, or None if no captures are comparable. Raises ModelMismatch."""
         for column in a.keys() & b.keys():
             if a[column].model_id != b[column].model_id:
                 raise ModelMismatch(
@@ -40,37 +40,39 @@ class PairComparer:
         return next(iter(self.comparer.compare(a, TemplateCandidates(b), [0], across=across)), None)
 
     def score(self, a: Template, b: Template) -> Score:
-        """One capture of each side. Raises ModelMismatch, InvalidInput for a face against a finger and for an unsound record."""
+        """The score of two templates. Raises ModelMismatch; InvalidInput for a face and a finger, and for an invalid record."""
         a, b = self.calibrations.sound(a), self.calibrations.sound(b)
         score = compare_templates(self.comparer, a, b)
         if (steps := tracing()) is not None:
             _record_score(steps, a, b, score)
         return score
 
-    def law(self, template: Template, part: Evidence) -> Calibration:
-        """The calibration that this template's evidence was judged by."""
+    def calibration_of(self, template: Template, part: Evidence) -> Calibration:
+        """The calibration that gave this template's evidence."""
         model = self.comparer.score_models({template.column: template})[template.column]
         return model.of(part.similarity is not None and part.minutiae is not None)
 
-    def readings(self, template: Template, part: Evidence) -> list[tuple[str, float, float]]:
-        """(what was compared, raw score, llr_db by itself): what a capture's evidence is made of."""
+    def raw_scores(self, template: Template, part: Evidence) -> list[tuple[str, float, float]]:
+        """(`similarity` or `minutiae`, raw score, its llr_db) of each comparison that contributes to a capture's evidence."""
         model = self.comparer.score_models({template.column: template})[template.column]
-        read = [] if part.similarity is None else [("similarity", part.similarity, model.alone)]
+        scores = [] if part.similarity is None else [("similarity", part.similarity, model.alone)]
         if part.minutiae is not None:
-            added = model.with_minutiae.minutiae if part.similarity is not None and model.with_minutiae else model.alone
-            read.append(("minutiae", part.minutiae, added))
-        return [(name, raw, float(calibration.llr_db([raw])[0])) for name, raw, calibration in read]
+            added = None if part.similarity is None else model.with_minutiae
+            of_minutiae = model.alone if added is None else added.minutiae
+            scores.append(("minutiae", part.minutiae, of_minutiae))
+        return [(name, raw, float(calibration.llr_db([raw])[0])) for name, raw, calibration in scores]
 
 
 def pair_comparer(cards: Sequence[ModelCard]) -> PairComparer:
-    """Compares templates of these models without a gallery."""
-    known = Calibrations(cards)
-    return PairComparer(known, Comparer(known.of, CylinderMatcher(), known.with_minutiae, known.replay_of))
+    """A comparer for templates of these models, without a gallery."""
+    calibrations = Calibrations(cards)
+    comparer = Comparer(calibrations.of, CylinderMatcher(), calibrations.with_minutiae, calibrations.replay_of)
+    return PairComparer(calibrations, comparer)
 
 
 @cache
 def shipped_pair_comparer() -> PairComparer:
-    """Compares templates of the models that come with the package."""
+    """A comparer for templates of the models in the package."""
     return pair_comparer(shipped_cards())
 
 
@@ -81,8 +83,8 @@ def record_candidates(
     ranked: Ranked,
     templates_of: Callable[[str], Mapping[str, Template] | None],
 ) -> None:
-    """Adds a decision and its candidates to a trace. ranked: what its search returned; templates_of: subject_id -> its enrolled
-    templates, or None."""
+    """Adds a decision and its candidates to a trace. ranked: the search's comparisons. templates_of: subject_id -> its enrolled templates,
+    or None."""
     steps.add("comparisons", candidates=len(ranked), minutiae=ranked.compared)
     for candidate in decision.candidates:
         steps.add("candidate", candidate=candidate)

@@ -1,25 +1,25 @@
 """Chooses the candidates whose minutiae are compared, by the scores of their embeddings.
 
-Owns the choice. Never compares minutiae itself and never decides.
+Owns this choice. Never decides.
 
-A comparison of minutiae takes a thousand times as long as one of embeddings, so it is made only where it may change a decision. The
-choice is a cascade: cheap evidence of all candidates first, expensive evidence of few. All minutiae are compared of
+A comparison of minutiae takes a thousand times as long as a comparison of embeddings. So the choice is a cascade: the cheap evidence of all
+candidates first, then the expensive evidence of the candidates for which it may change the decision. All minutiae are compared for
 
-1. the first candidates by their embeddings: these are shown, whatever they score;
-2. those that a mate may be. Mates are drawn from the calibrations, with captures that correlate; of those that reach `reach_db`, a share
-   of `risk` at most has less evidence by embeddings than the candidates left out (95 % confidence). If a risk is too small to be
-   confirmed by these draws, the limit is 10 log10(risk): a mate's evidence falls to x dB or below with a probability of at most
-   10^(x/10) (Wald, Sequential tests of statistical hypotheses, 1945);
-3. those whose score may reach `reach_db` by chance. Chernoff's bound (1952) limits the probability that the minutiae of impostors add so
-   much; the candidates left out have together less than `risk`;
-4. those with a finger that agrees although other captures do not: an operator's own finger, or a record of two people. The minutiae of
-   all fingers are compared whose embedding is not too different for a mate, and if one speaks for its candidate, all of its minutiae
-   are. The limit is FINGER_FROM_DB at FINGER_NEEDS_DB; where a finger needs more to matter, it rises so that as many are lost. Where a
-   finger decides with less than FINGER_NEEDS_DB, all fingers are compared. This rule does not keep to the risk: it loses
-   LONE_FINGER_LOSS of such fingers.
+1. the first candidates by their embeddings, because a decision shows them whatever they score;
+2. candidates that may be mates. Mates are drawn at random from the calibrations, with correlated captures. Of the drawn mates that reach
+   `reach_db`, at most a share of `risk` has less evidence by embeddings than the limit (95 % confidence). If the risk is too small for the
+   number of draws, the limit is 10 log10(risk): a mate's evidence falls to x dB or below with a probability of at most 10^(x/10) (Wald,
+   Sequential tests of statistical hypotheses, 1945);
+3. impostors that may reach `reach_db` by chance. Chernoff's bound (1952) limits the probability that an impostor's minutiae add so much
+   evidence. The bounds of all candidates that are left out sum to at most `risk`;
+4. candidates with a finger that agrees although the other captures disagree: the finger of an operator, or a record of two people. First
+   the minutiae of each finger are compared whose embedding has an llr_db above a limit. If a finger then is evidence for its candidate,
+   all minutiae of the candidate are compared. The limit is FINGER_FROM_DB for a finger that needs FINGER_NEEDS_DB to matter. For a finger
+   that needs more, the limit is higher, so that the same share is lost. For a finger that needs less, there is no limit. This rule does
+   not depend on the risk: it loses LONE_FINGER_LOSS of such fingers.
 
-The bounds take the calibrations as right, and captures of impostors as independent, as the fusion does. Labels are read as the
-embeddings have them, rows of one subject are bounded each by itself, and candidates are taken to have the records that the probe has.
+The bounds assume that the calibrations are right and that captures of impostors are independent, as the fusion does. They assume the
+labels as read for the embeddings, treat each row of a subject separately, and assume that candidates have the minutiae that the probe has.
 With a risk below 0.001 all minutiae are compared.
 """
 
@@ -43,23 +43,24 @@ from biodedup.match.scores.calibrations import WithMinutiae
 from biodedup.match.scores.fusion import STEP_DB, llr_reaching, mass_of
 
 FINGER_FROM_DB, FINGER_NEEDS_DB = -5.0, 50.0
-"""The llr_db by embedding from which a finger may reach FINGER_NEEDS_DB by embedding and minutiae. Of impostors 2.5 % lie above."""
+"""The llr_db by embedding from which a finger may reach FINGER_NEEDS_DB by embedding and minutiae. 2.5 % of impostors are above it."""
 LONE_FINGER_LOSS = 6e-3
-"""The share of fingers that agree by embedding and minutiae and lie below FINGER_FROM_DB: of the 2,621 mated pairs that reach FINGER_NEEDS_DB,
-14 (0.53 %), 10 of them below -13 dB, so that a lower limit hardly helps (skeleton-1, FVC2002 DB1-4_B and UareU, no print refused, 2026-11)."""
+"""The share of fingers that agree by embedding and minutiae, but are below FINGER_FROM_DB: 14 of the 2,621 mated pairs that reach
+FINGER_NEEDS_DB (0.53 %). 10 of the 14 are below -13 dB, so that a lower limit would hardly help (skeleton-1, FVC2002 DB1-4_B and UareU,
+no print refused, 2026-11)."""
 _NEEDED_DB = np.arange(FINGER_NEEDS_DB, 121.0, 2.0)
 _STAGED_RISK = 1e-3
-"""For a smaller risk all minutiae are compared."""
+"""With a smaller risk all minutiae are compared."""
 TILTS = np.array([0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.3])
-"""Of Chernoff's bound, per dB: the exponents among which the least bound is taken. ln(10) / 10 gives Markov's."""
+"""Tried exponents of Chernoff's bound, per dB. The lowest bound counts. The exponent ln(10) / 10 gives Markov's bound."""
 _GRID_STEP_DB = 0.5
 _MATES, _SEED = 1 << 15, 2_011
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """which: int64 (n,), ascending, the number of the probe that each candidate is compared with. above: float64 (2, probes), `Stage.above`
-    of each probe; minus infinity for none."""
+    """The probes of a batch. which: int64 (n,), ascending, the number of each candidate's probe. above: float64 (2, probes), `Stage.above` of
+    each probe; minus infinity for None."""
 
     which: Int64
     above: Float64
@@ -67,11 +68,14 @@ class Probes:
 
 @dataclass(frozen=True)
 class Stage:
-    """first: how many candidates have to be known in full, whatever they score; reach_db: the score from which all have to be; finger_db:
-    the llr_db from which a finger alone matters, among several with 10 log10 of their number more; risk: of leaving out a candidate that
-    reaches either. correlation: of how well the captures of a mate agree, as `SearchConfig.capture_correlation`. lone_db: by column the llr_db
-    by embedding from which a finger that agrees alone is looked for, where that is more than rule 4 asks for. above: score_db and llr_db by
-    embeddings of a row of an earlier search; only rows that have more are known in full by rule 1. None: all."""
+    """The settings of the choice.
+
+    first: the number of candidates of rule 1. reach_db: the score of rules 2 and 3. finger_db: the llr_db from which a single finger matters
+    (rule 4); among several fingers it is higher by 10 log10 of their number. risk: the risk of leaving out a candidate that reaches
+    reach_db. correlation: the correlation between a mate's captures, as `SearchConfig.capture_correlation`. lone_db: column -> a higher limit
+    for rule 4. above: score_db and llr_db by embeddings of a row of an earlier search; rule 1 chooses only rows that have more. None: rule 1
+    has no limit.
+    """
 
     first: int
     reach_db: float
@@ -83,16 +87,17 @@ class Stage:
 
     def choose(
         self,
-        measured: RawScores,
+        raw_scores: RawScores,
         matrix: ScoreMatrix,
         fused: Fused,
         subjects: Int64 | None,
         probes: Probes,
     ) -> tuple[Bool, Float64]:
-        """(the rows to compare in full, score_db and llr_db by embeddings of each row's subject). matrix, fused: of embeddings; subjects:
-        as in `Comparer.compare`, another one for each probe. This stage is that of all probes, but for `above`."""
+        """(the rows to compare in full, bool (n,); score_db and llr_db by embeddings of each row's subject, float64 (2, n)). matrix, fused:
+        the scores of embeddings. subjects: as in `Comparer.compare`; different probes have different subjects. All probes have this stage,
+        except for `above`."""
         numbers = np.arange(len(matrix.rows)) if subjects is None else np.unique(subjects, return_inverse=True)[1]
-        best = np.flatnonzero(~np.isnan(fused.score_db))  # one row of each subject
+        best = np.flatnonzero(~np.isnan(fused.score_db))  # a single row of each subject
         by_embeddings = np.full((2, len(numbers)), np.nan)
         by_embeddings[:, numbers[best]] = fused.score_db[best], fused.llr_db[best]
         by_embeddings = by_embeddings[:, numbers]
@@ -101,70 +106,71 @@ class Stage:
         score_db, llr_db = by_embeddings
         kept = np.zeros(len(numbers), bool)
         kept[self._first_of_each(matrix.rows, score_db, llr_db, best, probes)] = True
-        waiting = fused.used & (measured.waiting if subjects is None else _of_subjects(measured.waiting, numbers))
+        waiting = fused.used & (raw_scores.waiting if subjects is None else _of_subjects(raw_scores.waiting, numbers))
         with np.errstate(invalid="ignore"):
             kept |= (llr_db >= self._mates_db(waiting, matrix, fused)) | (score_db >= self.reach_db)
         kept = _of_subjects(kept, numbers)
         kept |= self._may_reach(waiting, matrix, fused, kept, probes.which)
-        own_db = matrix.llr_db if subjects is None else measured.llr_db(np.arange(len(numbers)))  # nothing borrowed
-        kept |= _with_a_finger(measured, self._may_agree(waiting, matrix, fused, own_db) & ~kept[:, None])
+        # without columns that are borrowed from other rows of the subject
+        row_db = matrix.llr_db if subjects is None else raw_scores.llr_db(np.arange(len(numbers)))
+        kept |= _with_matching_finger(raw_scores, self._may_agree(waiting, matrix, fused, row_db) & ~kept[:, None])
         return _of_subjects(kept, numbers), by_embeddings
 
     def _first_of_each(self, rows: Int64, score_db: Float64, llr_db: Float64, best: Int64, probes: Probes) -> Int64:
-        """The strongest candidates of each probe by their embeddings, as many as `first`, without those that `above` leaves out. best: one
+        """The `first` strongest candidates of each probe by their embeddings (rule 1), if they have more evidence than `above`. best: a single
         row of each subject."""
         order = best[np.lexsort((rows[best], -llr_db[best], -score_db[best], probes.which[best]))]
         of_probe = probes.which[order]
         first = order[np.arange(len(order)) - np.searchsorted(of_probe, of_probe) < self.first]
-        least_score_db, least_llr_db = probes.above[:, probes.which[first]]
-        equal = (score_db[first] == least_score_db) & (llr_db[first] > least_llr_db)
-        return np.asarray(first[(score_db[first] > least_score_db) | equal])
+        above_score_db, above_llr_db = probes.above[:, probes.which[first]]
+        equal = (score_db[first] == above_score_db) & (llr_db[first] > above_llr_db)
+        return np.asarray(first[(score_db[first] > above_score_db) | equal])
 
     def _mates_db(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused) -> Float64:
         """The llr_db by embeddings from which a candidate may be a mate, float64 (n,)."""
-        least_db, models = np.full(len(waiting), np.inf), matrix.models
-        known: dict[tuple[tuple[Calibration, WithMinutiae | None], ...], float] = {}
-        for some, pairs, calibrations in matrix.alike(fused.used, waiting):
-            unordered = [(models[p].alone, models[p].with_minutiae if waiting[some[0], p] else None) for p in pairs]
+        limit_db, models = np.full(len(waiting), np.inf), matrix.models
+        limits: dict[tuple[tuple[Calibration, WithMinutiae | None], ...], float] = {}
+        for members, pairs, calibrations in matrix.groups(fused.used, waiting):
+            unordered = [(models[p].alone, models[p].with_minutiae if waiting[members[0], p] else None) for p in pairs]
             captures = tuple(sorted(unordered, key=lambda capture: (id(capture[0]), id(capture[1]))))
-            if captures not in known:
-                by_embeddings, by_all = _mates(captures, self.correlation)
+            if captures not in limits:
+                by_embeddings, by_all = _drawn_mates(captures, self.correlation)
                 reaching = by_embeddings[by_all >= llr_reaching(self.reach_db, calibrations)]
-                known[captures] = _lowest(reaching, self.risk)
-            least_db[some] = known[captures]
-        return least_db
+                limits[captures] = _lower_limit(reaching, self.risk)
+            limit_db[members] = limits[captures]
+        return limit_db
 
-    def _may_agree(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, own_db: Float64) -> Bool:
-        """The fingers that may be of the probe's person although other captures are not, bool (n, pairs). A candidate with a single capture
-        has none: rule 2 judges it. own_db: of each row's own embeddings."""
+    def _may_agree(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, row_db: Float64) -> Bool:
+        """The fingers that may be of the probe's person although the other captures are not (rule 4), bool (n, pairs). A candidate with a single
+        capture has none, because rule 2 covers it. row_db: llr_db of each row's own embeddings, float64 (n, pairs)."""
         fingers = np.count_nonzero(fused.used & [column != "face" for column, _ in matrix.pairs], axis=1)
         needed_db = self.finger_db + 10 * np.log10(np.maximum(fingers, 1))[:, None]
-        # what lifts the candidate, if all other captures add what impostors' add: the logarithm of a mean is hardly above the mean
+        # the evidence that a finger needs to lift the candidate to reach_db, if all other captures add what an impostor's add on average
         means_db = _log_means(waiting, matrix, fused.used, np.arange(len(waiting)))[:, :, 0] / TILTS[0]
         lifting_db = matrix.llr_reaching(self.reach_db, fused.used, waiting)[:, None]
         lifting_db = lifting_db - means_db.sum(axis=1, keepdims=True) + means_db
         needed_db = np.where(fused.used, np.minimum(lifting_db, needed_db), needed_db)
         several = np.count_nonzero(fused.used, axis=1) > 1
-        from_db = np.full(own_db.shape, FINGER_FROM_DB)
+        from_db = np.full(row_db.shape, FINGER_FROM_DB)
         for number, model in enumerate(matrix.models):
             if model.with_minutiae is not None:
                 from_db[:, number] = np.interp(
                     needed_db[:, number], _NEEDED_DB, _fingers_from_db(model.alone, model.with_minutiae)
                 )
-        rare_db = [self.lone_db.get(column, -np.inf) for column, _ in matrix.pairs]
-        from_db = np.maximum(from_db, rare_db)
+        lone_db = [self.lone_db.get(column, -np.inf) for column, _ in matrix.pairs]
+        from_db = np.maximum(from_db, lone_db)
         with np.errstate(invalid="ignore"):
-            all_db = np.where(needed_db < FINGER_NEEDS_DB, rare_db, from_db)
-            return np.asarray(several[:, None] & ~(own_db < all_db))
+            limit_db = np.where(needed_db < FINGER_NEEDS_DB, lone_db, from_db)
+            return np.asarray(several[:, None] & ~(row_db < limit_db))
 
     def _may_reach(self, waiting: Bool, matrix: ScoreMatrix, fused: Fused, kept: Bool, which: Int64) -> Bool:
-        """The candidates, apart from those kept, that may reach reach_db by chance. waiting: bool (n, pairs), of the used pairs those with
-        minutiae to compare; which: the probe of each candidate."""
+        """The candidates that are not kept yet and may reach reach_db by chance (rule 3). waiting: bool (n, pairs), the used pairs with
+        minutiae to compare. which: the probe of each candidate."""
         rest = np.flatnonzero(~kept & waiting.any(axis=1))
         log_chance = _log_means(waiting[rest], matrix, fused.used[rest], rest).sum(axis=1)
         log_chance -= TILTS * (fused.trial_penalty_db.sum(axis=1) + fused.label_penalty_db)[rest, None]
-        least_db = matrix.llr_reaching(self.reach_db, fused.used[rest], waiting[rest]) - STEP_DB
-        chance = np.exp(np.minimum((log_chance - TILTS * least_db[:, None]).min(axis=1), 0.0))
+        needed_db = matrix.llr_reaching(self.reach_db, fused.used[rest], waiting[rest]) - STEP_DB
+        chance = np.exp(np.minimum((log_chance - TILTS * needed_db[:, None]).min(axis=1), 0.0))
         order = np.lexsort((chance, which[rest]))
         may = np.zeros(len(kept), bool)
         for of_probe in np.split(order, np.flatnonzero(np.diff(which[rest][order])) + 1):
@@ -172,10 +178,10 @@ class Stage:
         return may
 
 
-def _log_means(waiting: Bool, matrix: ScoreMatrix, used: Bool, ats: Int64) -> Float64:
-    """`log_means_of` each pair that counts, float64 (k, pairs, tilts), of the rows ats; of a pair without minutiae to compare, its llr_db
-    times the tilts. waiting, used: bool (k, pairs)."""
-    llr_db = np.where(used, matrix.llr_db[ats], 0.0)
+def _log_means(waiting: Bool, matrix: ScoreMatrix, used: Bool, indices: Int64) -> Float64:
+    """`log_means_of` the used pairs of the rows `indices`, float64 (k, pairs, tilts). A pair without minutiae to compare has its llr_db times
+    the tilts. waiting, used: bool (k, pairs)."""
+    llr_db = np.where(used, matrix.llr_db[indices], 0.0)
     log_means = TILTS * llr_db[..., None]
     for number, model in enumerate(matrix.models):
         adds = waiting[:, number] & used[:, number]
@@ -184,43 +190,44 @@ def _log_means(waiting: Bool, matrix: ScoreMatrix, used: Bool, ats: Int64) -> Fl
     return log_means
 
 
-def _with_a_finger(measured: RawScores, cells: Bool) -> Bool:
-    """The candidates that one of these fingers speaks for by embedding and minutiae, which are compared. cells: bool (n, pairs)."""
-    cells = cells & measured.waiting
-    measured.compare(cells)
+def _with_matching_finger(raw_scores: RawScores, cells: Bool) -> Bool:
+    """Compares the minutiae of these fingers. Returns the candidates for which one of them is evidence. cells: bool (n, pairs)."""
+    cells = cells & raw_scores.waiting
+    raw_scores.compare(cells)
     rows = np.flatnonzero(cells.any(axis=1))
-    found = np.zeros(len(cells), bool)
-    found[rows] = (cells[rows] & (measured.llr_db(rows) >= SPEAKS_FOR_DB)).any(axis=1)
-    return found
+    matching = np.zeros(len(cells), bool)
+    matching[rows] = (cells[rows] & (raw_scores.llr_db(rows) >= SPEAKS_FOR_DB)).any(axis=1)
+    return matching
 
 
 def _of_subjects(values: Bool, numbers: Int64) -> Bool:
-    """For each row whether the value of any row of its subject is true, bool as values. numbers: the subject of each row."""
+    """Whether the value is true in any row of the row's subject; same shape as values. numbers: the subject of each row."""
     of_subject = np.zeros((int(numbers.max(initial=-1)) + 1, *values.shape[1:]), bool)
     np.logical_or.at(of_subject, numbers, values)
     return of_subject[numbers]
 
 
-def _lowest(values: NDArray[np.float32], risk: float) -> float:
-    """The value that at most this share lies below, with 95 % confidence: of mates' llr_db. Wald's bound if they are too few to tell."""
+def _lower_limit(values: NDArray[np.float32], risk: float) -> float:
+    """The llr_db below which at most a share of `risk` of mates lie, with 95 % confidence. values: drawn mates. Wald's bound if the draws are
+    too few."""
     bounds = upper_bound(np.arange(int(risk * len(values)) + 1), len(values)) if len(values) else np.ones(1)
     lost = int(np.searchsorted(bounds, risk, side="right")) - 1
     return float(np.partition(values, lost)[lost]) if lost >= 0 else 10 * log10(risk)
 
 
 @lru_cache(maxsize=64)
-def _mates(
+def _drawn_mates(
     captures: tuple[tuple[Calibration, WithMinutiae | None], ...], correlation: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Sums of llr_db of drawn mates, float32 (_MATES,) each: by embeddings, and with the minutiae of the captures that have some. A
-    mate's captures share how well they agree, as ranks on a normal scale."""
+    """Sums of llr_db of randomly drawn mates, float32 (_MATES,) each: by embeddings, and with minutiae. captures: the calibrations of each
+    capture. The ranks of a mate's captures are correlated on a normal scale (Gaussian copula)."""
     rng = np.random.default_rng(_SEED)
     common = sqrt(correlation) * rng.standard_normal(_MATES)
 
     def drawn_db(calibration: Calibration) -> Float64:
         first, mass = mass_of(calibration, "mated")
         ranks = ndtr(common + sqrt(1 - correlation) * rng.standard_normal(_MATES))
-        # masses are of values rounded up
+        # the mass at a step is that of the values up to one step below it
         at = np.minimum(np.searchsorted(np.cumsum(mass), ranks), len(mass) - 1)
         return np.asarray((first - 1 + at) * STEP_DB, np.float64)
 
@@ -234,8 +241,9 @@ def _mates(
 
 @lru_cache(maxsize=64)
 def _fingers_from_db(alone: Calibration, adds: WithMinutiae) -> Float64:
-    """For each of _NEEDED_DB the llr_db by embedding that as few of the mates' fingers lie below which reach it by embedding and minutiae, as
-    below FINGER_FROM_DB of those which reach FINGER_NEEDS_DB. Embedding and minutiae of mates are taken as independent."""
+    """For each of _NEEDED_DB the limit of rule 4: of mates' fingers that reach it, the share with an embedding below the limit is the same as
+    the share below FINGER_FROM_DB of the fingers that reach FINGER_NEEDS_DB. Embedding and minutiae of mates are assumed to be
+    independent."""
     lost, limits = 0.0, list[float]()
     for needed_db in _NEEDED_DB.tolist():
         by_embedding, share = _reaching(alone, adds, needed_db)
@@ -252,30 +260,28 @@ def _fingers_from_db(alone: Calibration, adds: WithMinutiae) -> Float64:
 
 @lru_cache(maxsize=256)
 def _reaching(alone: Calibration, adds: WithMinutiae, needed_db: float) -> tuple[Float64, Float64]:
-    """(llr_db of an embedding, the share of mates' fingers that have it and reach needed_db by embedding and minutiae), float64 (n,) each.
-    Embedding and minutiae are taken as independent."""
+    """(llr_db by embedding, share of mates' fingers that have this llr_db and reach needed_db by embedding and minutiae), float64 (n,) each.
+    Embedding and minutiae of mates are assumed to be independent."""
     (first, mass), (start, added) = mass_of(alone, "mated"), mass_of(adds.minutiae, "mated")
     by_embedding = (first + np.arange(len(mass))) * STEP_DB
-    added_from = np.append(
-        np.cumsum(added[::-1])[::-1], 0.0
-    )  # the share with minutiae of so many steps above the first
+    added_from = np.append(np.cumsum(added[::-1])[::-1], 0.0)  # share with minutiae at or above a step
     sums_db = np.arange(first + start, first + start + len(mass) + len(added)) * STEP_DB
     both_db = np.maximum.accumulate(adds.both.llr_db(sums_db))
-    least = first + start + int(np.searchsorted(both_db, needed_db))
-    steps = np.clip(least - (first + np.arange(len(mass))) - start, 0, len(added))
+    needed = first + start + int(np.searchsorted(both_db, needed_db))
+    steps = np.clip(needed - (first + np.arange(len(mass))) - start, 0, len(added))
     return np.asarray(by_embedding, np.float64), np.asarray(mass * added_from[steps], np.float64)
 
 
 def lone_fingers_missed(alone: Calibration, adds: WithMinutiae, needed_db: float, from_db: float) -> float:
-    """The share of mates' fingers whose embedding has an llr_db below from_db, of those that reach needed_db by embedding and minutiae."""
+    """Of mates' fingers that reach needed_db by embedding and minutiae, the share with an llr_db by embedding below from_db."""
     by_embedding, share = _reaching(alone, adds, needed_db)
     return float(share[by_embedding < from_db].sum() / max(share.sum(), 1e-300))
 
 
 def log_means_of(model: ScoreModel, llr_db: Float64) -> Float64:
-    """The natural logarithm of the mean of exp(tilt x), float64 (n, tilts), where x is the llr_db of embedding and minutiae together, of an
-    impostor whose embedding has this llr_db. Rounded up."""
-    assert model.with_minutiae is not None, "only these add minutiae"
+    """The natural logarithm of the mean of exp(tilt x), float64 (n, tilts), rounded up. x is the llr_db by embedding and minutiae of an impostor
+    whose embedding has this llr_db."""
+    assert model.with_minutiae is not None, "the model's card has no calibration with minutiae"
     first, table = _table(model.with_minutiae.minutiae, model.with_minutiae.both)
     at = np.ceil((llr_db - first) / _GRID_STEP_DB).astype(np.int64)
     return np.asarray(table[np.clip(at, 0, len(table) - 1)])
@@ -283,10 +289,10 @@ def log_means_of(model: ScoreModel, llr_db: Float64) -> Float64:
 
 @lru_cache(maxsize=64)
 def _table(minutiae: Calibration, both: Calibration) -> tuple[float, Float64]:
-    """(first llr_db of an embedding, the logarithms for it and for each _GRID_STEP_DB more up to where `both` ends)."""
+    """(first llr_db by embedding, the logarithms for it and for each _GRID_STEP_DB above it, up to the end of `both`)."""
     start, mass = minutiae.nonmated_llr_pmf(STEP_DB)
-    there = np.flatnonzero(mass > 0)
-    added_db, share = (start + there) * STEP_DB, mass[there] / mass[there].sum()
+    steps = np.flatnonzero(mass > 0)
+    added_db, share = (start + steps) * STEP_DB, mass[steps] / mass[steps].sum()
     first = float(both.score[0] - added_db[-1])
     grid = np.arange(first, float(both.score[-1] - added_db[0]) + _GRID_STEP_DB, _GRID_STEP_DB)
     sums_db = both.llr_db(grid[:, None] + added_db)

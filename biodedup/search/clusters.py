@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from biodedup.match.judgement import BELIEVED
+from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.values import Cluster, Link
 
 LINKS_MAX = 1_000
@@ -88,7 +88,7 @@ class Links:
         index = _index(ordered)
         ends = np.array([[index[name] for name in link.subject_ids] for link in ordered], np.int64)
         scores = np.array([link.score_db for link in ordered])
-        classes = np.array([link.extrapolated + 2 * (link.kind in BELIEVED) for link in ordered], np.int64)
+        classes = np.array([link.extrapolated + 2 * (link.kind in TRUSTED_KINDS) for link in ordered], np.int64)
         keep, component = kept_links(ends, scores, classes)
         links = [link for link, kept in zip(ordered, keep.tolist(), strict=True) if kept]
         dropped = np.bincount(component[~keep])

@@ -281,10 +281,12 @@ class Searcher:
             return False
         column, models = _only_column(probe, snapshot, across=across), snapshot.models
         template = None if column is None else probe[column]
-        if template is None or template.embedding is None or self._comparer.has_more(template):
+        if template is None or template.embedding is None or self._comparer.has_minutiae_to_add(template):
             return True
         if template.model_id != models[template.column].model_id:
             return True
+        if any(own != column and comparable(own, template.column, across=across) for own in probe):
+            return True  # another finger of the probe may be the one under this label
         nearest = -np.inf
         for part in snapshot.parts:
             if part.end_row > from_row and template.column in part.columns:
@@ -387,7 +389,7 @@ class _Search:
             return rows
         capture = probe[columns[0]]
         has_more = (self._snapshot.presence(rows.tolist()) & (comparable_columns & ~BIT[columns[1]])) != 0
-        has_more |= self._comparer.has_more(capture)
+        has_more |= self._comparer.has_minutiae_to_add(capture)
         if self._floor_db > 0 and len(rows):
             worth = has_more | (self._comparer.score_db(capture, similarity) >= self._floor_db)
         else:
@@ -463,7 +465,7 @@ class _Search:
         searched = sum(BIT[column] for column in query.columns)
         other_columns = comparable_bits(probe, self._models, across=self._scope.across) & ~searched
         has_more = (self._snapshot.presence(rows.tolist()) & other_columns) != 0
-        has_more |= any(self._comparer.has_more(probe[column]) for column in query.columns)
+        has_more |= any(self._comparer.has_minutiae_to_add(probe[column]) for column in query.columns)
         # rows come by the sum of their evidence, which is their final order unless they have more in common
         first = np.cumsum(~has_more) <= self._config.returned + self._returned
         return np.asarray(rows[has_more | first | wanted])
@@ -533,7 +535,7 @@ class _Search:
         least, known = np.full(len(captures), -np.inf, np.float32), dict[tuple[str, float], float]()
         for at, ((i, own), template) in enumerate(captures.items()):
             only = _only_column(self._probes[i], self._snapshot, across=self._scope.across)
-            if own == column and only == column and not self._comparer.has_more(template):
+            if own == column and only == column and not self._comparer.has_minutiae_to_add(template):
                 asked = (template.model_id, self._stages[i].reach_db)
                 if asked not in known:
                     known[asked] = self._searcher.similarity_reaching(*asked)

@@ -1,10 +1,9 @@
-"""Impressions: renders a master fingerprint as a scanner captures it: rotated, shifted, distorted, cropped, scratched and noisy.
+"""Renders a master fingerprint as a scanner would capture it: rotated, shifted, distorted, cropped, scratched and noisy.
 
-Owns what varies from capture to capture. Never changes the finger (`masters`).
+Owns the variation between captures of a finger. Never changes the finger (`masters.py`).
 
 The steps follow Cappelli, Maio and Maltoni, "Synthetic fingerprint-image generation", 2000, and "Synthetic fingerprint-database
-generation", 2002; how strongly each acts was chosen so that pictures, and the minutiae in them, spread as those of
-FVC2002 and UareU do (2026-11).
+generation", 2002. Their strengths were chosen so that pictures and minutiae vary as much as those of FVC2002 and UareU (2026-11).
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _PAPER, _INK = 200.0, 150.0
 
 @dataclass(frozen=True, eq=False)
 class Impression:
-    """image: uint8 (side, side), ridges dark. core: x, y of the master's core in it, pixels, perhaps outside; angle: radians by which
-    the finger is turned, clockwise as seen. at: float32 (2, side, side), x and y in the master of what each pixel shows; touched: float32
-    (side, side), about 1 where the finger touches and 0 elsewhere."""
+    """A synthetic capture. image: uint8 (side, side), ridges dark. core: x, y of the master's core in pixels, perhaps outside the image. angle:
+    the rotation of the finger in radians, clockwise. at: float32 (2, side, side), the position in the master (x, y) that each pixel shows.
+    touched: float32 (side, side), about 1 where the finger touches the scanner and 0 elsewhere."""
 
     image: NDArray[np.uint8] = field(repr=False)
     core: tuple[float, float]
@@ -38,18 +37,18 @@ class Impression:
 
 
 def draw_impression(rng: np.random.Generator, master: Master, dpi: float = 500.0) -> Impression:
-    """One capture of a finger, SIDE_MM wide and high."""
+    """A capture of a finger, SIDE_MM wide and high."""
     side = round(SIDE_MM / 25.4 * dpi)
-    grain = dpi / RIDGE_DPI  # what is stated in pixels below is meant at RIDGE_DPI
+    grain = dpi / RIDGE_DPI  # lengths in pixels below are at RIDGE_DPI
     badness = rng.beta(1.3, 2.5)
     angle = float(np.radians(rng.normal(0, 12) if rng.random() < 0.7 else rng.uniform(-45, 45)))
 
-    # where the finger touches, in pixels right of and below its core; a tip or a joint now and then
+    # the contact area, in pixels right of and below the core; sometimes it shows a tip or a joint
     width, height = rng.uniform(70, 112), rng.uniform(80, 135)
     reach = 1.5 if rng.random() < 0.2 else 1.0
     touch_x = float(np.clip(rng.normal(0, 25 * reach), -75, 75))
     touch_y = float(np.clip(rng.normal(2, 34 * reach), -100, 95))
-    if (longer := master.core[1] - TIP_PX) > 20:  # of a long tip some prints show no more
+    if (longer := master.core[1] - TIP_PX) > 20:  # some prints of a long tip show nothing else
         touch_y -= rng.uniform(0, 1) * longer
     shift_x, shift_y = rng.normal(0, 5, 2).tolist()
     core_x = side / grain / 2 + shift_x - (cos(angle) * touch_x - sin(angle) * touch_y)
@@ -81,13 +80,13 @@ def draw_impression(rng: np.random.Generator, master: Master, dpi: float = 500.0
 
 
 def _noise(rng: np.random.Generator, side: int, sigma: float) -> Float32:
-    """Blurred noise of unit variance."""
+    """Blurred noise of unit variance, float32 (side, side)."""
     noise = cv2.GaussianBlur(rng.standard_normal((side, side), np.float32), (0, 0), sigma)
     return np.asarray(noise, np.float32) * np.float32(2 * pi**0.5 * sigma)
 
 
 def _inked(rng: np.random.Generator, ridges: Float32, badness: float, grain: float) -> Float32:
-    """How dark each point is, 0..1: pressed lightly ridges are thin and break, pressed hard valleys fill."""
+    """The darkness of each point, 0 to 1. With light pressure ridges are thin and broken; with strong pressure valleys fill."""
     side = len(ridges)
     pressure = waves(rng, 5, side) * (0.15 + 0.35 * badness) + rng.normal(0, 0.22)
     ink = 1 / (1 + np.exp(-rng.uniform(2, 6) * (ridges - pressure)))
@@ -100,7 +99,7 @@ def _inked(rng: np.random.Generator, ridges: Float32, badness: float, grain: flo
 
 
 def _marked(rng: np.random.Generator, ink: Float32, badness: float, grain: float) -> None:
-    """Scratches, creases and blots, in place."""
+    """Adds scratches, creases and blots, in place."""
     side = len(ink)
 
     def line(colour: float, length: float, angle: float, thickness: float) -> None:
@@ -115,7 +114,7 @@ def _marked(rng: np.random.Generator, ink: Float32, badness: float, grain: float
 
     for _ in range(rng.poisson(1.5 + 3 * badness)):
         line(0.0 if rng.random() < 0.85 else 0.8, rng.uniform(20, 130), rng.uniform(0, pi), rng.uniform(0.7, 3))
-    if rng.random() < 0.3:  # skin folds lie across the finger, some of them together
+    if rng.random() < 0.3:  # skin folds, some in groups, run across the finger
         tilt = rng.normal(0, 0.25)
         for _ in range(rng.poisson(3) + 1):
             line(0.0, rng.uniform(30, 160), tilt + rng.normal(0, 0.12), rng.uniform(1, 4))
@@ -126,13 +125,13 @@ def _marked(rng: np.random.Generator, ink: Float32, badness: float, grain: float
 
 
 def _scanned(rng: np.random.Generator, ink: Float32, badness: float, grain: float) -> NDArray[np.uint8]:
-    """The scanner's contrast, light, blur, noise and window."""
+    """The picture with the scanner's contrast, illumination, blur, noise and window, uint8 (side, side)."""
     side = len(ink)
     paper = _PAPER + waves(rng, 4, side) * rng.uniform(2, 12)
     picture = paper - _INK * rng.uniform(0.35, 1) * ink
     picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.0) * grain), np.float32)
     picture += rng.standard_normal((side, side), np.float32) * np.float32(rng.uniform(2, 10 + 25 * badness))
-    if rng.random() < 0.15:  # rows that a line sensor read apart
+    if rng.random() < 0.15:  # the noise of a line sensor differs between rows
         picture += rng.standard_normal((side, 1), np.float32) * np.float32(rng.uniform(1, 8))
     if rng.random() < 0.5:
         _framed(rng, picture, grain)
@@ -140,7 +139,7 @@ def _scanned(rng: np.random.Generator, ink: Float32, badness: float, grain: floa
 
 
 def _framed(rng: np.random.Generator, picture: Float32, grain: float) -> None:
-    """A window smaller than the finger, and now and then its border, in place."""
+    """Crops to a window smaller than the finger, sometimes with a border, in place."""
     side = len(picture)
     width, height = rng.uniform(150, 280) * grain, rng.uniform(165, 290) * grain
     left, top = (side - width) / 2 + rng.normal(0, 8) * grain, (side - height) / 2 + rng.normal(0, 8) * grain

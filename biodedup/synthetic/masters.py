@@ -1,11 +1,11 @@
-"""Master fingerprints: generates a direction field with singular points, and ridges along it.
+"""Generates master fingerprints: a direction field with singular points, and ridges along it.
 
-Owns what is constant in a finger. Never simulates a capture (`impressions`).
+Owns the constant properties of a finger. Never simulates a capture (`impressions.py`).
 
-Directions: the zero-pole model of Sherlock and Monro, "A model for interpreting fingerprint topology", 1993, each singular
-point's angle bent by harmonics (after Vizcaya and Gerhardt, 1996); the arch is a travelling bump. Ridges: noise under
-oriented Gabor filters until it is all ridges, after Cappelli, Maio and Maltoni, "Synthetic fingerprint-image generation",
-2000. Shares of the classes: Wilson, Candela and Watson, 1993.
+Directions follow the zero-pole model (Sherlock and Monro, "A model for interpreting fingerprint topology", 1993), with harmonics in the angle
+around each singular point (after Vizcaya and Gerhardt, 1996). An arch, which has no singular points, is a bump in the directions. Ridges grow
+from noise that is filtered by oriented Gabor filters until ridges cover it (Cappelli, Maio and Maltoni, "Synthetic fingerprint-image
+generation", 2000). The shares of the classes are those of Wilson, Candela and Watson, 1993.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ PATTERNS: dict[Pattern, float] = {
 SIDE_PX = 330
 """24 mm at RIDGE_DPI: the whole first phalanx."""
 TIP_PX = 145.2
-"""11 mm at RIDGE_DPI: how far ridges reach above the core."""
+"""Height of the ridges above the core: 11 mm at RIDGE_DPI."""
 _TO_500 = 500 / RIDGE_DPI
 _BEND_Y = -25.0
-"""Of an arch, 500-dpi pixels above what counts as its core."""
+"""Position of an arch's bump, in pixels at 500 dpi above the core."""
 _CORE_BEND, _DELTA_BEND = 0.08, 0.12  # radians, of the first harmonic
 
 
 @dataclass(frozen=True, eq=False)
 class Master:
-    """ridges: int8 (SIDE_PX, SIDE_PX) at RIDGE_DPI, 127 on a ridge and -127 in a valley. core: x, y of the upper core, or of
-    an arch a little above where it is steepest. The finger is upright in it."""
+    """A finger, upright. ridges: int8 (SIDE_PX, SIDE_PX) at RIDGE_DPI, 127 on a ridge and -127 in a valley. core: x, y of the upper core; of an
+    arch, a point a little above its steepest ridges."""
 
     ridges: NDArray[np.int8] = field(repr=False)
     core: tuple[float, float]
@@ -50,7 +50,7 @@ class Master:
 
 
 def draw_master(rng: np.random.Generator, pattern: Pattern | None = None, tip_px: float = TIP_PX) -> Master:
-    """One finger. pattern None: drawn in natural shares. tip_px: how far its ridges reach above the core, at RIDGE_DPI."""
+    """A random finger. pattern: None draws a class by its natural share. tip_px: height of the ridges above the core, at RIDGE_DPI."""
     if pattern is None:
         shares = np.array(list(PATTERNS.values()))
         pattern = list(PATTERNS)[rng.choice(len(shares), p=shares / shares.sum())]
@@ -74,7 +74,7 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
     """Ridge directions, radians anticlockwise from right, up to multiples of pi."""
 
     def around(x: float, y: float, bend: float, steeper: float = 0.0) -> Float32:
-        """The angle of each pixel seen from a singular point, bent by harmonics; steeper: ridges beside it, in radians."""
+        """The angle from a singular point to each pixel, with harmonics. steeper: additional slope of the ridges beside it, in radians."""
         angle = np.arctan2(up - y, right - x)
         bent = angle - steeper * np.cos(angle)
         for k in (1, 2, 3):
@@ -91,7 +91,7 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
         return core(0, 0, steeper=rng.normal(0.4, 0.18))
 
     if pattern == "arch":
-        # steepest at one height, which is all that tells where such a finger lies; flatter above, and nearly as steep below
+        # steepest at one height, flatter above, and nearly as steep below
         steepest, width, skew = rng.uniform(0.5, 2.0), rng.uniform(50, 120), rng.normal(0, 0.15)
         upwards, downwards = rng.uniform(60, 150), rng.uniform(70, 260)
         reach = np.where(up > _BEND_Y, np.float32(upwards), np.float32(downwards))
@@ -102,7 +102,7 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
     elif pattern == "tented arch":
         field = (upper_core() - delta(rng.normal(0, 8), -rng.uniform(45, 110))) / 2
     elif pattern == "whorl":
-        height = rng.gamma(2.2, 16) + 6  # two cores; far apart they are a double loop
+        height = rng.gamma(2.2, 16) + 6  # two cores; at a large distance they form a double loop
         cores = upper_core() + core(rng.normal(0, 0.35) * height, -height)
         right_delta = delta(rng.uniform(60, 160), -height / 2 - rng.uniform(70, 200))
         left_delta = delta(-rng.uniform(60, 160), -height / 2 - rng.uniform(70, 200))
@@ -110,20 +110,20 @@ def _direction(rng: np.random.Generator, pattern: Pattern, right: Float32, up: F
     else:
         side = 1 if pattern == "left loop" else -1
         field = (upper_core() - delta(side * rng.uniform(40, 140), -rng.uniform(80, 220))) / 2
-    # ridges follow the round tip, and so fall off at the flanks above the core
+    # above the core, ridges follow the round fingertip and descend at its sides
     above = 1 / (1 + np.exp(-(up + 20) / 40))
     field = field - above * np.arctan(right / rng.uniform(140, 260)) * rng.uniform(0.5, 1.0)
     return np.asarray(field + waves(rng, 4, SIDE_PX) * rng.uniform(0.03, 0.11), np.float32)
 
 
 def _grown(rng: np.random.Generator, direction: Float32, period: Float32) -> NDArray[np.int8]:
-    """Ridges from noise everywhere (many minutiae) or from scattered seeds (fewer)."""
+    """Grows ridges from noise everywhere (many minutiae) or from scattered seeds (fewer minutiae)."""
     if rng.random() < 0.5:
         image = np.zeros((SIDE_PX, SIDE_PX), np.float32)
         at = rng.integers(0, SIDE_PX, (2, rng.integers(60, 900)))
         image[at[0], at[1]] = 1
         image = np.asarray(cv2.GaussianBlur(image, (0, 0), 1.0) * 6, np.float32)
-        passes = 26  # until the fronts of far seeds have met
+        passes = 26  # enough for the ridges of distant seeds to meet
     else:
         image = rng.standard_normal((SIDE_PX, SIDE_PX), np.float32) * np.float32(0.5)
         passes = int(rng.integers(7, 14))

@@ -1,6 +1,6 @@
-"""Synthetic embeddings: a population of unit vectors, and mates at given cosines.
+"""Generates synthetic embeddings: a population of unit vectors, and mates at given cosines.
 
-Everything is drawn from a seed. Never reads a capture.
+The same seed gives the same vectors.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ DIMENSION = 128
 
 
 def population(count: int, seed: int = 0) -> Float32:
-    """float32 (count, 128) unit rows whose pairwise cosines have the spread measured on real faces (sd 0.092).
+    """Unit rows, float32 (count, 128). Their pairwise cosines have the standard deviation of real faces, 0.092.
 
-    Isotropic vectors of 128 numbers would have 1/sqrt(128) = 0.088: a gently falling spectrum makes up the difference.
+    Isotropic vectors of 128 numbers would have 1/sqrt(128) = 0.088. A slowly falling spectrum gives the difference.
     """
     spectrum = np.linspace(1.25, 0.75, DIMENSION)
     vectors = np.random.default_rng(seed).standard_normal((count, DIMENSION), np.float32) * spectrum.astype(np.float32)

@@ -210,7 +210,7 @@ def test_one_face_is_found_once_however_many_boxes_the_network_draws(portrait):
 
 def test_a_detector_that_is_no_yunet_is_the_callers_mistake(portrait):
     config = bd.Config(face=bd.FaceConfig(detector="sface"))
-    with pytest.raises(bd.ModelCardError, match="no YuNet"):
+    with pytest.raises(bd.ModelCardError, match="not YuNet"):
         bd.Extractor(config).extract([bd.Face(portrait)])
 
 

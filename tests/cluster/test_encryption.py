@@ -159,6 +159,6 @@ def test_an_actor_fetches_the_key_on_its_node_again_where_it_was_not_there(regis
 
 
 def test_a_function_that_returns_the_key_is_for_this_process_alone():
-    with pytest.raises(bd.InvalidInput, match="state it by a KeyProvider"):
+    with pytest.raises(bd.InvalidInput, match="wanted a KeyProvider"):
         ActorKey.of(new_key, "")
     assert ActorKey.of(None, "") is None

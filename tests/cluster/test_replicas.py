@@ -35,6 +35,7 @@ class Pretended:
     is_ready: bool = True
     is_well: bool = True
     asked: int = 0
+    unanswered: list[Future[wire.Sent]] = field(default_factory=list)
 
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
         self.asked += 1
@@ -45,6 +46,8 @@ class Pretended:
             answer.set_exception(self.says)
         elif self.says is not None:
             answer.set_result(wire.Message({**self.says, "by": self.name}).sent())
+        else:
+            self.unanswered.append(answer)
         return answer
 
     def take(self, entries_text: str) -> None:
@@ -112,6 +115,29 @@ def test_a_slow_question_is_hedged_after_the_usual_time_and_the_first_answer_cou
     assert by(asker.ask(replicas, QUESTION)) == "b"  # at once, and not after the deadline of a minute
     other = wire.Message({**QUESTION.about, "generation": "h"}, QUESTION.arrays)
     assert asker._hedge_s(asking._size_of(other)) == 60  # nothing is known of it
+
+
+def test_a_replica_that_was_too_slow_is_asked_last_until_it_answers():
+    replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
+    for _ in range(asking._LATENCIES_MIN):
+        asker.ask(replicas, QUESTION)
+    replicas[0].says, before = None, replicas[0].asked
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(50)] == ["b"] * 50
+    assert replicas[0].asked == before + 1
+    replicas[0].says = DONE
+    replicas[0].unanswered.pop().set_result(wire.Message(DONE).sent())
+    assert {by(asker.ask(replicas, QUESTION)) for _ in range(2)} == {"a", "b"}
+
+
+def test_a_slow_replica_that_then_fails_stays_last():
+    replicas, asker = [Pretended("a"), Pretended("b")], Asker(60)
+    for _ in range(asking._LATENCIES_MIN):
+        asker.ask(replicas, QUESTION)
+    replicas[0].says = None
+    asker.ask(replicas, QUESTION)
+    asker.ask(replicas, QUESTION)
+    replicas[0].unanswered.pop().set_exception(ReplicaFailed("dead"))
+    assert [by(asker.ask(replicas, QUESTION)) for _ in range(4)] == ["b"] * 4
 
 
 def test_a_slow_cluster_is_not_asked_twice_as_much():
@@ -405,7 +431,8 @@ def test_a_replica_without_room_is_not_started_and_the_shortage_says_what_to_do(
     text = keeper.shortage(short)
     assert text == cluster.noted[short]
     assert (
-        f"group {short} has room for 1 replicas, wanted 2: one takes 10 bytes, and the 2 nodes have 5, 5 bytes" in text
+        f"group {short} has room for 1 replicas, wanted 2: a replica takes 10 bytes, and the 2 nodes have 5, 5 bytes"
+        in text
     )
     assert "start another node" in text and "--memory" in text and keeper.shortage(1 - short) == ""
     cluster.nodes.append("c")

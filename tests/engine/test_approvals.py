@@ -105,7 +105,7 @@ def test_an_approval_is_signed_by_the_private_key_of_the_principal(opened, keys,
     engine.as_principal("budi", key=keys["budi"][0]).remove("s1")
     assert [(a.approved_by, a.signed) for a in engine.approvals()] == [("budi", "ed25519")]
     with internals(engine).gallery.transaction() as transaction:
-        catalogue = transaction.callers(noted=False)
+        catalogue = transaction.caller_tables(noted=False)
         (row,), signatures = catalogue.approvals(), catalogue.approval_signatures()
     for (name, state), (_, _, by, method, key, signature) in zip(
         [("anna", (*row[:6], None, None)), ("budi", row)], signatures, strict=True
@@ -180,7 +180,9 @@ def test_a_signature_by_a_key_that_the_identities_do_not_state_is_named(opened, 
     asked(lambda: engine.as_principal("anna", key=keys["budi"][0]).remove("s1"))
     engine.close()
     named = jobs.verify_log(tmp_path / "g", bd.Config(identities=identities)).problems
-    assert named == ("request 1 (remove) of anna is signed by another key than the identities state for anna",)
+    assert named == (
+        "request 1 (remove) of anna is signed with a key that the configured identities do not list for anna",
+    )
     others = {"anna": f"audit ed25519:{keys['anna'][1]} ed25519:{keys['budi'][1]}"}  # its keys of before stay valid
     assert not jobs.verify_log(tmp_path / "g", bd.Config(identities=others)).problems
 
@@ -315,8 +317,8 @@ def test_another_transform_of_templates_takes_two_people_as_a_key_does(tmp_path)
             with pytest.raises(KeyboardInterrupt):
                 engine.as_principal("dewi").rekey(renewable=renewable, progress=interrupted)
         with bd.Engine.open(folder, who) as engine:
-            turn_id = engine.as_principal("citra").rekey(renewable=renewable)  # it only goes on: nobody is asked
-            assert bool(turn_id) is renewable and engine.problems() == []
+            transform_id = engine.as_principal("citra").rekey(renewable=renewable)  # it only goes on: nobody is asked
+            assert bool(transform_id) is renewable and engine.problems() == []
             assert [a.approved_by for a in engine.approvals()][-1] == "dewi"
     assert not jobs.verify_log(folder, who).problems
 

@@ -284,14 +284,14 @@ def test_an_untouched_audit_log_is_sound(kept):
 
 def test_a_dropped_audit_record_is_named(kept):
     kept[2]("DELETE FROM audit WHERE number = 3")
-    assert any("audit record 3 is lost" in text for text in problems(kept))
+    assert any("audit record 3 is missing" in text for text in problems(kept))
 
 
 def test_a_changed_audit_record_is_named(kept):
     (row,) = kept[2]("SELECT * FROM audit WHERE number = 4")
     row = [*row[:2], "somebody else", *row[3:-1]]
     kept[2]("UPDATE audit SET principal = ?, checksum = ? WHERE number = 4", (row[2], row_checksum(row)))
-    assert any("audit record 4 (subject_ids) is not as it was written" in text for text in problems(kept))
+    assert any("audit record 4 (subject_ids) has a wrong hash" in text for text in problems(kept))
 
 
 def test_reordered_audit_records_are_named(kept):
@@ -307,7 +307,7 @@ def test_reordered_audit_records_are_named(kept):
 
 def test_a_truncated_audit_log_is_named(kept):
     kept[2]("DELETE FROM audit WHERE number > 5")
-    assert any("audit records 6 to 8 are lost" in text for text in problems(kept))
+    assert any("audit records 6 to 8 are missing" in text for text in problems(kept))
 
 
 def test_a_truncated_audit_log_with_a_forged_head_is_named_by_the_chain_of_commits(kept):
@@ -337,7 +337,7 @@ def test_old_records_are_packed_and_verified(opened, tmp_path, monkeypatch):
         database.execute("DELETE FROM audit_span WHERE number = 5")
     named = jobs.verify_log(tmp_path / "g").problems
     assert any("table audit_span" in text for text in named)
-    assert any("do not follow from the record before" in text for text in named)
+    assert any("do not follow the record before" in text for text in named)
 
 
 def test_old_records_move_to_a_file_that_the_gallery_proves(opened, tmp_path, monkeypatch):
@@ -361,7 +361,7 @@ def test_old_records_move_to_a_file_that_the_gallery_proves(opened, tmp_path, mo
     report = jobs.verify_log(tmp_path / "g")
     assert report.problems == ()
     assert report.notes == (
-        "audit records 1 to 8 are in archive files; check each by `biodedup log show --archive FILE`",
+        "audit records 1 to 8 are in archive files; verify each with `biodedup log show --archive FILE`",
     )
     content, reader = file.read_bytes(), opened()
     title, first, last, end = content.split(b"\n")

@@ -133,7 +133,7 @@ def test_each_of_several_candidates_can_be_judged_by_itself(engine):
     assert engine.enroll(sent("bella", probe, "e1")).outcome == "review"
     with pytest.raises(bd.InvalidInput, match="2 candidates"):
         engine.adjudicate("e1", "same", "A. Officer")
-    with pytest.raises(bd.InvalidInput, match="no candidate"):
+    with pytest.raises(bd.InvalidInput, match="not a candidate"):
         engine.adjudicate("e1", "different", "A. Officer", candidate="dora")
     decision = engine.adjudicate("e1", "different", "A. Officer", candidate="anna")
     assert (decision.outcome, decision.adjudicated) == ("review", None)
@@ -332,7 +332,7 @@ def test_a_disputed_encounter_is_a_case_about_the_subject_itself(engine, tmp_pat
     assert len(list(engine.cases())) == 1
     jobs.show_case(engine, "e1", tmp_path / "case.html", clock=Clock())
     page = (tmp_path / "case.html").read_text()
-    assert "has the number of a subject who is enrolled" in page and "do not verify as theirs" in page
+    assert "has the number of a subject who is enrolled" in page and "do not match its own" in page
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import biodedup as bd
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.match.encounters import Joint, of_all_rows
+from biodedup.match.encounters import SubjectScores, presence_of_subjects
 from biodedup.testing import internals
 from tests.support.cases import CONFIG, Clock, names, sent
 from tests.support.faults import Countdown, FailingStorage
@@ -242,7 +242,7 @@ def test_joint_readings_agree_with_a_loop_over_rows():
         llr = rng.normal(0, 20, len(subjects))
         llr[rng.random(len(subjects)) < 0.4] = np.nan
         scores[name, name] = PairScores(model, llr, llr, llr, np.full(len(llr), np.nan), llr)
-    joint = Joint(scores, subjects)
+    joint = SubjectScores(scores, subjects)
     for number, (pair, one) in enumerate(scores.items()):
         for row, subject in enumerate(subjects):
             mine, offers = one.llr_db[row], one.llr_db[(subjects == subject) & ~np.isnan(one.llr_db)]
@@ -251,7 +251,7 @@ def test_joint_readings_agree_with_a_loop_over_rows():
             charged = 10 * np.log10(len(offers)) if np.isnan(mine) and len(offers) else 0.0
             assert joint.borrowed_db[row, number] == pytest.approx(charged)
     presence = np.array([1, 2, 1, 2, 4, 1, 2], np.uint16)
-    assert of_all_rows(presence, subjects).tolist() == [3, 3, 3, 2, 5, 5, 2]
+    assert presence_of_subjects(presence, subjects).tolist() == [3, 3, 3, 2, 5, 5, 2]
 
 
 @pytest.mark.slow
@@ -364,7 +364,7 @@ def test_a_case_whose_linked_case_was_enrolled_shows_the_subject(engine):
     bella = waiting(engine)
     engine.enroll(sent("carla", again(bella, 0.9), "e2"))
     with internals(engine).gallery.transaction() as transaction:  # as if the cases were not linked
-        transaction.release("e1")
+        transaction.enrol_case("e1")
     (candidate,) = [c for c in engine.case("e2").undecided if c.subject_id == "bella"]
     assert candidate.case == ""
     assert engine.adjudicate("e2", "same", "A", candidate="bella").outcome == "duplicate"

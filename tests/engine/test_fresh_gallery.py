@@ -49,8 +49,8 @@ def test_a_face_beyond_what_the_card_may_be_off_is_a_duplicate_at_once(four):
 
 def test_a_face_alone_is_as_sure_as_its_cosine_says(four):
     """Also beyond 0.84, where the likelihood ratio does not grow any more."""
-    sure_db = [four.pairs.compare(*({"face": bd.Template("face", SFACE, one)} for one in (PEOPLE[0], again(PEOPLE[:1], cosine)[0]))).sure_db for cosine in (0.8, 0.9, 0.999)]  # fmt: skip
-    assert sure_db[0] > 60 and sure_db[1] > sure_db[0] + 5 and sure_db[2] > sure_db[1] + 5
+    worst_case_db = [four.pairs.compare(*({"face": bd.Template("face", SFACE, one)} for one in (PEOPLE[0], again(PEOPLE[:1], cosine)[0]))).worst_case_db for cosine in (0.8, 0.9, 0.999)]  # fmt: skip
+    assert worst_case_db[0] > 60 and worst_case_db[1] > worst_case_db[0] + 5 and worst_case_db[2] > worst_case_db[1] + 5
 
 
 def test_a_face_and_two_fingers_that_agree_are_a_duplicate_at_once(engine):

@@ -42,7 +42,7 @@ def test_vectors_without_a_model_are_declined_wherever_they_come_in(engine, tmp_
         lambda: jobs.evaluate(table(VECTORS, tmp_path / "t.parquet"), tmp_path / "e.json"),
     ]
     for call in calls[:5] + calls[6:]:
-        with pytest.raises(bd.InvalidInput, match=r"have no model_id|do not say what made them"):
+        with pytest.raises(bd.InvalidInput, match=r"have no model_id|model of the face vectors is not stated"):
             call()
     assert calls[5]().outcome == "refused"
     with pytest.raises(bd.InvalidInput, match=f"model_id='{SFACE}'"):  # it says which one these may be
@@ -198,7 +198,7 @@ def test_a_gallerys_impostors_alone_do_not_calibrate_a_model_without_a_card(tmp_
     crowd = unit(people(100, 3, 64) + 0.5 * people(1, 2, 64))
     with bd.Engine.open(tmp_path / "g") as engine:
         engine.add_templates([f"s{i}" for i in range(100)], {"right_index": crowd}, model_id="mine-1")
-    with pytest.raises(bd.InvalidInput, match="no calibration of mine-1 to begin with"):
+    with pytest.raises(bd.InvalidInput, match="mine-1 has no earlier calibration to start from"):
         jobs.calibrate(tmp_path / "g", "mine-1", tmp_path / "none.toml")
     jobs.calibrate(tmp_path / "g", str(card), tmp_path / "own.toml")  # with a card, they do
     assert load_card(str(tmp_path / "own.toml")).dimension == 64

@@ -29,7 +29,8 @@ from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, key_file
 from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap, SealedWriter
-from biodedup.gallery.files.filesystem import LocalFile, LocalStorage
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.files.handles import LocalFile
 from biodedup.jobs.enrolment.queue import Arrival
 from biodedup.testing import internals
 from tests.support import ROOT
@@ -138,7 +139,7 @@ def test_every_change_of_a_sealed_file_is_noticed(tmp_path):
             pytest.fail(f"{what} was taken")
     (tmp_path / "f").write_bytes(sound)
     assert unseal(tmp_path / "f", key) == content
-    with pytest.raises(NotAuthentic, match="another file's"):
+    with pytest.raises(NotAuthentic, match="belongs to another file"):
         unseal(tmp_path / "f", key, name="y")
     with pytest.raises(NotAuthentic, match="another key"):
         unseal(tmp_path / "f", Key(bytes(32)))
@@ -158,7 +159,7 @@ def test_a_rotation_changes_the_key_file_alone(tmp_path):
     before, after = (KeyFile.parse(tmp_path / "gallery.key", key_file(key, secret)) for key in (old, new))
     assert before.gallery_key_id == after.gallery_key_id
     assert before.opened(old).secret == after.opened(new).secret == secret
-    with pytest.raises(bd.KeyMismatch, match=f"under key {new.key_id}, got key {old.key_id}"):
+    with pytest.raises(bd.KeyMismatch, match=f"with key {new.key_id}, got key {old.key_id}"):
         after.opened(old)
 
 
@@ -203,7 +204,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_without_its_key_a_gallery_says_so_and_nothing_changes(encrypted, read_only):
     before = files_of(encrypted)
     wrong = {
-        "no key was stated": small(),
+        "got no key": small(),
         f"got key {Key(bytes(32)).key_id}": with_key(key=bytes(32)),
     }
     for words, config in wrong.items():
@@ -261,7 +262,7 @@ def test_the_key_file_of_another_gallery_is_named(tmp_path):
             enroll(engine, 0)
     shutil.copy(tmp_path / "other" / "gallery.key", tmp_path / "g" / "gallery.key")
     for read_only in (False, True):
-        with pytest.raises(bd.GalleryDamaged, match=r"does not open with the key in gallery\.key"):
+        with pytest.raises(bd.GalleryDamaged, match=r"cannot be decrypted with the key in gallery\.key"):
             bd.Engine.open(tmp_path / "g", with_key(), read_only=read_only)
 
 

@@ -16,7 +16,8 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery.care.verify import inspect
-from biodedup.gallery.files.filesystem import FileLock, LocalStorage
+from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.files.handles import FileLock
 from biodedup.testing import internals
 from tests.support import ROOT
 from tests.support.galleries import PEOPLE, enroll, nearest, small

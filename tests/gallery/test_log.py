@@ -157,7 +157,7 @@ def test_verdicts_and_audit_records_that_were_dropped_are_not_answered_as_if_all
     with place.open(read_only=True) as engine:
         with pytest.raises(bd.GalleryDamaged, match=r"table verdict .* log verify"):
             engine.verdicts()
-        with pytest.raises(bd.GalleryDamaged, match=r"newest ones were dropped; run `biodedup log verify`"):
+        with pytest.raises(bd.GalleryDamaged, match=r"newest records were deleted; run `biodedup log verify`"):
             list(engine.audit_records())
 
 
@@ -240,7 +240,7 @@ def test_a_chain_from_before_it_covered_budgets_takes_them_in(place):
             engine.verify(probe(0), "s0")
             internals(engine).catalogue.chain.anew = ""
             with internals(engine).gallery.transaction() as transaction:
-                transaction.callers()._delete("meta WHERE key = ?", [("budgets",)])
+                transaction.caller_tables()._delete("meta WHERE key = ?", [("budgets",)])
     with place.open() as engine:
         engine.verify(probe(0), "s0")
     found = place.verified()

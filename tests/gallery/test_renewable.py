@@ -19,7 +19,7 @@ from biodedup.gallery.catalogue.sqlite import STRIDE
 from biodedup.gallery.files.codec import make_codec
 from biodedup.gallery.files.codes import dequantise, join_nibbles
 from biodedup.gallery.files.column_file import open_column_file
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.filesystem import LocalStorage, stored_key
 from biodedup.gallery.files.packed import pack_text, text
 from biodedup.gallery.segments import indexing
@@ -69,16 +69,22 @@ def answers(folder: Path, config: bd.Config) -> list[tuple[str, float]]:
 
 @pytest.mark.slow
 def test_a_transform_is_orthogonal_its_secrets_own_and_each_columns_own():
-    turn = Turn(KEY)
-    matrix = turn.of("face").matrix(128)
+    transform = Transform(KEY)
+    matrix = transform.of("face").matrix(128)
     assert np.abs(matrix @ matrix.T - np.eye(128)).max() < 1e-12
-    assert np.array_equal(matrix, Turn(KEY).of("face").matrix(128))
-    others = [Turn(bytes(32)).of("face").matrix(128), turn.of("right_index").matrix(128), make_codec(128, []).rotation]
+    assert np.array_equal(matrix, Transform(KEY).of("face").matrix(128))
+    others = [
+        Transform(bytes(32)).of("face").matrix(128),
+        transform.of("right_index").matrix(128),
+        make_codec(128, []).rotation,
+    ]
     for other in others:
         assert np.abs(np.trace(matrix.T @ other)) / 128 < 0.1
     known = people(20, seed=3)
-    assert np.allclose(turn.of("face").back(turn.of("face").turned(known)), known, atol=1e-6)
-    assert np.allclose(turn.of("face").turned(known) @ turn.of("face").turned(known).T, known @ known.T, atol=1e-5)
+    assert np.allclose(transform.of("face").invert(transform.of("face").apply(known)), known, atol=1e-6)
+    assert np.allclose(
+        transform.of("face").apply(known) @ transform.of("face").apply(known).T, known @ known.T, atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -123,20 +129,20 @@ def filled(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_rekey_turns_everything_keeps_answers_and_destroys_the_old_secret(filled, tmp_path):
+def test_rekey_transforms_all_embeddings_keeps_answers_and_destroys_the_old_secret(filled, tmp_path):
     folder = copied(filled, tmp_path / "g")
-    before, old = stored_vectors(folder), stored_key(folder).turns
+    before, old = stored_vectors(folder), stored_key(folder).transforms
     wanted = answers(folder, renewable())
     assert np.einsum("ij,ij->i", before, before).min() > 0.98
     with bd.Engine.open(folder, renewable(), read_only=True) as reader, bd.Engine.open(folder, renewable()) as engine:
-        turn_id = engine.rekey()
+        transform_id = engine.rekey()
         assert reader.search({"face": PEOPLE[3:4]}, k=1).ids[0, 0] == "s3", "a reader goes on with what it has"
         reader.refresh()
         assert reader.search({"face": PEOPLE[3:4]}, k=1).ids[0, 0] == "s3"
         enroll(engine, 15)
         assert engine.problems() == []
-    assert list(stored_key(folder).turns) == [turn_id]
-    assert turn_id not in old
+    assert list(stored_key(folder).transforms) == [transform_id]
+    assert transform_id not in old
     after = stored_vectors(folder)
     assert np.abs(np.einsum("ij,ij->i", before[:14], after[:14])).max() < 6 / np.sqrt(128)
     got = answers(folder, renewable())
@@ -168,18 +174,18 @@ def test_a_gallery_in_the_clear_or_of_plain_templates_becomes_renewable_and_plai
         jobs.decrypt(tmp_path / "g", lambda: KEY)
     with bd.Engine.open(tmp_path / "g", renewable()) as engine:
         assert engine.rekey(renewable=False) == ""
-    assert stored_key(tmp_path / "g").turns == {}
+    assert stored_key(tmp_path / "g").transforms == {}
     assert [subject for subject, _ in answers(tmp_path / "g", keyed)] == [subject for subject, _ in wanted]
     jobs.decrypt(tmp_path / "g", lambda: KEY)
 
 
 def test_another_key_and_a_lost_secret_are_named_and_a_rotation_keeps_the_transform(filled, tmp_path):
     folder, new = copied(filled, tmp_path / "g"), bytes(range(50, 82))
-    with pytest.raises(bd.KeyMismatch, match="encrypted under key"):
+    with pytest.raises(bd.KeyMismatch, match="encrypted with key"):
         bd.Engine.open(folder, renewable(new))
-    turns = stored_key(folder).turns
+    transforms = stored_key(folder).transforms
     jobs.rotate_key(folder, lambda: KEY, lambda: new)
-    assert stored_key(folder).turns.keys() == turns.keys()
+    assert stored_key(folder).transforms.keys() == transforms.keys()
     assert answers(folder, renewable(new)) == answers(filled, renewable())
     (folder / "gallery.key").write_bytes(stored_key(folder).content({}))
     with pytest.raises(bd.GalleryDamaged, match=r"gallery\.key lacks the transform"):
@@ -195,7 +201,7 @@ def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             for name in ("create", "replace", "remove", "sync_folder"):
                 patched.setattr(LocalStorage, name, failing(getattr(LocalStorage, name), countdown))
-            for name in ("add_turn", "keep_turns"):
+            for name in ("add_transform", "keep_transforms"):
                 patched.setattr(LocalStorage, name, failing(getattr(LocalStorage, name), countdown))
             patched.setattr(Transaction, "swap", failing(Transaction.swap, countdown))
             with suppress(bd.StorageUnavailable, bd.RetryableError, OSError):
@@ -203,10 +209,10 @@ def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
                     engine.rekey()
         assert [subject for subject, _ in answers(folder, renewable())] == wanted, n
         with bd.Engine.open(folder, renewable()) as engine:
-            turn_id = engine.rekey()
+            transform_id = engine.rekey()
             assert engine.problems() == []
-        assert list(stored_key(folder).turns) == [turn_id], n
-        assert turn_id not in stored_key(filled).turns
+        assert list(stored_key(folder).transforms) == [transform_id], n
+        assert transform_id not in stored_key(filled).transforms
         assert [subject for subject, _ in answers(folder, renewable())] == wanted, n
         if countdown.left > 0:
             break
@@ -216,7 +222,7 @@ def test_a_rekey_that_is_killed_anywhere_goes_on(filled, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_rekey_after_an_interrupted_one_to_plain_templates_does_not_take_the_old_secret_again(filled, tmp_path):
     folder = copied(filled, tmp_path / "g")
-    (old,) = stored_key(folder).turns
+    (old,) = stored_key(folder).transforms
 
     def stop(done: int, total: int) -> None:
         if done:
@@ -225,9 +231,9 @@ def test_a_rekey_after_an_interrupted_one_to_plain_templates_does_not_take_the_o
     with bd.Engine.open(folder, renewable()) as engine, pytest.raises(KeyboardInterrupt):
         engine.rekey(renewable=False, progress=stop)
     with bd.Engine.open(folder, replace(renewable(), gallery=small().gallery)) as engine:
-        turn_id = engine.rekey()
+        transform_id = engine.rekey()
         assert engine.problems() == []
-    assert turn_id != old and list(stored_key(folder).turns) == [turn_id]
+    assert transform_id != old and list(stored_key(folder).transforms) == [transform_id]
     assert [subject for subject, _ in answers(folder, renewable())] == [s for s, _ in answers(filled, renewable())]
 
 
@@ -246,8 +252,8 @@ def test_backups_before_between_and_after_open_and_restore(filled, tmp_path):
         engine.backup(tmp_path / "late")
         engine.rekey()
         engine.backup(tmp_path / "late")
-        turns = stored_key(folder).turns
-    assert stored_key(tmp_path / "late").turns == turns
+        transforms = stored_key(folder).transforms
+    assert stored_key(tmp_path / "late").transforms == transforms
     wanted = [subject for subject, _ in answers(filled, renewable())]
     for name in ("early", "late"):
         assert [subject for subject, _ in answers(tmp_path / name, renewable())] == wanted
@@ -262,11 +268,13 @@ def test_exports_merges_and_templates_are_in_the_clear(filled, tmp_path):
     with bd.Engine.open(filled, renewable(), read_only=True) as engine:
         assert engine.templates("s3")["face"].embedding @ PEOPLE[3] > 0.99
     jobs.export_gallery(filled, tmp_path / "export", renewable())
-    for name, config in (("plain", small()), ("turned", renewable(bytes(range(2, 34))))):
+    for name, config in (("plain", small()), ("transformed", renewable(bytes(range(2, 34))))):
         jobs.load_gallery(tmp_path / "export", tmp_path / name, config)
         assert [s for s, _ in answers(tmp_path / name, config)][:14] == [f"s{i}" for i in range(14)]
     assert (
-        np.abs(np.einsum("ij,ij->i", stored_vectors(tmp_path / "turned", bytes(range(2, 34)))[:14], PEOPLE[:14])).max()
+        np.abs(
+            np.einsum("ij,ij->i", stored_vectors(tmp_path / "transformed", bytes(range(2, 34)))[:14], PEOPLE[:14])
+        ).max()
         < 0.4
     )
 
@@ -303,7 +311,7 @@ def test_rows_that_were_written_before_a_rekey_and_attached_after_it_are_not_los
         cells = {"face": vectors_alone(SFACE, PEOPLE[5:7])}
         entry = gallery.write_rows(pack_text(["a", "b"]), cells, np.zeros(2, np.uint32))
         engine.rekey()
-        with pytest.raises(bd.GalleryBusy, match="turned"), gallery.transaction() as transaction:
+        with pytest.raises(bd.GalleryBusy, match="got a new transform"), gallery.transaction() as transaction:
             transaction.attach(entry)
         entry = gallery.write_rows(pack_text(["a", "b"]), cells, np.zeros(2, np.uint32))
         with gallery.transaction() as transaction:
@@ -317,16 +325,16 @@ def test_rows_that_were_written_before_a_rekey_and_attached_after_it_are_not_los
 def test_two_rekeys_at_once_follow_one_another(tmp_path):
     fill(tmp_path / "g", renewable(), 6)
     with bd.Engine.open(tmp_path / "g", renewable()) as engine, ThreadPoolExecutor(3) as pool:
-        turned = [pool.submit(engine.rekey) for _ in range(3)]
-        ids = [future.result() for future in turned]
+        apply = [pool.submit(engine.rekey) for _ in range(3)]
+        ids = [future.result() for future in apply]
     assert len(set(ids)) == 3
-    (left,) = stored_key(tmp_path / "g").turns
+    (left,) = stored_key(tmp_path / "g").transforms
     assert left in ids
     assert [subject for subject, _ in answers(tmp_path / "g", renewable())][:6] == [f"s{i}" for i in range(6)]
 
 
 @pytest.mark.slow
-def test_a_faiss_index_is_turned_and_rekeyed_too(tmp_path, monkeypatch):
+def test_a_faiss_index_is_transformed_and_rekeyed_too(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "CELLS_MIN", 1_000)
     vectors = people(6_000, seed=8)
     config = renewable(seal_rows=3_000, merge_fan=9)
@@ -342,10 +350,10 @@ def test_a_faiss_index_is_turned_and_rekeyed_too(tmp_path, monkeypatch):
             columns = [segment.columns["face"] for segment in snapshot.segments]
             codec = snapshot.indexing.wanted("face")
             assert [column.index.codec_id for column in columns] == [codec.codec_id] * len(columns)
-            assert codec.turn.turn_id == snapshot.turn.turn_id
+            assert codec.transform.transform_id == snapshot.transform.transform_id
             inner = columns[0].index.loaded()
-            own = inner.search(np.ascontiguousarray(codec.turned(vectors[:20])), 1)[1][:, 0]
-            assert (own == np.arange(20)).mean() > 0.8, "the stored index is of turned vectors"
+            own = inner.search(np.ascontiguousarray(codec.transformed(vectors[:20])), 1)[1][:, 0]
+            assert (own == np.arange(20)).mean() > 0.8, "the stored index holds transformed vectors"
             assert (inner.search(vectors[:20], 1)[1][:, 0] == np.arange(20)).mean() < 0.2
             for index in (engine.faiss_index("face"), next(iter(engine.faiss_copies("face")))[1]):
                 assert (index.search(vectors[:20], 1)[1][:, 0] == np.arange(20)).mean() > 0.8
@@ -353,4 +361,4 @@ def test_a_faiss_index_is_turned_and_rekeyed_too(tmp_path, monkeypatch):
                 f"p{i}" for i in range(50)
             ]
             engine.rekey()
-        assert len(stored_key(tmp_path / "g").turns) == 1
+        assert len(stored_key(tmp_path / "g").transforms) == 1

@@ -105,7 +105,7 @@ def test_each_kind_of_finding_is_found_with_its_line_and_district(engine, tmp_pa
     ]
     assert [(f.line, f.detail) for f in result.findings if f.finding == "refused"] == [
         (10, "subject_id is empty"),
-        (11, "it has 2 fields, wanted 3"),
+        (11, "the line has 2 fields, wanted 3"),
     ]
     assert (result.lines, result.subjects, result.gallery_size) == (10, 5, 410)
     districts = result.districts()
@@ -119,7 +119,7 @@ def test_each_kind_of_finding_is_found_with_its_line_and_district(engine, tmp_pa
     assert table.schema.names == [*jobs.AUDIT_SCHEMA.names, "polling station"]
     assert table["polling station"].to_pylist()[:2] == ["1", "2"]
     page = (tmp_path / "report.html").read_text()
-    for text in ("South", "t5", "nobody", "70.0 dB", "it has 2 fields, wanted 3"):
+    for text in ("South", "t5", "nobody", "70.0 dB", "the line has 2 fields, wanted 3"):
         assert text in page
     assert "<script" not in page and "polling" not in page
 
@@ -336,7 +336,7 @@ def test_a_roll_of_captures_is_identified_entry_by_entry(tmp_path, portrait):
 
 
 def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(tmp_path, portrait, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("biodedup.jobs.deduplication.audit"), "_ENTRIES_NOTED", 1)
+    monkeypatch.setattr(importlib.import_module("biodedup.jobs.deduplication.audit"), "_CHECKPOINT_ENTRIES", 1)
     for name, image in (("a.jpg", portrait), ("b.jpg", portrait[:, ::-1])):
         (tmp_path / name).write_bytes(jpeg(image))
     roll = written(tmp_path / "roll.csv", "path\na.jpg\nb.jpg\n")
@@ -369,8 +369,8 @@ def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(
         (b"\n\n", "no header"),
         (b"name,district\na,b\n", "wanted subject_id"),
         ("name,district\na,b\n".encode("utf-16"), "wanted subject_id"),
-        (b"subject_id,subject_id\na,b\n", "twice"),
-        (b"subject_id,Subject_ID\na,b\n", "twice"),
+        (b"subject_id,subject_id\na,b\n", "repeats a column name"),
+        (b"subject_id,Subject_ID\na,b\n", "repeats a column name"),
         (b"\x89PNG\r\n\x1a\n\0\0\0", "not UTF-8"),
     ],
 )

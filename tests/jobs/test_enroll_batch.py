@@ -447,10 +447,10 @@ def test_a_worker_that_hangs_or_dies_costs_its_capture_two_tries_and_then_a_refu
     with Workers(CONFIG, 1, told, capture_s_max=0.5) as pool:
         result, got = run(tmp_path, tmp_path / "m.parquet", pool=pool)
     assert result.statuses == {"enrolled": 6, "duplicate": 0, "adjudicate": 0, "refused": 2}
-    each = "each time that it was tried"
+    each = "in each try"
     assert [(row["encounter_id"], row["reason"], row["detail"]) for row in got[6:]] == [
-        ("e6", "too_slow", f"face: not done after 0.5 s of the processor, {each}"),
-        ("e7", "decoder_failed", f"face: the process that read it ended (exit code -9), {each}"),
+        ("e6", "too_slow", f"face: not done after 0.5 s of processor time, {each}"),
+        ("e7", "decoder_failed", f"face: the process that decoded it ended (exit code -9), {each}"),
     ]
     assert run(tmp_path, tmp_path / "m.parquet")[0].extracted == 0
 

@@ -281,7 +281,7 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path):
     pa.parquet.write_table(pa.table({"subject_id": ["a"], "face": ["x"]}), tmp_path / "kind.parquet")
     for name, text in {
         "absent": "does not exist",
-        "flat": "no subject's folder",
+        "flat": "is not in a subject's subfolder",
         "empty": "no images",
         "one.csv": "two or more",
         "columns.csv": "lacks the columns",
@@ -322,4 +322,4 @@ def test_a_source_without_errors_is_drawn_too(tmp_path):
     jobs.evaluate(
         tmp_path / "t.parquet", tmp_path / "r.json", model_id=MODELS, report=tmp_path / "r.html", replicates=20
     )
-    assert (tmp_path / "r.html").read_text().count("no threshold has errors of both kinds") == 2
+    assert (tmp_path / "r.html").read_text().count("no threshold has errors of both types") == 2

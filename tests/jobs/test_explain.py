@@ -211,8 +211,8 @@ def comparison(score_db: float, **llr_db: float) -> Comparison:
         ),
         (comparison(45, face=-5), "once in 32,000 comparisons"),
         (comparison(300, face=300), "once in more than 10³⁰ comparisons"),
-        (comparison(95, face=110, right_index=-15), "For a person to judge: the faces agree and the fingers do not"),
-        (comparison(95, face=-15, right_index=110), "For a person to judge: one finger agrees and all else does not"),
+        (comparison(95, face=110, right_index=-15), "For a person to judge: the faces agree but the fingers do not"),
+        (comparison(95, face=-15, right_index=110), "For a person to judge: only one finger agrees"),
         (None, "Nothing to compare"),
     ],
 )
@@ -224,7 +224,7 @@ def test_the_verdict_is_one_plain_sentence(compared, said):
 def test_a_score_that_the_policy_does_not_trust_goes_to_a_person():
     beyond = replace(comparison(131, face=120), extrapolated=True)
     verdict = judge([beyond], 90.0, 83.0, band_db=83.0, trust_extrapolation=False)
-    assert "beyond what was measured" in _headline(beyond, verdict, 90.0, 83.0, 10**6)
+    assert "the score is extrapolated" in _headline(beyond, verdict, 90.0, 83.0, 10**6)
 
 
 def test_plain_files_are_recognised_by_name_and_content(tmp_path, portrait, prints):

@@ -21,7 +21,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.engine.search import BatchedSearch
-from biodedup.gallery.files.filesystem import Connection
+from biodedup.gallery.files.handles import Connection
 from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.kits.format.record import Record
 from tests.support import ROOT

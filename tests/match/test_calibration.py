@@ -179,7 +179,7 @@ def test_no_score_is_unbounded_where_the_tail_was_not_measured(known):
 
 def test_sface_tail_falls_as_that_of_a_model_without_a_card_is_taken_to():
     card, cosines = SHIPPED[0], np.linspace(0.3, 1, 8)
-    mean, sd = card.nonmated_law
+    mean, sd = card.nonmated_moments
     alike = from_embeddings(np.zeros((0, 1), np.float32)).with_impostors(mean, sd, "as wide as SFace's")
     assert alike.score_db(cosines) == pytest.approx(card.score_db(cosines), abs=8)
 

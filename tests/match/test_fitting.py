@@ -239,8 +239,8 @@ def test_both_tables_of_a_finger_are_fitted_from_similarity_and_minutiae(tmp_pat
 @pytest.mark.parametrize(
     ("change", "model", "text"),
     [
-        (lambda t: t.slice(0, 40), "sface", "needs 1000"),
-        (lambda t: t.slice(0, len(t) - 700), "sface", "no mated ones or 100"),
+        (lambda t: t.slice(0, 40), "sface", "needs at least 1000"),
+        (lambda t: t.slice(0, len(t) - 700), "sface", "no mated pairs or at least 100"),
         (lambda t: t.drop_columns(["mated"]), "sface", "wanted also mated"),
         (lambda t: t, "skeleton-1", "wanted also minutiae"),
         (lambda t: t, "nobody+skeleton-1", "not known"),

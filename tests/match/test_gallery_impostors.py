@@ -155,10 +155,10 @@ def test_a_table_among_other_impostors_says_of_what_is_as_rare_the_same():
     score = np.linspace(-0.5, 1, 151)
     table = {"score": score, "llr_db": 40 * score, "nonmated_db": -10 / np.log(10) * norm.logsf(score, 0.02, 0.1)}
     known = Calibration.from_card(table | {"measured_db": 60, "source": "a test"})
-    assert known.nonmated_law == (pytest.approx(0.02, abs=0.006), pytest.approx(0.1, rel=0.01))
+    assert known.nonmated_moments == (pytest.approx(0.02, abs=0.006), pytest.approx(0.1, rel=0.01))
     there = known.with_impostors(0.1, 0.2, "elsewhere")
     for z in (-1.0, 0.5, 2.0, 4.0):
-        here = known.nonmated_law[0] + known.nonmated_law[1] * z
+        here = known.nonmated_moments[0] + known.nonmated_moments[1] * z
         assert there.score_db([0.1 + 0.2 * z]) == pytest.approx(known.score_db([here]))
         assert there.llr_db([0.1 + 0.2 * z]) == pytest.approx(known.llr_db([here]))
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from biodedup.errors import InvalidInput
-from biodedup.match.prints.local_structures import prepare, room
+from biodedup.match.prints.local_structures import empty_print, prepare
 from biodedup.match.prints.minutiae import CylinderMatcher
 from tests.support import minutiae_oracle
 from tests.support.bozorth import Bozorth3
@@ -107,7 +107,7 @@ def test_scores_are_those_of_the_oracle_to_the_last_bit_and_symmetric(two):
 
 def test_cells_of_a_cylinder_are_those_of_the_oracle():
     content = np.frombuffer(body(record(strewn(50))), np.uint8)
-    prepared = room()
+    prepared = empty_print()
     prepare(content, 0, 50, prepared)
     minutiae = [tuple(int(row[i]) for row in (prepared.x, prepared.y, prepared.angle)) for i in range(50)]
     found = [

@@ -8,7 +8,7 @@ import pytest
 
 import biodedup as bd
 from biodedup import jobs
-from biodedup.match.judgement import BELIEVED
+from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.search import clusters as module
 from biodedup.search.clusters import EXTREMES, LINKS_MAX, Links, clusters_of
 from biodedup.search.selfjoin import crowds
@@ -79,7 +79,7 @@ def test_the_kept_links_make_the_same_clusters_at_every_threshold_and_for_every_
                 def counts(link, threshold_db=threshold_db, believed=believed, measured=measured):
                     return (
                         link.score_db >= threshold_db
-                        and (not believed or link.kind in BELIEVED)
+                        and (not believed or link.kind in TRUSTED_KINDS)
                         and not (measured and link.extrapolated)
                     )
 

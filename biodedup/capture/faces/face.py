@@ -25,26 +25,28 @@ SIDE_PX = 112
 _POINTS = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
 )
-"""Positions of eyes, nose and corners of the mouth, image left first, that ArcFace-style models expect (Deng et al., 2019)."""
+"""Positions of the eyes, the nose and the corners of the mouth, image left first, as ArcFace-style models expect them (Deng et al., 2019)."""
 
 _CENTRAL_SHARE = 0.4
 """Distance from the centre, as a share of the image, at which a face counts exp(-1) of its area."""
 _SIDE_PX_LARGE = 640
+"""Longer side of the picture for the second detection, if the first finds no face."""
 _CLOSE_SHARE = 0.3
-"""A face of at least this share of the image's longer side needs no second detection in a close-up."""
+"""A smaller face, as a share of the image's longer side, is detected again in a close-up."""
 _BORDER_SHARE = 0.5
+"""Empty margin for the third detection, as a share of the longer side."""
 
 _CONFIDENCE_UPRIGHT = 0.92
 """Detector confidence that no rotated face reaches: at most 0.91 in LFW, MEDS, ORL and Yale rotated by quarter turns (100 to 155 images
-of each, 2026-11). Nearly all upright faces reach it."""
+of each set, 2026-11). Nearly all upright faces reach it."""
 
-_CONFIDENCE_TURNED = 0.88
-"""Least confidence to rotate a picture: blurred faces, which the gate refuses, are detected in any orientation."""
+_CONFIDENCE_ROTATED = 0.88
+"""Minimum confidence to rotate a picture. Without it, blurred faces, which the gate refuses, would be detected in any orientation."""
 
 _QUALITY_UNKNOWN = 0.965
-"""Of a model whose card has no table of quality: only what no real face shows is refused, and negatives."""
+"""Quality of faces of a model whose card has no table of quality. Only negatives, and signs that no real face shows, are then refused."""
 _NEGATIVE_QUALITY = 0.97
-"""No negative reaches this quality (spoilt faces of LFW and MEDS, 2026-11): better ones are not looked at again."""
+"""No negative reaches this quality (negatives of LFW and MEDS, 2026-11), so that better faces are not checked."""
 _CANVAS_PX = 128
 
 _STRIDES = (8, 16, 32)
@@ -52,14 +54,14 @@ _OUTPUTS = [f"{part}_{stride}" for stride in _STRIDES for part in ("cls", "obj",
 _CONFIDENCES = [name for name in _OUTPUTS if name[:3] in ("cls", "obj")]
 _POSITIONS = [0, 1, *range(4, 14)]  # columns of a detected face that are positions, not extents
 _OVERLAP_MAX = 0.3
-"""Two boxes with a larger intersection over union are one face."""
+"""Two boxes with a larger intersection over union are the same face."""
 _FACES_MAX = 50
 
 
 @dataclass(frozen=True, eq=False)
 class AlignedFace:
-    """image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the capture after its rotation. confidence: the detector's,
-    0..1. blocks: as of `artefacts.block_ratio`. provenance: what was corrected of the file's metadata."""
+    """An aligned face. image: uint8 (112, 112, 3) RGB. landmarks: float64 (5, 2), in pixels of the upright capture. confidence: the
+    detector's, 0 to 1. blocks: `artefacts.block_ratio`. provenance: sentences about corrected metadata of the file."""
 
     image: NDArray[np.uint8] = field(repr=False)
     confidence: float
@@ -69,14 +71,14 @@ class AlignedFace:
 
 
 class FaceDetector:
-    """YuNet (Wu et al., 2023) with ONNX Runtime, and the steps up to the aligned face. Thread-safe."""
+    """Detects and aligns faces with YuNet (Wu et al., 2023) on ONNX Runtime. Thread-safe."""
 
     def __init__(self, config: FaceConfig, weights: Path) -> None:
         self._config = config
-        import onnxruntime  # imported late: its threads would keep a forked child from exiting
+        import onnxruntime  # imported here: its threads would keep a forked child from exiting
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # 2 ms an image: captures run side by side instead
+        options.intra_op_num_threads = 1  # an image takes 2 ms; captures run in parallel instead
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(weights, sess_options=options, providers=["CPUExecutionProvider"])
@@ -84,25 +86,26 @@ class FaceDetector:
         absent = set(_OUTPUTS) - {output.name for output in self._session.get_outputs()}
         if absent:
             raise ModelCardError(
-                f"{weights.name} has no outputs {sorted(absent)}: it is no YuNet; name its card in FaceConfig"
+                f"{weights.name} has no outputs {sorted(absent)}: it is not YuNet; name the card of YuNet in FaceConfig"
             )
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:
-        """The capture's aligned face, or a refusal. Of a file that states pixels which are not square both readings are
-        tried: the detector is surer of a face whose proportions are right."""
+        """The capture's aligned face, or a refusal. If the file states that its pixels are not square, the picture is tried with and without
+        correction: the detector is more confident of a face with the right proportions."""
         plain = self._align(pixels)
-        other = squared(pixels)
-        if other is None:
+        squared_pixels = squared(pixels)
+        if squared_pixels is None:
             return plain
-        corrected = self._align(other)
+        corrected = self._align(squared_pixels)
         if isinstance(corrected, Refusal) or (
             isinstance(plain, AlignedFace) and plain.confidence >= corrected.confidence
         ):
             return plain
-        return replace(corrected, provenance=other.provenance)
+        return replace(corrected, provenance=squared_pixels.provenance)
 
     def template_refusal(self, face: AlignedFace, quality: float | None) -> Refusal | None:
-        """The second part of the gate, which knows the quality of the embedding; None of a model whose card has no table of it."""
+        """The second part of the quality gate: the refusal after the embedding, or None. quality: the template's, None if the model's card has no
+        table of quality."""
         known = _QUALITY_UNKNOWN if quality is None else quality
         for sign in signs(face.image, face.blocks):
             if known < sign.quality_min:
@@ -110,27 +113,27 @@ class FaceDetector:
         if known < _NEGATIVE_QUALITY:
             margin = self.negative_margin(face.image)
             if margin < NEGATIVE_MARGIN_MIN:
-                detail = "detector confidence less that in the negative"
+                detail = "detector confidence minus that in the negative"
                 return Refusal("face", "negative", detail, round(margin, 3), NEGATIVE_MARGIN_MIN)
         if quality is not None and quality < self._config.quality_min:
             return Refusal("face", "low_quality", quality_scale.MEANING, round(quality, 3), self._config.quality_min)
         return None
 
     def negative_margin(self, image: NDArray[np.uint8]) -> float:
-        """The detector's confidence in an aligned face less that in its negative. image: uint8 (112, 112, 3) RGB."""
+        """The detector's confidence in an aligned face minus its confidence in the negative. image: uint8 (112, 112, 3) RGB."""
         canvas = np.full((2, _CANVAS_PX, _CANVAS_PX, 3), 127, np.float32)
         pad = (_CANVAS_PX - SIDE_PX) // 2
         canvas[0, pad:-pad, pad:-pad] = image[:, :, ::-1]
         canvas[1, pad:-pad, pad:-pad] = 255 - image[:, :, ::-1]
-        face, negative = (self._confidence_at(one) for one in canvas)
+        face, negative = (self._confidence_at(picture) for picture in canvas)
         return face - negative
 
     def _confidence_at(self, canvas: Float32) -> float:
-        """The greatest confidence anywhere in a canvas as of `_run`."""
+        """The greatest confidence anywhere in the canvas. canvas: as for `_run`."""
         outputs = self._session.run(_CONFIDENCES, {self._input: canvas.transpose(2, 0, 1)[None].copy()})
         return max(
-            float(np.sqrt(np.clip(seen, 0, 1) * np.clip(there, 0, 1)).max())
-            for seen, there in zip(outputs[::2], outputs[1::2], strict=True)
+            float(np.sqrt(np.clip(is_face, 0, 1) * np.clip(is_object, 0, 1)).max())
+            for is_face, is_object in zip(outputs[::2], outputs[1::2], strict=True)
         )
 
     def _align(self, pixels: Pixels) -> AlignedFace | Refusal:
@@ -162,21 +165,21 @@ class FaceDetector:
     def _upright(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Float32]:
         """The picture, rotated by quarter turns until its face is upright, and its faces.
 
-        The detector also finds faces that lie sideways or upside down, with wrong landmarks; such a template would not match its mate. Its
-        confidence is higher for upright faces.
+        The detector also finds rotated faces, but with wrong landmarks, so that their templates would not match their mates. Its confidence
+        is highest for the upright face.
         """
         best, faces = rgb, self._detect(rgb)
         for turns in (2, 1, 3):
             if _confidence(faces, best.shape) >= _CONFIDENCE_UPRIGHT:
                 break
-            turned = np.ascontiguousarray(np.rot90(rgb, turns))
-            others = self._detect(turned)
-            if _confidence(others, turned.shape) > max(_confidence(faces, best.shape), _CONFIDENCE_TURNED):
-                best, faces = turned, others
+            rotated = np.ascontiguousarray(np.rot90(rgb, turns))
+            rotated_faces = self._detect(rotated)
+            if _confidence(rotated_faces, rotated.shape) > max(_confidence(faces, best.shape), _CONFIDENCE_ROTATED):
+                best, faces = rotated, rotated_faces
         return best, faces
 
     def _detect(self, rgb: NDArray[np.uint8]) -> Float32:
-        """float32 (n, 15): box x, y, w, h; five landmarks x, y; confidence. In pixels of rgb."""
+        """The faces, float32 (n, 15): box x, y, width, height; five landmarks x, y; confidence. In pixels of rgb."""
         for side, border in (
             (self._config.detector_side_px, 0.0),
             (_SIDE_PX_LARGE, 0.0),
@@ -188,7 +191,7 @@ class FaceDetector:
         return faces
 
     def _refined(self, rgb: NDArray[np.uint8], face: Float32) -> Float32:
-        """A small face, detected again in a close-up, since landmarks are only as exact as the detector's pixels."""
+        """The face, detected again in a close-up if it is small, because landmarks are only as exact as the detector's pixels."""
         side = float(max(face[2], face[3]))
         if side >= _CLOSE_SHARE * max(rgb.shape[:2]):
             return face
@@ -205,7 +208,7 @@ class FaceDetector:
         return nearest if float(distance.min()) < side / 2 else face
 
     def _detect_at(self, rgb: NDArray[np.uint8], side: int, border: float) -> Float32:
-        """As `_detect`, at one scale. border: empty margin as a share of the longer side, for faces that fill the image."""
+        """As `_detect`, at one scale. border: an empty margin, as a share of the longer side, for faces that fill the image."""
         height, width = rgb.shape[:2]
         factor = side / (max(height, width) * (1 + 2 * border))
         size = max(round(width * factor), 1), max(round(height * factor), 1)
@@ -213,7 +216,7 @@ class FaceDetector:
         pad = (side - max(size)) // 2 if border else 0
         canvas = np.zeros((-(-side // _STRIDES[-1]) * _STRIDES[-1],) * 2 + (3,), np.float32)
         canvas[: size[1] + 2 * pad, : size[0] + 2 * pad] = 127 if pad else 0
-        canvas[pad : pad + size[1], pad : pad + size[0]] = small[:, :, ::-1]  # YuNet learnt BGR, 0..255
+        canvas[pad : pad + size[1], pad : pad + size[0]] = small[:, :, ::-1]  # YuNet takes BGR, 0 to 255
         faces = self._run(canvas)
         faces[:, _POSITIONS] -= pad
         faces[:, 0:14:2] *= width / size[0]
@@ -223,26 +226,26 @@ class FaceDetector:
     def _run(self, canvas: Float32) -> Float32:
         """canvas: float32 (h, w, 3) BGR, sides multiples of 32. Returns faces as `_detect`, the most confident first."""
         outputs = self._session.run(_OUTPUTS, {self._input: np.ascontiguousarray(canvas.transpose(2, 0, 1))[None]})
-        found = []
+        by_stride = []
         for i, stride in enumerate(_STRIDES):
-            seen, there, box, points = (np.asarray(part)[0] for part in outputs[4 * i : 4 * i + 4])
-            # confidence: geometric mean of the class and the object head; boxes are in units of the stride
-            confidence = np.sqrt(np.clip(seen, 0, 1) * np.clip(there, 0, 1))[:, 0]
+            is_face, is_object, box, points = (np.asarray(part)[0] for part in outputs[4 * i : 4 * i + 4])
+            # confidence: the geometric mean of the face score and the object score; boxes are in units of the stride
+            confidence = np.sqrt(np.clip(is_face, 0, 1) * np.clip(is_object, 0, 1))[:, 0]
             at = np.flatnonzero(confidence >= self._config.detector_confidence_min)
             cell = np.stack([at % (canvas.shape[1] // stride), at // (canvas.shape[1] // stride)], axis=1)
             extent = np.exp(box[at, 2:])
             corner = cell + box[at, :2] - extent / 2
             landmarks = np.tile(cell, 5) + points[at]
-            found.append(np.hstack([stride * np.hstack([corner, extent, landmarks]), confidence[at, None]]))
-        faces = np.concatenate(found).astype(np.float32)
+            by_stride.append(np.hstack([stride * np.hstack([corner, extent, landmarks]), confidence[at, None]]))
+        faces = np.concatenate(by_stride).astype(np.float32)
         kept = cv2.dnn.NMSBoxes(faces[:, :4].tolist(), faces[:, 14].tolist(), 0.0, _OVERLAP_MAX, top_k=_FACES_MAX)
         return faces[np.asarray(kept, np.int64).ravel()]
 
 
 def choose(faces: Float32, shape: tuple[int, ...]) -> tuple[int, float]:
-    """(index of the most prominent face, prominence of the next one as a share of it).
+    """(index of the most prominent face, prominence of the second face as a share of the first).
 
-    Prominence is the box's area, falling off with its distance from the image's centre.
+    Prominence is the area of the box, weighted by its distance from the image's centre.
     """
     height, width = shape[:2]
     centres = faces[:, :2] + faces[:, 2:4] / 2
@@ -254,12 +257,12 @@ def choose(faces: Float32, shape: tuple[int, ...]) -> tuple[int, float]:
 
 
 def _confidence(faces: Float32, shape: tuple[int, ...]) -> float:
-    """The confidence of the most prominent face; 0 without one."""
+    """The confidence of the most prominent face; 0 without a face."""
     return float(faces[choose(faces, shape)[0], 14]) if len(faces) else 0.0
 
 
 def similarity_transform(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rotation, scale and shift (2, 3) that takes source points (n, 2) to target (n, 2) with least squares (Umeyama, 1991)."""
+    """The rotation, scale and shift (2, 3) that maps source points (n, 2) to target points (n, 2), by least squares (Umeyama, 1991)."""
     mean_source, mean_target = source.mean(axis=0), target.mean(axis=0)
     centred = source - mean_source
     u, singular, vt = np.linalg.svd((target - mean_target).T @ centred)
@@ -271,7 +274,7 @@ def similarity_transform(source: NDArray[np.float64], target: NDArray[np.float64
 
 
 def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refusal | None:
-    """The quality gate: the first limit that the face misses, or None."""
+    """The first part of the quality gate: the refusal for the first limit that the face misses, or None."""
     height, width = shape[:2]
     eyes = face.landmarks[:2]
     if (eyes < 0).any() or (eyes >= (width, height)).any():
@@ -279,7 +282,7 @@ def judge(face: AlignedFace, shape: tuple[int, ...], config: FaceConfig) -> Refu
         return Refusal("face", "eyes_out_of_frame", "pixels outside the image", round(outside, 1), 0.0)
     eye_distance = float(np.linalg.norm(eyes[1] - eyes[0]))
     yaw, roll = angles_deg(face.landmarks)
-    grey = cv2.cvtColor(face.image, cv2.COLOR_RGB2GRAY)[16:-8, 16:-16]  # the face without its surroundings
+    grey = cv2.cvtColor(face.image, cv2.COLOR_RGB2GRAY)[16:-8, 16:-16]
     brightness = float(grey.mean())
     sharpness = float(cv2.Laplacian(grey, cv2.CV_32F).std()) / max(float(grey.std()), 8.0)
     checks = (
@@ -322,8 +325,8 @@ def _surroundings(rgb: NDArray[np.uint8], landmarks: NDArray[np.float64]) -> NDA
 def angles_deg(landmarks: NDArray[np.float64]) -> tuple[float, float]:
     """(yaw, roll), absolute, in degrees, from the five landmarks.
 
-    Roll is the slope of the line between the eyes. For yaw, the nose is taken to lie 0.6 of the eye distance in front of the line between
-    the eyes: yaw = atan(offset of the nose from the middle of the eyes / 0.6), in eye distances.
+    Roll is the slope of the line between the eyes. Yaw assumes that the nose is 0.6 eye distances in front of the line between the eyes:
+    yaw = atan(offset of the nose from the middle of the eyes / 0.6), the offset in eye distances.
     """
     left, right, nose = landmarks[:3]
     across = right - left
@@ -335,6 +338,6 @@ def angles_deg(landmarks: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _interpolation(transform: NDArray[np.float64]) -> int:
-    """INTER_AREA for strong shrinking, which needs averaging; linear interpolation otherwise."""
+    """INTER_AREA if the picture shrinks by more than two, because that needs averaging; otherwise linear interpolation."""
     scale = float(np.hypot(transform[0, 0], transform[1, 0]))
     return cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR

@@ -1,4 +1,4 @@
-"""Turns finger captures into samples: resamples to 500 dpi, finds ridges, checks quality, extracts minutiae.
+"""Turns finger captures into samples: resamples them to 500 dpi, finds ridges, checks the quality, extracts minutiae.
 
 Owns resampling, the quality gate for fingers, the interface of minutiae extractors, and the import of ready-made records. Never decodes
 files and never compares.
@@ -39,17 +39,17 @@ from biodedup.values import Float32, Refusal, Template
 
 _BLOCK_PX = 16
 _CONTRAST_MIN = 12.0  # standard deviation of grey levels within a block
-_COHERENCE_MIN = 0.4  # of the gradient's direction within 3 x 3 blocks; FVC2002 and UareU, 2026-11
+_COHERENCE_MIN = 0.4  # coherence of the gradient within 3 x 3 blocks; FVC2002 and UareU, 2026-11
 
 MinutiaeExtractor = Callable[[NDArray[np.uint8], Print], MinutiaeRecord]
-"""uint8 (h, w) at 500 dpi, and what one pass over it finds -> minutiae. Raises ValueError if it finds nothing to work on."""
+"""(picture, uint8 (h, w) at 500 dpi; its `Print`) -> minutiae. Raises ValueError for a picture that it cannot process."""
 
 Passed: TypeAlias = tuple[NDArray[np.uint8], Print, tuple[str, ...]]
-"""A picture at 500 dpi, what one pass over it finds, and what was corrected."""
+"""A picture at 500 dpi, its `Print`, and sentences about corrected metadata."""
 
 
 def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
-    """The extractor of this name. weights: the path of its weights, if it has any."""
+    """The minutiae extractor of this name. weights: the path of its weights, or None."""
     if name == "skeleton":
         return lambda grey, print_: record_of(print_.minutiae, grey.shape)
     if name == "leader" and weights is not None:
@@ -62,8 +62,11 @@ def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
 
 @dataclass(frozen=True, eq=False)
 class FingerSample:
-    """An accepted capture. minutiae: a record of ISO/IEC 19794-2:2005, whose quality, 0..100, is the score of `Measures`, or NFIQ 2 where
-    it is wanted; quality: as of `Template`; print: what the pass over it found; provenance: what was corrected of the file's metadata."""
+    """An accepted capture.
+
+    minutiae: a record of ISO/IEC 19794-2:2005; its quality, 0 to 100, is the NFIQ 2 score if `FingerConfig.nfiq2` is set, otherwise
+    `Measures.score`. quality: as in `Template`. print: its ridges and minutiae. provenance: sentences about corrected metadata of the file.
+    """
 
     position: str
     minutiae: bytes = field(repr=False)
@@ -80,7 +83,7 @@ class FingerReader:
         self._extract = minutiae_extractor(config.minutiae, weights)
 
     def read(self, pixels: Pixels, position: str, dpi: float | None) -> FingerSample | Refusal:
-        """The sample, or a refusal. dpi: stated by the caller; None takes the file's, or 500."""
+        """The sample, or a refusal. dpi: stated by the caller; None: the file's value, or 500."""
         passed = self._pass(pixels, position, dpi)
         if isinstance(passed, Refusal):
             return passed
@@ -103,8 +106,8 @@ class FingerReader:
         return FingerSample(position, minutiae, quality, print_, note)
 
     def _pass(self, pixels: Pixels, position: str, dpi: float | None) -> Passed | Refusal:
-        """The picture at 500 dpi and what one pass finds. A resolution whose ridges are no finger's, where 500 dpi fits, is refused if the
-        caller states it; a file's is not believed, as image editors write one that is not the scanner's."""
+        """The picture at 500 dpi and its `Print`. If the ridges contradict the stated resolution, but fit 500 dpi: a resolution that the caller
+        states is refused; a resolution in the file is replaced by 500 dpi, because image editors change it."""
         scan_dpi = dpi or scanner_dpi(pixels.dpi)
         period_px = contradicted(pixels.grey, scan_dpi)
         notes: tuple[str, ...] = ()
@@ -112,15 +115,15 @@ class FingerReader:
             mm = [round(period_px * 25.4 / value, 3) for value in (dpi, DPI)]
             return Refusal(position, "resolution", f"mm between ridges at the stated {dpi:g} dpi; {DPI} dpi fits", *mm)
         if period_px is not None:
-            notes = (f"states {scan_dpi:g} dpi, where its ridges are no finger's; taken as {DPI}",)
+            notes = (f"states {scan_dpi:g} dpi, which its ridges contradict; taken as {DPI}",)
             scan_dpi = float(DPI)
         grey = self._at_500_dpi(pixels.grey, position, scan_dpi)
         return grey if isinstance(grey, Refusal) else (grey, one_pass(grey), notes)
 
     def _at_500_dpi(self, grey: NDArray[np.uint8], position: str, dpi: float) -> NDArray[np.uint8] | Refusal:
-        """The picture at 500 dpi; what is larger than one finger is cropped to the ridges."""
+        """The picture at 500 dpi, cropped to the ridges if it is larger than a finger."""
         config = self._config
-        # checked before resampling: 7,000 pixels at a stated 72 dpi would fill 2 GB
+        # checked before resampling: 7,000 pixels at a stated 72 dpi would need 2 GB
         side_px = round(max(grey.shape) * DPI / dpi)
         if side_px > config.side_px_max:
             return Refusal(
@@ -139,15 +142,15 @@ class FingerReader:
         return grey
 
     def _not_a_print(self, print_: Print, position: str) -> Refusal | None:
-        """The refusal of a picture without ridges, or with too few."""
+        """The refusal of a picture with no ridges, too few ridges, or several fingers; otherwise None."""
         config, measures = self._config, print_.measures
         certainty, area_mm2 = round(measures.certainty, 3), round(measures.area_mm2, 1)
         if (steps := tracing()) is not None:
             steps.add("quality", position, checks=_checks(config, certainty=certainty, area_mm2=area_mm2))
         if certainty < config.certainty_min or not area_mm2:
-            return Refusal(position, *_TOLD["certainty"], certainty, config.certainty_min)
+            return Refusal(position, *_REFUSALS["certainty"], certainty, config.certainty_min)
         if area_mm2 < config.area_mm2_min:
-            return Refusal(position, *_TOLD["area_mm2"], area_mm2, config.area_mm2_min)
+            return Refusal(position, *_REFUSALS["area_mm2"], area_mm2, config.area_mm2_min)
         if measures.fingers > 1:
             return Refusal(
                 position, "several_fingers", "regions of ridges; send one finger a picture", measures.fingers, 1
@@ -155,7 +158,7 @@ class FingerReader:
         return None
 
     def _too_poor(self, print_: Print, record: MinutiaeRecord, nfiq2: float | None, position: str) -> Refusal | None:
-        """The refusal of a print that its mates would not be compared with to any effect."""
+        """The refusal of a print of too low quality, or None."""
         measured: dict[str, float] = {"minutiae": record.count, "quality": print_.measures.quality}
         if nfiq2 is not None:
             measured["nfiq2"] = nfiq2
@@ -166,7 +169,7 @@ class FingerReader:
         return Refusal(position, *missed[0][:4]) if missed else None
 
     def take(self, content: bytes, position: str) -> Template | Refusal:
-        """The template of a minutiae record, or a refusal. position: `unknown` takes the record's."""
+        """The template of a minutiae record, or a refusal. position: `unknown` stands for the position in the record."""
         try:
             view = view_of(content, position)
         except InvalidInput as error:
@@ -178,7 +181,7 @@ class FingerReader:
         return Template(view.position, model_id, None, standard(view), quality, corrected)
 
 
-_TOLD = {
+_REFUSALS = {
     "certainty": ("no_ridges", "certainty that the picture shows friction ridges"),
     "area_mm2": ("too_small_area", "mm2 of ridges"),
     "minutiae": ("few_minutiae", "minutiae"),
@@ -188,16 +191,16 @@ _TOLD = {
 
 
 def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:
-    """(reason, detail, measured, limit, missed) of each figure."""
+    """(reason, detail, measured, limit, missed) of each measured value."""
     limits = {name: float(getattr(config, f"{name}_min")) for name in measured}
-    return tuple((*_TOLD[name], value, limits[name], value < limits[name]) for name, value in measured.items())
+    return tuple((*_REFUSALS[name], value, limits[name], value < limits[name]) for name, value in measured.items())
 
 
 @checked
 def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str, Template]:
-    """position -> template, from a minutiae record of one or several fingers; of several views of a finger the best is taken.
+    """Position -> template, from a minutiae record of one or several fingers. Of several views of a finger the best view is taken.
 
-    model_id: the extractor of the minutiae; by default an unknown one. Raises InvalidInput for an unsound record.
+    model_id: the extractor of the minutiae; the default stands for an unknown extractor. Raises InvalidInput for an invalid record.
     """
     return {
         position: Template(
@@ -213,7 +216,7 @@ def read_minutiae(content: bytes, model_id: str = EXTERNAL_MINUTIAE) -> dict[str
 
 
 def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> bytes:
-    """One record of ISO/IEC 19794-2 with one view for each template. version: 2005 or 2011. Raises InvalidInput."""
+    """A record of ISO/IEC 19794-2 with a view for each template. version: 2005 or 2011. Raises InvalidInput."""
     if isinstance(templates, (Mapping, Template, str, bytes)) or not hasattr(templates, "__iter__"):
         raise InvalidInput(
             f"write_minutiae takes a sequence of templates, got {type(templates).__name__}; write templates.values(), or [template]"
@@ -222,18 +225,18 @@ def write_minutiae(templates: Iterable[Template], *, version: int = 2005) -> byt
     for template in templates:
         if not isinstance(template, Template):
             raise InvalidInput(
-                f"a minutiae record is made of Template, got {type(template).__name__}; leave out what was refused"
+                f"a minutiae record is made of Template, got {type(template).__name__}; leave out the refusals"
             )
         given.append((template.column, template.minutiae))
     if not given or not all(record for _, record in given):
-        raise InvalidInput("a minutiae record is made of templates that have minutiae; pass one or more of these")
+        raise InvalidInput("a minutiae record is made of templates that have minutiae; pass at least one")
     return write_views([view_of(record, column) for column, record in given if record], version=version)
 
 
 def ridge_blocks(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which 16-pixel blocks show ridges, that is, contrast and one direction. bool (h // 16, w // 16).
+    """Whether each 16-pixel block shows ridges, bool (h // 16, w // 16): it has contrast and a common direction.
 
-    Coherence of the squared gradient: Bazen and Gerez, "Systematic methods for the computation of the directional fields
+    The measure is the coherence of the squared gradient: Bazen and Gerez, "Systematic methods for the computation of the directional fields
     and singular points of fingerprints", 2002.
     """
     rows, columns = grey.shape[0] // _BLOCK_PX, grey.shape[1] // _BLOCK_PX

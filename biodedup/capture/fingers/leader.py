@@ -1,7 +1,7 @@
-"""LEADER: a network that extracts minutiae, run with ONNX Runtime; more accurate than MINDTCT, and slower.
+"""Extracts minutiae with LEADER, a neural network that is more accurate than MINDTCT, and slower.
 
-Owns its session, its input and the decoding of its output maps. Never judges quality. The network and its source:
-`models/prepare_leader.py`.
+Owns the session of ONNX Runtime, the network's input, and the decoding of its output maps. Never judges quality.
+`models/prepare_leader.py` names the source of the network.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CONFIDENCE_MIN = 0.2
-"""BOZORTH3's equal error rates at 0.2, 0.3, 0.4 and 0.6, the authors' choice, are 2.7, 4.9, 4.9, 5.1 % on FVC2002 DB1_B, 0.9, 2.0, 1.8,
-0.4 % on DB2_B, 6.7, 6.7, 7.3, 30 % on DB3_B, 0.9, 2.0, 2.4, 15.5 % on DB4_B, 2026-11: small prints need every minutia."""
+"""Minimum confidence of a minutia. It is low because small prints need every minutia. Equal error rates of BOZORTH3 at 0.2, 0.3, 0.4 and
+0.6 (the authors' choice): 2.7, 4.9, 4.9, 5.1 % on FVC2002 DB1_B; 0.9, 2.0, 1.8, 0.4 % on DB2_B; 6.7, 6.7, 7.3, 30 % on DB3_B; 0.9, 2.0, 2.4,
+15.5 % on DB4_B (2026-11)."""
 
 _SIDE_MULTIPLE = 32
 _NEIGHBOURHOOD = np.ones((7, 7), np.uint8)
 
 
 class Leader:
-    """The network, loaded at the first image. Thread-safe; each call runs on one thread, since captures run side by side."""
+    """The network. It is loaded at the first image. Thread-safe. A call runs on a single thread, because captures run in parallel."""
 
     def __init__(self, weights: Path) -> None:
         self._weights = weights
@@ -42,8 +43,8 @@ class Leader:
         return record_of(self.maps(grey))
 
     def maps(self, grey: NDArray[np.uint8]) -> Float32:
-        """float32 (4, h, w): confidence that a minutia is here, cosine and sine of its direction (not to scale), ending against
-        bifurcation."""
+        """The network's output, float32 (4, h, w): confidence in a minutia at each pixel, cosine and sine of its direction (not normalised),
+        probability of an ending rather than a bifurcation."""
         height, width = grey.shape
         top, left = (-height % _SIDE_MULTIPLE) // 2, (-width % _SIDE_MULTIPLE) // 2
         bottom, right = -height % _SIDE_MULTIPLE - top, -width % _SIDE_MULTIPLE - left
@@ -54,14 +55,12 @@ class Leader:
     def _loaded(self) -> onnxruntime.InferenceSession:
         with self._lock:
             if self._session is None:
-                import onnxruntime  # only where it is used: its threads keep a forked child from ending
+                import onnxruntime  # imported here: its threads would keep a forked child from exiting
 
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads = options.inter_op_num_threads = 1
                 options.log_severity_level = 3
-                options.enable_cpu_mem_arena = (
-                    False  # images differ in size, and the arena would keep what each of them took
-                )
+                options.enable_cpu_mem_arena = False  # the arena would keep the memory of each image size
                 self._session = onnxruntime.InferenceSession(
                     self._weights, sess_options=options, providers=["CPUExecutionProvider"]
                 )
@@ -69,7 +68,7 @@ class Leader:
 
 
 def record_of(maps: Float32) -> MinutiaeRecord:
-    """The maxima of the smoothed confidence, at most MINUTIAE_MAX; maps: as `Leader.maps` gives them."""
+    """The minutiae at the maxima of the smoothed confidence, at most MINUTIAE_MAX. maps: the result of `Leader.maps`."""
     _, height, width = maps.shape
     smooth = cv2.GaussianBlur(maps[0], (5, 5), 0, borderType=cv2.BORDER_CONSTANT)
     highest = cv2.dilate(smooth, _NEIGHBOURHOOD)

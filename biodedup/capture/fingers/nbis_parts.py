@@ -1,9 +1,9 @@
-"""Calls NBIS (MINDTCT, NFIQ 2) through PyPI `nbis-py`, one call at a time.
+"""Calls NBIS (MINDTCT, NFIQ 2) through the package `nbis-py`, one call at a time.
 
 Owns the library's settings, its lock and its private record layout. Never judges quality.
 
-NBIS keeps work areas in global variables, so a lock guards every call. The ISO records of `nbis-py` have a header of 26 bytes instead
-of 28; this module converts them, and the rest of biodedup only sees standard records.
+NBIS keeps work areas in global variables, so that a lock guards every call. The ISO records of `nbis-py` have a header of 26 bytes instead
+of 28. This module converts them to standard records.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from biodedup.capture.minutiae.record import MinutiaeRecord
 
 _lock = threading.Lock()
-_HEADER = struct.Struct(">4s4sIHHH7sB")  # magic, version, length, 0, width, height, nothing of use, count
+_HEADER = struct.Struct(">4s4sIHHH7sB")  # magic, version, length, 0, width, height, unused, count
 
 MINUTIAE_MAX = 150
-"""BOZORTH3's own default. More than that come from noise, and its time grows with their fourth power."""
+"""The default of BOZORTH3. Further minutiae come from noise, and BOZORTH3's time grows with the fourth power of their number."""
 
 
 def extract(grey: NDArray[np.uint8]) -> MinutiaeRecord:
-    """MINDTCT minutiae of a 500 dpi image, uint8 (h, w). Raises ValueError where NBIS finds nothing to work on."""
+    """MINDTCT minutiae of a 500 dpi image, uint8 (h, w). Raises ValueError if NBIS cannot process the image."""
     native = bytes(_call(grey, False).to_iso_19794_2_2005())
     body = native[_HEADER.size :]
     return MinutiaeRecord(grey.shape[1], grey.shape[0], body[: len(body) // 6 * 6]).strongest(MINUTIAE_MAX)
@@ -36,7 +36,7 @@ def extract(grey: NDArray[np.uint8]) -> MinutiaeRecord:
 def nfiq2(grey: NDArray[np.uint8]) -> float:
     """The NFIQ 2 score (0..100) of a 500 dpi image, uint8 (h, w).
 
-    NFIQ 2 takes at most 800 x 1000 pixels, and at least 129, after white margins are trimmed. Raises ValueError where NBIS refuses the image.
+    NFIQ 2 accepts 129 to 800 x 1000 pixels after white margins are trimmed. Raises ValueError if NBIS refuses the image.
     """
     return float(_call(grey, True).quality().score)
 

@@ -1,9 +1,9 @@
-"""Oriented filters: each pixel is filtered by a Gabor filter of its own direction and ridge period.
+"""Filters each pixel of a fingerprint by a Gabor filter with the direction and ridge period at this pixel.
 
-Owns the bank and its kernel, which both the enhancement of captures and the growth of synthetic ridges use. Never estimates
-directions or periods.
+Owns the filter bank and its kernel. The enhancement of captures and the growth of synthetic ridges use it. Never estimates directions or
+periods.
 
-Gabor filters along ridges: Hong, Wan and Jain, "Fingerprint image enhancement: algorithm and performance evaluation", 1998.
+Source: Hong, Wan and Jain, "Fingerprint image enhancement: algorithm and performance evaluation", 1998.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 from biodedup.values import Float32
 
 RIDGE_DPI = 1000.0 / 3
-"""Ridges are worked on at two thirds of 500 dpi: a period is 6 pixels, and a filter of 15 pixels holds two and a half of them."""
+"""Resolution of ridge maps: two thirds of 500 dpi. A ridge period is 6 pixels, so that a filter of 15 pixels covers two and a half periods."""
 
 DIRECTIONS = 64
 PERIODS_PX = np.linspace(4.4, 8.9, 10)  # at RIDGE_DPI: 6.6 to 13.4 pixels at 500 dpi
 
 _REACH = 7
-_SIDE, _ROW = 2 * _REACH + 1, 2 * _REACH + 2  # a row is padded to sixteen: whole registers
+_SIDE, _ROW = 2 * _REACH + 1, 2 * _REACH + 2  # a row is padded to 16 pixels, which fill whole registers
 _ACROSS, _ALONG = 0.5, 0.6  # standard deviations of the envelope, in periods
 
 
 @cache
 def _bank() -> Float32:
-    """float32 (periods, DIRECTIONS, 15, 16): filters without a mean that give 1 on their own wave; the last column is 0."""
+    """The filters, float32 (periods, DIRECTIONS, 15, 16). A filter has mean 0 and gives 1 on its own wave; the last column is padding."""
     y, x = np.mgrid[-_REACH : _REACH + 1, -_REACH : _REACH + 1].astype(np.float64)
     bank = np.zeros((len(PERIODS_PX), DIRECTIONS, _SIDE, _ROW), np.float32)
     for p, period in enumerate(PERIODS_PX):
@@ -49,18 +49,15 @@ def _bank() -> Float32:
 
 
 class OrientedFilter:
-    """The filters of one field. direction: radians, of the ridges, x right and y down; period: pixels; both float32 (h, w).
-
-    where: bool or uint8 (h, w), pixels to compute; None: all. The others become 0.
-    """
+    """The filter of each pixel of a picture. direction: of the ridges, in radians, x right and y down. period: in pixels. Both are float32
+    (h, w). where: bool or uint8 (h, w), the pixels to compute; all other pixels become 0. None: all pixels are computed."""
 
     def __init__(self, direction: Float32, period: Float32, where: NDArray[np.uint8] | None = None) -> None:
         step = PERIODS_PX[1] - PERIODS_PX[0]
-        turn = np.rint(direction * (DIRECTIONS / np.pi)).astype(np.int32) % DIRECTIONS
-        place = np.clip(np.rint((period - PERIODS_PX[0]) / step), 0, len(PERIODS_PX) - 1).astype(np.int32)
-        self._filter = np.where(True if where is None else where.astype(bool), place * DIRECTIONS + turn, -1).astype(
-            np.int32
-        )
+        direction_number = np.rint(direction * (DIRECTIONS / np.pi)).astype(np.int32) % DIRECTIONS
+        period_number = np.clip(np.rint((period - PERIODS_PX[0]) / step), 0, len(PERIODS_PX) - 1).astype(np.int32)
+        wanted = True if where is None else where.astype(bool)
+        self._filter = np.where(wanted, period_number * DIRECTIONS + direction_number, -1).astype(np.int32)
 
     def __call__(self, image: Float32) -> Float32:
         """image: float32 (h, w). Returns float32 (h, w)."""
@@ -71,10 +68,10 @@ class OrientedFilter:
 
 
 def _weighted_of(_: Any, image: Any, stride: Any, weights: Any) -> Any:
-    """An intrinsic for numba, weighted(image, stride, weights) -> float32: the sum of 15 x 16 pixels times their weights.
+    """An intrinsic for numba, weighted(image, stride, weights) -> float32: the weighted sum of 15 x 16 pixels with SIMD instructions.
 
-    image: float32 *, rows `stride` pixels apart; weights: float32 *, (15, 16). Numba alone sums one number after the other. The
-    order of the sums is fixed and nothing is fused, so that every processor finds the same number.
+    image: float32 *, rows `stride` pixels apart. weights: float32 *, (15, 16). The order of the sums is fixed, and multiplications and
+    additions are not fused, so that every processor gives the same number.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:

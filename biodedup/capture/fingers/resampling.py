@@ -1,6 +1,6 @@
-"""Resamples pictures to another resolution.
+"""Resamples pictures to another resolution, and checks a stated resolution by the ridges.
 
-Owns resampling, and which resolutions are a scanner's. Never checks one axis against the other (`pictures/resolution.py`).
+Owns resampling, and the range of a scanner's resolutions. Never compares the two axes (`pictures/resolution.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from biodedup.capture.pictures.resolution import RIDGE_MM, SCANNER_DPI_MIN, ridg
 DPI = 500
 MM_PER_PIXEL = 25.4 / DPI
 _NEAR, _FAR, _NEARER, _FITS = 0.1, 0.2, 0.15, 0.2
-"""Of logarithms. A resolution as near to 500 dpi is not checked. One that makes ridges less than 0.38 mm apart, or more than 0.56, is not
-believed if 500 dpi does not and is nearer to the mean distance. Medians of FVC2002's and UareU's prints are 0.39 to 0.59 mm (2026-11)."""
+"""Differences of logarithms. A resolution within _NEAR of 500 dpi is not checked. Another resolution is contradicted if it puts the ridge
+period outside 0.38 to 0.56 mm (_FAR), and 500 dpi puts it inside (_FITS) and nearer to the mean period by _NEARER. Median periods of prints
+in FVC2002 and UareU are 0.39 to 0.59 mm (2026-11)."""
 
 
 def scanner_dpi(stated: float | None) -> float:
-    """The file's resolution if it is plausible for a scanner, else 500."""
+    """The file's resolution if it is plausible for a scanner; otherwise 500."""
     return stated if stated is not None and stated >= SCANNER_DPI_MIN else float(DPI)
 
 
 def resampled(grey: NDArray[np.uint8], dpi: float, wanted_dpi: float = DPI) -> NDArray[np.uint8]:
-    """The image at another resolution. uint8 (h, w) in and out; within 1 % it stays as it is."""
+    """The image at another resolution, uint8 (h, w). If the resolutions differ by less than 1 %, it is returned unchanged."""
     factor = wanted_dpi / dpi
     if abs(factor - 1) < 0.01:
         return grey
@@ -33,7 +34,7 @@ def resampled(grey: NDArray[np.uint8], dpi: float, wanted_dpi: float = DPI) -> N
 
 
 def contradicted(grey: NDArray[np.uint8], dpi: float) -> float | None:
-    """The distance of the ridges in pixels, where no finger's are as far apart at this resolution, and a finger's are at 500 dpi."""
+    """The ridge period in pixels if it contradicts this resolution and fits 500 dpi; otherwise None."""
     if abs(np.log(dpi / DPI)) <= _NEAR or (periods := ridge_periods(grey)) is None:
         return None
     period_px = float(np.sqrt(periods[0] * periods[1]))

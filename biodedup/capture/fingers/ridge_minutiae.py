@@ -1,14 +1,14 @@
-"""Minutiae for matching, from the ridge map of a print: position, direction, kind and reliability.
+"""Extracts minutiae for matching from the ridge map of a print: position, direction, kind and reliability.
 
-The map is scaled up to 500 dpi before it is thinned: at RIDGE_DPI thin ridges that lie close touch. Pixels are of 500 dpi here.
+Owns the cleaning of the thinned map, the rules for false minutiae, and the reliability. Never enhances or judges a print.
 
-Owns the cleaning of the thinned map, the rules for false minutiae, and the reliability. Never enhances (`ridges`) or judges a print.
-
-A skeleton pixel is an ending or a fork by its crossing number (Rutovitz, 1966). Spurs and islands are erased from the skeleton first, and
-pairs that face each other closer than a ridge period, as broken ridges, bridges and lakes do, are removed (Xiao and Raafat, 1991; Zhao and
-Tang, 2007). The position is refined along the minutia's direction to where the ridge map changes sign. The reliability is the probability
-that such a minutia is one of the finger's own, a logistic regression on generated fingers, where these are known:
-`models/fit_one_pass.py`.
+1. The map is scaled up to 500 dpi before it is thinned, because close ridges touch at RIDGE_DPI. Pixels are of 500 dpi in this module.
+2. The crossing number (Rutovitz, 1966) of a skeleton pixel tells an ending or a fork. Spurs and islands are erased from the skeleton first.
+3. False minutiae are removed (Xiao and Raafat, 1991; Zhao and Tang, 2007): pairs that face each other at less than a ridge period, as at
+   broken ridges, bridges and lakes.
+4. The position is refined along the minutia's direction to the change of sign of the ridge map.
+5. The reliability is the probability that the minutia is real. It is a logistic regression on generated fingers, whose minutiae are known
+   (`models/fit_one_pass.py`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from biodedup.capture.fingers.skeleton import skeleton_of
 from biodedup.capture.minutiae.record import MinutiaeRecord
 from biodedup.values import Float32
 
-# Chosen on the tuning half of FVC2002 DB2-4_B and UareU (benchmarks/extractors.py), 2026-11.
+# tuned on the tuning half of FVC2002 DB2-4_B and UareU (benchmarks/extractors.py), 2026-11
 _BORDER_PX = 8
-"""From the edge of the ridges, which end there because the map does."""
+"""Minimum distance of a minutia from the edge of the map, where all ridges end."""
 _SPUR_PX, _ISLAND_PX = 5, 8
+"""Greatest lengths of a spur and of an island."""
 _STEPS = 12
-"""Along the skeleton, to find a direction."""
+"""Steps along the skeleton to find a direction."""
 _FACING_PX = 7.0
-_MOST = 1024
+"""Greatest distance of two minutiae that face each other and are false."""
+_POINTS_MAX = 1024
 _FEATURES = 14
 MINUTIAE_MAX = 150
 _DARK = 0.02
-"""Cubic interpolation leaves a little beside the ridges."""
+"""Map value from which a pixel is a ridge: cubic interpolation leaves small values beside ridges."""
 _WEIGHTS = np.array(
     [0.443, 0.799, 0.322, 0.46, 0.508, 3.256, 3.163, -0.949, -0.413, -0.029, -1.417, 4.102, -1.468, 0.287, -6.207],
     np.float32,
@@ -47,8 +49,8 @@ _AROUND = np.array([[-1, -1, 0, 1, 1, 1, 0, -1], [0, 1, 1, 1, 0, -1, -1, -1]])  
 
 @dataclass(frozen=True, eq=False)
 class RidgeMinutiae:
-    """points: float32 (n, 3), x, y, direction in radians (x right, y down), which points into the ridge that ends or
-    the valley that ends between two branches; ending: bool (n,), False for a fork; reliability: float32 (n,), 0..1, descending."""
+    """Minutiae. points: float32 (n, 3), x, y, direction in radians (x right, y down). The direction points into the ridge of an ending, or into
+    the valley between the two branches of a fork. ending: bool (n,), False for a fork. reliability: float32 (n,), 0 to 1, descending."""
 
     points: Float32 = field(repr=False)
     ending: NDArray[np.bool_] = field(repr=False)
@@ -57,7 +59,7 @@ class RidgeMinutiae:
 
 
 def ridge_minutiae(ridges: RidgeMap, shape: tuple[int, ...]) -> RidgeMinutiae:
-    """shape: height and width of the picture at 500 dpi."""
+    """The minutiae of a ridge map. shape: height and width of the picture at 500 dpi."""
     height, width = shape[:2]
     framed = cv2.copyMakeBorder(ridges.inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     depth = np.asarray(cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1], np.float32)
@@ -66,11 +68,11 @@ def ridge_minutiae(ridges: RidgeMap, shape: tuple[int, ...]) -> RidgeMinutiae:
     dark[[0, -1]] = False
     dark[:, [0, -1]] = False
     thin = skeleton_of(dark)
-    points, features = np.empty((_MOST, 4), np.float32), np.zeros((_MOST, _FEATURES), np.float32)
+    points, features = np.empty((_POINTS_MAX, 4), np.float32), np.zeros((_POINTS_MAX, _FEATURES), np.float32)
     scale = np.array([ridges.ridges.shape[1] / width, ridges.ridges.shape[0] / height])
     _erase(thin, _AROUND)
     points = points[: _collect(thin, depth, ridges.direction, scale, _AROUND, points)]
-    points = points[~_faced(points, _FACING_PX)]
+    points = points[~_facing(points, _FACING_PX)]
     features = features[: len(points)]
     _refine(points, fine)
     maps = (ridges.ridges, ridges.flat, ridges.coherence, ridges.period, ridges.direction)
@@ -82,19 +84,19 @@ def ridge_minutiae(ridges: RidgeMap, shape: tuple[int, ...]) -> RidgeMinutiae:
 
 
 def _reliability(features: Float32) -> Float32:
-    """The probability that minutiae with these features are the finger's own."""
+    """The probability that minutiae with these features are real."""
     return np.asarray(1 / (1 + np.exp(-(features @ _WEIGHTS[:-1] + _WEIGHTS[-1]))), np.float32)
 
 
 def record_of(minutiae: RidgeMinutiae, shape: tuple[int, ...]) -> MinutiaeRecord:
-    """The most reliable MINUTIAE_MAX. shape: height and width of the picture at 500 dpi."""
+    """A record of the most reliable minutiae, at most MINUTIAE_MAX. shape: height and width of the picture at 500 dpi."""
     count = min(len(minutiae.points), MINUTIAE_MAX)
     x, y, direction = minutiae.points[:count].T
     words = np.empty((count, 3), ">u2")
     kind = np.where(minutiae.ending[:count], 1, 2) << 14
     words[:, 0] = kind | np.clip(np.rint(x), 0, shape[1] - 1).astype(int)
     words[:, 1] = np.clip(np.rint(y), 0, shape[0] - 1).astype(int)
-    angle = np.rint(direction * (-256 / (2 * np.pi))).astype(int) & 255  # ISO's angles run anticlockwise
+    angle = np.rint(direction * (-256 / (2 * np.pi))).astype(int) & 255  # ISO's angles are anticlockwise
     words[:, 2] = angle << 8 | np.clip(np.rint(100 * minutiae.reliability[:count]), 1, 100).astype(int)
     return MinutiaeRecord(shape[1], shape[0], words.tobytes())
 
@@ -154,7 +156,7 @@ def _erase(thin: Any, around: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _collect(thin: Any, depth: Any, direction: Any, scale: Any, around: Any, points: Any) -> int:
-    """Fills points with x, y, direction, kind (1 ending, -1 fork); returns how many."""
+    """Fills points with x, y, direction, kind (1 ending, -1 fork); returns their number."""
     count = 0
     ys, xs = around
     angles = np.zeros(3)
@@ -185,7 +187,7 @@ def _collect(thin: Any, depth: Any, direction: Any, scale: Any, around: Any, poi
                         turn = np.arctan2(np.sin(a) + np.sin(b), np.cos(a) + np.cos(b))
             along = direction[
                 at_y, at_x
-            ]  # of the field, which is smoother than the skeleton; turned the way the skeleton points
+            ]  # the direction field is smoother than the skeleton, which only gives the sense
             if np.cos(along - turn) < 0:
                 along += np.pi
             points[count, 0], points[count, 1], points[count, 2] = x, y, along
@@ -196,7 +198,7 @@ def _collect(thin: Any, depth: Any, direction: Any, scale: Any, around: Any, poi
 
 @njit(cache=True, nogil=True)
 def _followed(thin: Any, from_y: int, from_x: int, y: int, x: int, around: Any) -> tuple[int, int]:
-    """Where some steps along a ridge lead."""
+    """The pixel some steps along a ridge."""
     ys, xs = around
     for _ in range(_STEPS - 1):
         next_y, next_x, ways = -1, -1, 0
@@ -206,7 +208,7 @@ def _followed(thin: Any, from_y: int, from_x: int, y: int, x: int, around: Any) 
             if to_y < 0 or to_x < 0 or to_y >= thin.shape[0] or to_x >= thin.shape[1]:
                 continue
             if not thin[to_y, to_x] or max(abs(to_y - from_y), abs(to_x - from_x)) <= 1:
-                continue  # nothing there, or beside where we come from
+                continue  # no ridge pixel, or a neighbour of the previous pixel
             if ways == 0:
                 next_y, next_x, ways = to_y, to_x, 1
             elif abs(to_y - next_y) + abs(to_x - next_x) > 1:
@@ -218,8 +220,8 @@ def _followed(thin: Any, from_y: int, from_x: int, y: int, x: int, around: Any) 
 
 
 @njit(cache=True, nogil=True)
-def _faced(points: Any, within: float) -> Any:
-    """Which points belong to a close pair of opposite directions; closest pairs first, each point in one pair at most."""
+def _facing(points: Any, within: float) -> Any:
+    """Whether each point belongs to a close pair of opposite directions. Closest pairs first; a point belongs to at most one pair."""
     n = points.shape[0]
     gone = np.zeros(n, np.bool_)
     while True:
@@ -243,7 +245,7 @@ def _faced(points: Any, within: float) -> Any:
 
 @njit(cache=True, nogil=True)
 def _value(image: Any, x: float, y: float) -> float:
-    """Bilinear, clamped to the image."""
+    """The image at a point, by bilinear interpolation, clamped to the image."""
     height, width = image.shape
     x, y = min(max(x, 0.0), width - 1.001), min(max(y, 0.0), height - 1.001)
     i, j = int(y), int(x)
@@ -283,8 +285,8 @@ def _describe(
     direction: Any,
     features: Any,
 ) -> None:
-    """Fills the features of each point, in pixels of the map: how dark it is ahead and how light behind, in the map and in the picture;
-    coherence, depth, other points near, kind, period; agreement of map and picture, contrast, and how much ridges turn around."""
+    """Fills the features of each point, in pixels of the map: darkness ahead and lightness behind, in the map and in the picture; coherence,
+    depth, close points, kind, period; agreement of map and picture, contrast, and the change of direction around the point."""
     for i in range(points.shape[0]):
         x, y, kind = points[i, 0] * scale[0], points[i, 1] * scale[1], points[i, 3]
         c, s = np.cos(points[i, 2]), np.sin(points[i, 2])
@@ -307,7 +309,7 @@ def _describe(
 
 @njit(cache=True, nogil=True)
 def _neighbours(points: Any, i: int, scale: float) -> tuple[float, float, float]:
-    """(distance to the nearest other point, how many are near, distance to the nearest that faces this one), each scaled."""
+    """(distance to the nearest other point, number of close points, distance to the nearest point that faces this point), all scaled."""
     nearest, near, facing = 20.0, 0, 20.0
     for j in range(points.shape[0]):
         if j == i:

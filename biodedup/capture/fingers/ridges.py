@@ -1,10 +1,10 @@
-"""Computes the ridge map of a print: an image of its ridges without differences of contrast, noise and blur.
+"""Computes the ridge map of a print: its ridges, enhanced to even contrast without noise.
 
-Owns the enhancement that captures and synthetic impressions share. Never decides whether a capture is good enough.
+Owns the enhancement. Never decides whether a capture is good enough.
 
-Two passes of contextual filtering: directions of the picture and a typical period give a first map; directions and periods
-measured on that map, where noise is small, give the second. Directions: the structure tensor (Kass and Witkin, 1987;
-Bazen and Gerez, 2002). Period: of a wave with energy e and energy g of its gradient it is 2 pi sqrt(e / g).
+The method is contextual filtering in two passes. The first filter uses the picture's directions and a typical period. The second filter uses
+directions and periods of the first map, which has less noise. Directions come from the structure tensor (Kass and Witkin, 1987; Bazen and
+Gerez, 2002). The period of a wave with energy e and gradient energy g is 2 pi sqrt(e / g).
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from biodedup.capture.fingers.oriented import OrientedFilter
 from biodedup.values import Float32
 
 PERIOD_PX = 6.0
-"""Of most ridges, at RIDGE_DPI: 9 pixels at 500 dpi."""
+"""Typical ridge period at RIDGE_DPI; 9 pixels at 500 dpi."""
 
 _DERIVATIVE = np.array([[1, -8, 0, 8, -1]], np.float32) / 12
-_COARSE = 4  # smooth fields are computed on a grid this much coarser
+_COARSE = 4  # smooth fields are computed on a grid that is coarser by this factor
 _MIRRORED_PX = 12
 
 
 @dataclass(frozen=True, eq=False)
 class RidgeMap:
-    """Arrays (h, w) at RIDGE_DPI. ridges: float32, 1 on a ridge (dark in the capture) to -1 in a valley; direction: float32, radians
-    0..pi of the ridges, x right and y down; period: float32, pixels; inside: uint8, 1 where there are ridges; flat: float32, the picture
-    itself with even contrast, dark positive; coherence, filtered_coherence: float32, 0..1, of the directions of the picture and of the
-    first filtered map."""
+    """Arrays (h, w) at RIDGE_DPI.
+
+    ridges: float32, from 1 on a ridge (dark in the capture) to -1 in a valley. direction: float32, of the ridges, 0 to pi radians, x right
+    and y down. period: float32, in pixels. inside: uint8, 1 where there are ridges. flat: float32, the picture with even contrast, dark is
+    positive. coherence, filtered_coherence: float32, 0 to 1, of the directions in the picture and in the first map.
+    """
 
     ridges: Float32 = field(repr=False)
     direction: Float32 = field(repr=False)
@@ -43,8 +45,8 @@ class RidgeMap:
 
 
 def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:
-    """grey: uint8 (h, w) at RIDGE_DPI, ridges dark. Every value is finite; `inside` may be empty."""
-    edge = _MIRRORED_PX  # so that ridges at the picture's edge keep their direction
+    """The ridge map of a picture. Every value is finite; `inside` may be empty. grey: uint8 (h, w) at RIDGE_DPI, ridges dark."""
+    edge = _MIRRORED_PX  # the picture is mirrored at its edge, so that ridges there keep their direction
     grey = np.asarray(cv2.copyMakeBorder(grey, edge, edge, edge, edge, cv2.BORDER_REFLECT_101), np.uint8)
     fine = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 0.8)
     flat = np.asarray(cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 5.0) - fine, np.float32)
@@ -53,14 +55,14 @@ def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:
     flat = np.clip(flat / np.sqrt(power + np.float32(0.02 * strong + 4)), -2.5, 2.5)
 
     direction, coherence, _ = directions(flat, 6.0)
-    inside = _tidied((power > 0.06 * strong + 6) & (coherence > 0.12))
+    inside = _cleaned((power > 0.06 * strong + 6) & (coherence > 0.12))
     first = OrientedFilter(direction, np.full_like(flat, PERIOD_PX), inside)(flat)
 
     direction, filtered_coherence, frequency = directions(first, 4.0)
     period = np.clip(2 * np.pi / frequency, 4.6, 8.4)
     second = OrientedFilter(direction, period, inside)((flat + np.clip(2 * first, -1, 1)) / 2)
 
-    inside = _tidied((_smooth(first * first, 6.0) > 0.035) & (inside > 0))
+    inside = _cleaned((_smooth(first * first, 6.0) > 0.035) & (inside > 0))
     ridges = np.tanh(1.2 * second / np.sqrt(_smooth(second * second, 5.0) + np.float32(0.01))) * inside
     within = np.s_[edge:-edge, edge:-edge]
     maps = (ridges, direction, period, inside, flat, coherence, filtered_coherence)
@@ -68,7 +70,7 @@ def ridge_map(grey: NDArray[np.uint8]) -> RidgeMap:
 
 
 def _smooth(values: Float32, sigma: float) -> Float32:
-    """Blurred on the coarse grid. float32 (h, w) in and out."""
+    """Gaussian blur on the coarse grid. float32 (h, w) in and out."""
     height, width = values.shape
     coarse = cv2.resize(values, _coarse_size(values), interpolation=cv2.INTER_AREA)
     blurred = cv2.GaussianBlur(coarse, (0, 0), sigma / _COARSE)
@@ -80,7 +82,7 @@ def _coarse_size(values: Float32) -> tuple[int, int]:
 
 
 def directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]:
-    """(direction, coherence 0..1, radians a pixel) of the waves in an image."""
+    """(direction, coherence 0 to 1, frequency in radians per pixel) of the waves in an image."""
     height, width = image.shape
     dx = np.asarray(cv2.filter2D(image, -1, _DERIVATIVE), np.float32)
     dy = np.asarray(cv2.filter2D(image, -1, _DERIVATIVE.T.copy()), np.float32)
@@ -90,7 +92,10 @@ def directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]
     )
     moments = np.asarray(cv2.GaussianBlur(moments, (0, 0), sigma / _COARSE), np.float32)
     gradient = moments[..., 2] + np.float32(1e-6)
-    cosine, sine = -moments[..., 0] / gradient, -2 * moments[..., 1] / gradient  # ridges run across the gradient
+    cosine, sine = (
+        -moments[..., 0] / gradient,
+        -2 * moments[..., 1] / gradient,
+    )  # ridges are perpendicular to the gradient
     frequency = np.sqrt(gradient / (moments[..., 3] + np.float32(1e-6)))
     cosine, sine, coherence, frequency = (
         cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -103,8 +108,8 @@ def directions(image: Float32, sigma: float) -> tuple[Float32, Float32, Float32]
     )
 
 
-def _tidied(inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Without specks and holes; of several regions those of at least two fifths of the largest. uint8 (h, w)."""
+def _cleaned(inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The mask without specks and holes, uint8 (h, w). Regions smaller than two fifths of the largest region are dropped."""
     height, width = inside.shape
     half = (-(-width // 2), -(-height // 2))
     region = cv2.resize(inside.astype(np.uint8), half, interpolation=cv2.INTER_NEAREST)

@@ -1,9 +1,9 @@
-"""Minutiae of a ridge map: where its thinned ridges end and fork.
+"""Thins a ridge map, and finds the ends and forks of its skeleton for the finger embedding.
 
-Owns the few steps from a clean map to points, fast enough to feed an embedding. `ridge_minutiae.py` extracts the minutiae that
-templates carry.
+Owns the thinning and these points. Never makes the minutiae of templates (`ridge_minutiae.py` does).
 
-Crossing numbers on a thinned map: Rutovitz, 1966; false minutiae: short ridges, and pairs that face each other (Xiao and Raafat, 1991).
+Ends and forks are found by crossing numbers (Rutovitz, 1966). Short ridges and pairs of points that face each other are dropped (Xiao and
+Raafat, 1991).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from biodedup.capture.fingers.ridges import RidgeMap
 from biodedup.values import Float32
 
-_BORDER_PX = 8  # ridges end there because the map does
-_STEPS, _STEPS_MIN = 8, 6  # along a ridge, to find its direction; what is shorter is no ridge
+_BORDER_PX = 8  # at the edge of the map all ridges end
+_STEPS, _STEPS_MIN = 8, 6  # steps along a ridge to find its direction; a shorter branch is not a ridge
 _FACING_PX = 6.0
 _AROUND = np.array([[-1, -1, 0, 1, 1, 1, 0, -1], [0, 1, 1, 1, 0, -1, -1, -1]])  # y and x of the neighbours, clockwise
 
 
 def thinned(ridges: RidgeMap) -> NDArray[np.uint8]:
-    """The skeleton of the map's ridges: uint8 (h, w), 1 on it; the outermost pixels are 0."""
+    """The skeleton of the ridges, uint8 (h, w), 1 on the skeleton. The outermost pixels are 0."""
     dark = (ridges.ridges > 0) & (ridges.inside > 0)
     dark[[0, -1]] = False
     dark[:, [0, -1]] = False
@@ -31,28 +31,28 @@ def thinned(ridges: RidgeMap) -> NDArray[np.uint8]:
 
 
 def skeleton_of(dark: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The skeleton of an image: uint8 (h, w), 1 on it."""
-    from skimage.morphology import skeletonize  # takes a second; loaded only where a print is read
+    """The skeleton of a mask, uint8 (h, w), 1 on the skeleton."""
+    from skimage.morphology import skeletonize  # imported here: the import takes a second
 
     thin = np.zeros(dark.shape, np.uint8)
     rows, columns = np.flatnonzero(dark.any(axis=1)), np.flatnonzero(dark.any(axis=0))
-    if len(rows):  # the rest is passed over again and again
+    if len(rows):  # skeletonize passes over the whole image many times
         within = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         thin[within] = skeletonize(dark[within])  # type: ignore[no-untyped-call]
     return thin
 
 
 def skeleton_minutiae(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -> Float32:
-    """float32 (n, 3): x, y in pixels at RIDGE_DPI, direction in radians.
+    """Ends and forks, float32 (n, 3): x, y in pixels at RIDGE_DPI, direction in radians.
 
-    The direction points into the ridge that ends, or into the valley between the two that fork, so that an end which
-    touches the next ridge keeps it.
+    The direction points into the ridge of an end, or into the valley between the branches of a fork. An end that touches the next ridge
+    becomes a fork, and keeps its direction.
     """
     framed = cv2.copyMakeBorder(ridges.inside, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     depth = cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1]
     thin = thinned(ridges) if thin is None else thin
-    found = np.empty((thin.size, 3), np.float32)
-    points = found[: _trace(thin, np.asarray(depth > _BORDER_PX), _AROUND, found)]
+    points = np.empty((thin.size, 3), np.float32)
+    points = points[: _trace(thin, np.asarray(depth > _BORDER_PX), _AROUND, points)]
     apart = np.hypot(points[:, None, 0] - points[None, :, 0], points[:, None, 1] - points[None, :, 1])
     np.fill_diagonal(apart, np.inf)
     turn = np.abs(np.angle(np.exp(1j * (points[:, None, 2] - points[None, :, 2]))))
@@ -62,8 +62,8 @@ def skeleton_minutiae(ridges: RidgeMap, thin: NDArray[np.uint8] | None = None) -
 
 
 @njit(cache=True, nogil=True)
-def _trace(thin: NDArray[np.uint8], wanted: NDArray[np.bool_], around: NDArray[np.int64], found: Float32) -> int:
-    """Fills found with ends and forks; returns how many."""
+def _trace(thin: NDArray[np.uint8], wanted: NDArray[np.bool_], around: NDArray[np.int64], points: Float32) -> int:
+    """Fills points with ends and forks; returns their number."""
     count = 0
     angles = np.zeros(3)
     ys, xs = around
@@ -94,7 +94,7 @@ def _trace(thin: NDArray[np.uint8], wanted: NDArray[np.bool_], around: NDArray[n
                     if turn < smallest_turn:
                         smallest_turn = turn
                         direction = np.arctan2(np.sin(a) + np.sin(b), np.cos(a) + np.cos(b))
-            found[count, 0], found[count, 1], found[count, 2] = x, y, direction
+            points[count, 0], points[count, 1], points[count, 2] = x, y, direction
             count += 1
     return count
 
@@ -103,7 +103,7 @@ def _trace(thin: NDArray[np.uint8], wanted: NDArray[np.bool_], around: NDArray[n
 def _followed(
     thin: NDArray[np.uint8], from_y: int, from_x: int, y: int, x: int, around: NDArray[np.int64]
 ) -> tuple[int, int, int]:
-    """Where some steps along a ridge lead, and how many there were before it ended or forked."""
+    """(y, x) of the pixel some steps along a ridge, and the number of steps before the ridge ends or forks."""
     ys, xs = around
     steps = 1
     while steps <= _STEPS:
@@ -112,7 +112,7 @@ def _followed(
             k = 2 * turn if turn < 4 else 2 * turn - 7  # straight neighbours before diagonal ones
             to_y, to_x = y + ys[k], x + xs[k]
             if not thin[to_y, to_x] or max(abs(to_y - from_y), abs(to_x - from_x)) <= 1:
-                continue  # nothing there, or beside where we come from
+                continue  # no ridge pixel, or a neighbour of the previous pixel
             if ways == 0:
                 next_y, next_x, ways = to_y, to_x, 1
             elif abs(to_y - next_y) + abs(to_x - next_x) > 1:

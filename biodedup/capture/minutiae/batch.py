@@ -1,10 +1,9 @@
 """Checks many minutiae records at once, and converts them to the form that galleries store.
 
-Owns the compiled check of the usual layout: ISO/IEC 19794-2:2005, one view, 500 dpi. Any other record goes one by one through
-`record.py`, which owns the rules. Never compares.
+Owns the compiled check of the usual layout: ISO/IEC 19794-2:2005, a single view, 500 dpi. `record.py` owns the rules and checks any other
+record, one at a time. Never compares.
 
-Invariant: the result of each record is that of `standard(view_of(record, position))`, or a refusal where that raises InvalidInput
-(tests/capture/test_minutiae_batch.py).
+Invariant: the result for each record is `standard(view_of(record, position))`. If that raises InvalidInput, the record is refused.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from biodedup.capture.minutiae.record import (
 )
 from biodedup.errors import InvalidInput
 
-_HEAD_BYTES, _TAIL_BYTES = 28, 2  # before and behind the minutiae of a record of one view
+_HEAD_BYTES, _TAIL_BYTES = 28, 2  # before and after the minutiae of a record with a single view
 _HEAD = np.frombuffer(b"FMR\0 20\0", np.uint8)
-_STANDARD, _OTHER = 0, 1  # what the compiled check says of a record
-_AS_STATED = -1  # the position of a record whose finger its column does not name
+_STANDARD, _OTHER = 0, 1  # results of the compiled check
+_AS_STATED = -1  # position code of a column that does not name a finger: the record's own code stays
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 Bytes = NDArray[np.uint8]
@@ -44,9 +43,9 @@ def _compiled(function: _Function) -> _Function:
 
 
 def standard_records(offsets: Offsets, data: Bytes, position: str) -> tuple[Offsets, Bytes, NDArray[np.bool_]]:
-    """Records as galleries store them. offsets int64 (n + 1,) from 0, data uint8: n records of a finger position.
+    """Records in the form that galleries store. offsets: int64 (n + 1,) from 0. data: uint8, n records of a finger position.
 
-    Returns offsets, data, and bool (n,): which records are not sound. An unsound record, and an empty one, come out empty.
+    Returns new offsets, new data, and whether each record is invalid, bool (n,). An invalid record becomes empty.
     """
     count = len(offsets) - 1
     checked = np.array(data, np.uint8)
@@ -54,19 +53,19 @@ def standard_records(offsets: Offsets, data: Bytes, position: str) -> tuple[Offs
     code = _AS_STATED if position == "unknown" else position_code(position)
     _check(np.ascontiguousarray(offsets, np.int64), checked, _HEAD, code, kinds)
     others = np.flatnonzero(kinds == _OTHER)
-    bad = np.zeros(count, bool)
+    invalid = np.zeros(count, bool)
     if not len(others):
-        return offsets, checked, bad
+        return offsets, checked, invalid
     records = {int(i): _converted(data[offsets[i] : offsets[i + 1]].tobytes(), position) for i in others}
-    bad[others] = [records[i] is None for i in others.tolist()]
+    invalid[others] = [records[i] is None for i in others.tolist()]
     lengths = np.diff(offsets)
     lengths[others] = [len(records[i] or b"") for i in others.tolist()]
-    moved = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    spread = np.empty(int(moved[-1]), np.uint8)
-    _move(offsets, checked, kinds, moved, spread)
+    new_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    new_data = np.empty(int(new_offsets[-1]), np.uint8)
+    _copy_standard(offsets, checked, kinds, new_offsets, new_data)
     for i in others.tolist():
-        spread[moved[i] : moved[i + 1]] = np.frombuffer(records[i] or b"", np.uint8)
-    return moved, spread, bad
+        new_data[new_offsets[i] : new_offsets[i + 1]] = np.frombuffer(records[i] or b"", np.uint8)
+    return new_offsets, new_data, invalid
 
 
 def _converted(content: bytes, position: str) -> bytes | None:
@@ -78,7 +77,7 @@ def _converted(content: bytes, position: str) -> bytes | None:
 
 @_compiled
 def _check(offsets: Any, data: Any, head: Any, code: int, kinds: Any) -> None:
-    """Writes into data what the standard form says otherwise, where the length stays; else the kind becomes _OTHER."""
+    """Converts records in the usual layout to the standard form, in place. The kind of any other record becomes _OTHER."""
     for i in range(len(offsets) - 1):
         size = offsets[i + 1] - offsets[i]
         if size:
@@ -154,7 +153,7 @@ def _normalise(record: Any, code: int) -> None:
 
 
 @_compiled
-def _move(offsets: Any, data: Any, kinds: Any, moved: Any, spread: Any) -> None:
+def _copy_standard(offsets: Any, data: Any, kinds: Any, new_offsets: Any, new_data: Any) -> None:
     for i in range(len(offsets) - 1):
         if kinds[i] == _STANDARD:
-            spread[moved[i] : moved[i + 1]] = data[offsets[i] : offsets[i + 1]]
+            new_data[new_offsets[i] : new_offsets[i + 1]] = data[offsets[i] : offsets[i + 1]]

@@ -1,18 +1,18 @@
 """Reads the minutiae of a type 9 record of ANSI/NIST-ITL: the INCITS block (fields 9.126 to 9.150) and the legacy fields 9.005 to 9.012.
 
-Owns the meaning of these fields. Never splits a file into records (`pictures/itl.py`), and never checks what minutiae mean for a finger
+Owns the meaning of these fields. Never splits a file into records (`pictures/itl.py`), and never checks whether minutiae are plausible
 (`record.py`).
 
-1. The result for any fields is one view, or InvalidInput, in time proportional to the bytes.
+1. The result for any fields is a view, or InvalidInput, in time proportional to the bytes.
 2. Other blocks (the extended feature set, fields of vendors) are not read; the error names them.
 
 | | INCITS block (M1) | legacy |
 |---|---|---|
 | coordinates | pixels of the scale in 9.130 to 9.132, from the top left | 0.01 mm, from the bottom left: `XXXXYYYY` |
-| angle | units of 2 degrees, as ANSI/INCITS 378 | degrees, `TTT`, away from the ridge: the opposite direction |
-| quality | 0 to 100 | of another scale; it is not taken over |
+| angle | units of 2 degrees, as in ANSI/INCITS 378 | degrees, `TTT`, in the opposite direction (away from the ridge) |
+| quality | 0 to 100 | on another scale; it is ignored |
 
-Sources: ANSI/NIST-ITL 1-2011 (NIST SP 500-290), section 8.9; for the opposite direction of legacy angles `an2k2fmr` of NIST's BiomDI.
+Sources: ANSI/NIST-ITL 1-2011 (NIST SP 500-290), section 8.9; for the direction of legacy angles, `an2k2fmr` of NIST's BiomDI.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SEPARATORS = (b"\x1e", b"\x1f")
 
 
 def view_of_fields(fields: Mapping[int, bytes]) -> MinutiaeView:
-    """The view that a record's fields (number -> value) hold. Raises InvalidInput."""
+    """The view in a record's fields. fields: number -> value. Raises InvalidInput."""
     if _M1 in fields:
         return checked_view(_from_m1(fields))
     if _LEGACY in fields:
@@ -76,12 +76,12 @@ def _from_m1(fields: Mapping[int, bytes]) -> RawView:
 
 def _from_legacy(fields: Mapping[int, bytes]) -> RawView:
     rows = _rows(fields, _LEGACY, 4)
-    places = [row[1].strip() for row in rows]
-    if not all(len(place) == 11 and place.isascii() and place.isdigit() for place in places):
-        raise InvalidInput(f"{_NAME}: a minutia of 9.012 is not placed by eleven digits, XXXXYYYYTTT; write it again")
-    x, up = ([int(place[low : low + 4]) for place in places] for low in (0, 4))
+    texts = [row[1].strip() for row in rows]
+    if not all(len(text) == 11 and text.isascii() and text.isdigit() for text in texts):
+        raise InvalidInput(f"{_NAME}: a minutia of 9.012 has no eleven digits, XXXXYYYYTTT; write it again")
+    x, up = ([int(text[start : start + 4]) for text in texts] for start in (0, 4))
     top = max(up, default=0)
-    angles = [_number(place[8:], 360) + 180 for place in places]
+    angles = [_number(text[8:], 360) + 180 for text in texts]
     kinds = [_TYPES_LEGACY.get(row[3].strip().upper(), 0) for row in rows]
     packed = _packed(x, [top - value for value in up], angles, kinds, [0] * len(rows))
     position = _number(_first(fields, 6) or "0", 255)
@@ -90,7 +90,7 @@ def _from_legacy(fields: Mapping[int, bytes]) -> RawView:
 
 
 def _rows(fields: Mapping[int, bytes], number: int, items_min: int) -> list[list[str]]:
-    """The subfields of a field, each as its items."""
+    """The subfields of a field, each as a list of its items."""
     record_separator, unit_separator = _SEPARATORS
     rows = [
         [item.decode("ascii", "replace") for item in row.split(unit_separator)]
@@ -106,27 +106,28 @@ def _rows(fields: Mapping[int, bytes], number: int, items_min: int) -> list[list
 
 
 def _first(fields: Mapping[int, bytes], number: int) -> str:
-    """The first item of a field, empty where it is absent."""
+    """The first item of a field; "" if the field is absent."""
     value = fields.get(number, b"")
     for separator in _SEPARATORS:
         value = value.split(separator)[0]
     return value.decode("ascii", "replace").strip()
 
 
-def _number(text: str, most: int) -> int:
+def _number(text: str, maximum: int) -> int:
+    """Raises InvalidInput unless the text is a number from 0 to maximum."""
     text = text.strip()
-    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) <= most):
-        raise InvalidInput(f"{_NAME} has {text!r:.20} where a number from 0 to {most} belongs; write it again")
+    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) <= maximum):
+        raise InvalidInput(f"{_NAME} has {text!r:.20} where a number from 0 to {maximum} belongs; write it again")
     return int(text)
 
 
 def _packed(
     x: Sequence[int], y: Sequence[int], degrees: Sequence[int], kinds: Sequence[int], qualities: Sequence[int]
 ) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """uint8 (n, 6): as ISO/IEC 19794-2 lays minutiae out."""
-    places = np.array([x, y], np.uint16).reshape(2, -1)
-    places[0] |= np.array(kinds, np.uint16) << 14
-    turns = np.round(np.array(degrees, float) * (256 / 360)).astype(np.int64) & 255
+    """The minutiae in the layout of ISO/IEC 19794-2, uint8 (n, 6)."""
+    words = np.array([x, y], np.uint16).reshape(2, -1)
+    words[0] |= np.array(kinds, np.uint16) << 14
+    angles = np.round(np.array(degrees, float) * (256 / 360)).astype(np.int64) & 255
     return np.column_stack(
-        [places[0] >> 8, places[0] & 255, places[1] >> 8, places[1] & 255, turns, np.array(qualities)]
+        [words[0] >> 8, words[0] & 255, words[1] >> 8, words[1] & 255, angles, np.array(qualities)]
     ).astype(np.uint8)

@@ -1,20 +1,20 @@
-"""Byte layouts of finger minutiae records: ISO/IEC 19794-2:2005 and :2011, ANSI/INCITS 378-2004.
+"""Reads and writes the bytes of finger minutiae records: ISO/IEC 19794-2:2005 and :2011, ANSI/INCITS 378-2004.
 
-Owns reading and writing the bytes. Never checks what they mean for a finger; `record.py` does.
+Owns the byte layouts. Never checks whether minutiae are plausible (`record.py` does).
 
-Everything is big-endian. A minutia is type (2 bits) and x (14), y (14), angle, and quality, which 2011 may leave out.
+All numbers are big-endian. A minutia is its type (2 bits), x (14), y (14), angle, and quality. The version of 2011 may leave out the quality.
 
-| | record | a view |
+| | record | view |
 |---|---|---|
 | 2005 | version " 20", length (4), device, size, resolution, views (1) | position, number and impression, quality, count |
-| 378-2004 | as 2005, but length (2, or 6 of which the first 2 are 0), then owner and type of the product (4) | as 2005; angles in 2 degrees |
-| 2011 | version "030", length (4), views (2), certified (1) | length, date, device, quality blocks, certificates if certified, position, number, resolution, impression, size, bytes a minutia, count |
+| 378-2004 | as 2005, but length (2, or 6 with the first 2 zero), then owner and type of the product (4) | as 2005; angles in 2 degrees |
+| 2011 | version "030", length (4), views (2), certified (1) | length, date, device, quality blocks, certificates if certified, position, number, resolution, impression, size, bytes per minutia, count |
 
-Behind its minutiae a view has the length (2) of its extended data (ridge counts, cores and deltas), which are skipped. Those of the last
-view may be shorter or longer than stated: nothing of them is used. What lies behind the record's stated length is ignored.
+After its minutiae a view has the length (2) of its extended data (ridge counts, cores and deltas), which are skipped. The extended data of
+the last view may be shorter or longer than stated. Bytes after the record's stated length are ignored.
 
-ANSI/INCITS 378-2009 has the version of ISO/IEC 19794-2:2011 and another layout, which is not read. It is told by its product identifier,
-which stands where the other has the number of views.
+ANSI/INCITS 378-2009 has the version number of ISO/IEC 19794-2:2011, but another layout, which is not read. It is recognised by its product
+identifier, which is at the position of the number of views.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from biodedup.errors import InvalidInput
 
 MAGIC = b"FMR\0"
 VIEWS_MAX = 176
-"""Eleven positions with sixteen views each, as the standard of 2011 allows."""
+"""The maximum in the standard of 2011: eleven positions with sixteen views each."""
 VERSIONS = (2005, 2011)
 QUALITY_MAX = 100
-"""Above it are codes: 254 not reported, 255 failed."""
+"""Larger numbers are codes: 254 not reported, 255 failed."""
 
 _V2005, _V2011 = b" 20\0", (b"030\0", b" 30\0")
 _VIEWS_2005 = struct.Struct(">HHHHHBx")  # device, width, height, resolution x, y, views
@@ -48,8 +48,8 @@ _NO_DATE, _NO_EXTENSION = b"\xff" * 9, b"\0\0"
 
 
 class RawView(NamedTuple):
-    """A view as it stands. quality: None where none is stated. resolution: pixels a cm, (x, y). minutiae: uint8 (n, 6), angles
-    of 360/256 degrees anticlockwise, quality 0 where none is stated."""
+    """A view as a record states it. quality: None if not stated. resolution: pixels per cm, (x, y). minutiae: uint8 (n, 6), with angles in
+    360/256 degrees, anticlockwise, and quality 0 if not stated."""
 
     position_code: int
     number: int
@@ -83,12 +83,12 @@ class _Cursor:
 
 
 def is_record(content: bytes) -> bool:
-    """Whether these bytes mean to be a minutiae record of one of the standards."""
+    """Whether the content begins as a minutiae record of one of these standards."""
     return content[: len(MAGIC)] == MAGIC
 
 
 def raw_views(content: bytes) -> Iterator[RawView]:
-    """The views, in their order. Raises InvalidInput where lengths, counts and bytes disagree."""
+    """The views, in their order. Raises InvalidInput if the stated lengths and counts do not fit the bytes."""
     cursor = _Cursor(content)
     magic, version = cursor.bytes(4), cursor.bytes(4)
     if magic != MAGIC or version not in (_V2005, *_V2011):
@@ -112,8 +112,8 @@ def raw_views(content: bytes) -> Iterator[RawView]:
 
 
 def packed(version: int, views: Sequence[RawView]) -> bytes:
-    """A record of one view or more. 2005 has one size for all: the largest. Raises InvalidInput for another version than 2005
-    and 2011."""
+    """A record of one or more views. A record of 2005 has a single image size: the largest. Raises InvalidInput for a version other than
+    2005 and 2011."""
     if version not in VERSIONS:
         raise InvalidInput(f"version is {version}; write one of {', '.join(map(str, VERSIONS))}")
     _checked_count(len(views))
@@ -136,17 +136,17 @@ def packed(version: int, views: Sequence[RawView]) -> bytes:
 
 
 def _is_ansi(content: bytes) -> bool:
-    """By the length, which ANSI keeps in two bytes: no record of either standard is as short, or as long, as the other reading
-    of these four bytes would have it."""
+    """Whether a record is of ANSI, which stores the length in two bytes instead of four. Read as the other standard's length, these bytes give
+    a length that no record has."""
     high, low = _Cursor(content[8:]).fields(struct.Struct(">HH"))
     return high >= 26 or (high == 0 and low < 24)
 
 
 def _is_ansi_2009(content: bytes, length: int) -> bool:
-    """Whether what would be the number of views, the flag of certificates and the length of the first view cannot be these."""
+    """Whether these bytes cannot be the number of views, the certificate flag and the first view's length of ISO/IEC 19794-2:2011."""
     views, certified, first = _Cursor(content[12:]).fields(struct.Struct(">HBI"))
-    whole = first == length - 15 if views == 1 else first <= length - 15
-    return not (1 <= views <= VIEWS_MAX and certified <= 1 and whole and first >= _VIEW_2011.size)
+    fits = first == length - 15 if views == 1 else first <= length - 15
+    return not (1 <= views <= VIEWS_MAX and certified <= 1 and fits and first >= _VIEW_2011.size)
 
 
 def _views_2005(cursor: _Cursor, is_ansi: bool) -> Iterator[RawView]:
@@ -174,7 +174,7 @@ def _views_2011(cursor: _Cursor) -> Iterator[RawView]:
         position, number, x, y, _, width, height, sizes, count = cursor.fields(_IMAGE_2011)
         if sizes >> 4 not in (5, 6):
             raise InvalidInput(
-                f"a minutiae record states {sizes >> 4} bytes a minutia, wanted 5 or 6; extract it again"
+                f"a minutiae record states {sizes >> 4} bytes per minutia, wanted 5 or 6; extract it again"
             )
         minutiae = _minutiae(cursor, count, sizes >> 4)
         if not cursor.at - start <= length <= cursor.end - start:

@@ -1,10 +1,9 @@
-"""Checks minutiae records and converts them to the form that biodedup stores: one view of one finger at 500 dpi, ISO/IEC 19794-2:2005.
+"""Checks minutiae records and converts them to the form that galleries store: a single view at 500 dpi, ISO/IEC 19794-2:2005.
 
-Owns the checks of a sound record, and the conversion from each standard. Never extracts or compares. `layouts.py` reads
-and writes the bytes.
+Owns the checks of a record, and the conversion from each standard. Never extracts or compares, and never parses bytes (`layouts.py`).
 
-1. The result for any bytes is a sound record or InvalidInput, in bounded time.
-2. Coordinates are pixels at 500 dpi; angles count 360/256 degrees anticlockwise.
+1. The result for any bytes is a valid record or InvalidInput, in bounded time.
+2. Coordinates are pixels at 500 dpi. Angles are in 360/256 degrees, anticlockwise.
 """
 
 from __future__ import annotations
@@ -26,22 +25,23 @@ COUNT_MAX = 255
 PIXELS_PER_CM = 197
 """500 dpi."""
 RESOLUTIONS = range(98, 1576)
-"""Pixels a cm of scanners: 250 to 4,000 dpi."""
+"""Pixels per cm of scanners: 250 to 4,000 dpi."""
 SIDE_PX_MAX = 0x3FFF
 """A coordinate has 14 bits."""
 
 OUTSIDE_PX_MAX, OUTSIDE_SHARE_MAX = 16, 0.25
-"""A minutia as far outside of the image is moved to its edge, one farther away is dropped. A record of more such minutiae is refused: its
-size or its coordinates are wrong."""
+"""A minutia up to OUTSIDE_PX_MAX outside the image is moved to the edge; a minutia farther outside is dropped. If the share of both is above
+OUTSIDE_SHARE_MAX, the record is refused, because its size or its coordinates are wrong."""
 
 CROWD_PX, CROWD_MAX = 32, 40
-"""No finger has more minutiae as close as this to one of them: at most 16 in FVC2002 DB1-4_B, UareU, SFinGe and SOCOFing,
-2026-11. BOZORTH3 takes 25 s for one comparison of 150 minutiae that all lie in one point."""
+"""A record with more than CROWD_MAX minutiae within CROWD_PX of a minutia is refused. Real fingers have at most 16 (FVC2002 DB1-4_B, UareU,
+SFinGe and SOCOFing, 2026-11). BOZORTH3 takes 25 s to compare 150 minutiae at the same point."""
 
 
 @dataclass(frozen=True)
 class MinutiaeRecord:
-    """body: six bytes a minutia, as the standard lays them out. moved, dropped: of minutiae that lay outside of the image."""
+    """Minutiae in an image. body: six bytes per minutia, in the layout of the standard. moved, dropped: the numbers of minutiae outside the
+    image that were moved to its edge, or dropped."""
 
     width: int
     height: int
@@ -55,13 +55,13 @@ class MinutiaeRecord:
 
     @property
     def provenance(self) -> tuple[str, ...]:
-        """What was corrected, in words."""
+        """Sentences about corrections."""
         if not (self.moved or self.dropped):
             return ()
         return (f"minutiae outside of the image: {self.moved} moved to its edge, {self.dropped} dropped",)
 
     def strongest(self, count: int) -> MinutiaeRecord:
-        """At most this many minutiae, those of the highest quality, in their order."""
+        """The minutiae of the highest quality, at most `count`, in their order."""
         if self.count <= count:
             return self
         rows = np.frombuffer(self.body, np.uint8).reshape(-1, MINUTIA_BYTES)
@@ -70,8 +70,7 @@ class MinutiaeRecord:
 
 
 class MinutiaeView(NamedTuple):
-    """One view of a record. position: as in FINGER_POSITIONS; number: of the view, from 0; quality: 0..100, None where none is
-    stated."""
+    """A view of a record. position: as in FINGER_POSITIONS. number: of the view, from 0. quality: 0 to 100, or None if not stated."""
 
     position: str
     number: int
@@ -80,15 +79,15 @@ class MinutiaeView(NamedTuple):
 
 
 def write_record(record: MinutiaeRecord, position_code: int, quality: int | None, *, version: int = 2005) -> bytes:
-    """The record as bytes. position_code: ISO code 0 (unknown) to 10; quality: 0..100; version: 2005 or 2011.
+    """The record as bytes. position_code: ISO code, 0 (unknown) to 10. quality: 0 to 100. version: 2005 or 2011.
 
-    Raises InvalidInput for what such a record cannot hold.
+    Raises InvalidInput for a value that such a record cannot hold.
     """
     return packed(version, [_raw(record, position_code, quality)])
 
 
 def write_views(views: Sequence[MinutiaeView], *, version: int = 2005) -> bytes:
-    """One record of several views; views of one finger are numbered in their order. Raises InvalidInput."""
+    """A record of several views. The views of a finger are numbered in their order. Raises InvalidInput."""
     counts: Counter[str] = Counter()
     raws = []
     for view in views:
@@ -103,23 +102,23 @@ def write_views(views: Sequence[MinutiaeView], *, version: int = 2005) -> bytes:
 def read_views(content: bytes) -> list[MinutiaeView]:
     """Every view of a record of ISO/IEC 19794-2:2005 or 2011 or ANSI/INCITS 378-2004, scaled to 500 dpi.
 
-    Raises InvalidInput unless the whole record is sound.
+    Raises InvalidInput unless the whole record is valid.
     """
     return [checked_view(raw) for raw in raw_views(content)]
 
 
 def checked_view(raw: RawView) -> MinutiaeView:
-    """A view as it stands in a file, at 500 dpi, after all checks. Raises InvalidInput."""
+    """A checked view, converted to 500 dpi. Raises InvalidInput."""
     return MinutiaeView(_position(raw.position_code), raw.number, _record(raw), raw.quality)
 
 
 def read_record(content: bytes) -> MinutiaeRecord:
-    """The first view of a record. Raises InvalidInput unless the whole record is sound."""
+    """The first view of a record. Raises InvalidInput unless the whole record is valid."""
     return read_views(content)[0].record
 
 
 def best_views(content: bytes) -> dict[str, MinutiaeView]:
-    """Of each finger of a record the view of the highest stated quality, the first among equals. Raises InvalidInput."""
+    """Position -> the view of the highest stated quality, the first of equal views. Raises InvalidInput."""
     best: dict[str, MinutiaeView] = {}
     for view in read_views(content):
         known = best.get(view.position)
@@ -129,9 +128,9 @@ def best_views(content: bytes) -> dict[str, MinutiaeView]:
 
 
 def view_of(content: bytes, position: str) -> MinutiaeView:
-    """The view for a finger: the best of its position, or that of the only finger in the record, whatever this one is called.
+    """The best view of a finger position. If the record holds a single finger, it is this finger, also under another position.
 
-    A position of `unknown` takes the record's. Raises InvalidInput where it holds several fingers and none is the one.
+    A position of `unknown` takes the record's position. Raises InvalidInput if the record holds several fingers, but not this position.
     """
     best = best_views(content)
     if position in best:
@@ -143,12 +142,12 @@ def view_of(content: bytes, position: str) -> MinutiaeView:
 
 
 def standard(view: MinutiaeView) -> bytes:
-    """The view as a record of its own, as galleries store it."""
+    """The view as a separate record, as galleries store it."""
     return write_views([view])
 
 
 def position_code(position: str) -> int:
-    """ISO/IEC 19794-2's code of a finger position: 0 for `unknown`, else 1 to 10."""
+    """The code of a finger position in ISO/IEC 19794-2: 0 for `unknown`, otherwise 1 to 10."""
     return (FINGER_POSITIONS.index(position) + 1) % len(FINGER_POSITIONS)
 
 
@@ -177,20 +176,22 @@ def _position(code: int) -> str:
 
 
 def _record(raw: RawView) -> MinutiaeRecord:
-    """The view at 500 dpi, after all checks."""
+    """The checked minutiae of a view, converted to 500 dpi."""
     (width, height), (x_per_cm, y_per_cm) = raw.size, raw.resolution
     if not (width and height):
         raise InvalidInput(f"a minutiae record states an image of {width} x {height} pixels; extract it again")
     if x_per_cm not in RESOLUTIONS or y_per_cm not in RESOLUTIONS:
         raise InvalidInput(
-            f"a minutiae record states {x_per_cm} x {y_per_cm} pixels a cm, wanted {RESOLUTIONS[0]} to {RESOLUTIONS[-1]}; "
+            f"a minutiae record states {x_per_cm} x {y_per_cm} pixels per cm, wanted {RESOLUTIONS[0]} to {RESOLUTIONS[-1]}; "
             "state the scanner's resolution"
         )
     minutiae = raw.minutiae
     points = minutiae[:, :4].copy().view(">u2").astype(np.int32) & 0x3FFF
     minutiae, points, moved, dropped = _inside(minutiae, points, (width, height))
     kinds = minutiae[:, 0] & 0xC0
-    if max(abs(PIXELS_PER_CM - x_per_cm), abs(PIXELS_PER_CM - y_per_cm)) > 1:  # as with images: within 1 % they stay
+    if (
+        max(abs(PIXELS_PER_CM - x_per_cm), abs(PIXELS_PER_CM - y_per_cm)) > 1
+    ):  # as for images: a difference below 1 % is ignored
         scale = np.array([PIXELS_PER_CM / x_per_cm, PIXELS_PER_CM / y_per_cm])
         width, height = (int(side) for side in np.ceil(np.multiply((width, height), scale)))
         points = np.minimum((points * scale).round().astype(np.int32), (width - 1, height - 1))
@@ -200,28 +201,28 @@ def _record(raw: RawView) -> MinutiaeRecord:
             minutiae[:, 4] = np.round(turn * (256 / (2 * np.pi))).astype(int) & 255
     if max(width, height) > SIDE_PX_MAX:
         raise InvalidInput(
-            f"a minutiae record states {width} x {height} pixels at 500 dpi, wanted {SIDE_PX_MAX} at most; is its resolution right?"
+            f"a minutiae record states {width} x {height} pixels at 500 dpi, wanted at most {SIDE_PX_MAX}; is its resolution right?"
         )
     crowd = _crowd(points)
     if crowd > CROWD_MAX:
         raise InvalidInput(
-            f"a minutiae record has {crowd} minutiae within {CROWD_PX} pixels, wanted {CROWD_MAX} at most; extract it again"
+            f"a minutiae record has {crowd} minutiae within {CROWD_PX} pixels, wanted at most {CROWD_MAX}; extract it again"
         )
     minutiae[:, :4] = points.astype(">u2").view(np.uint8)
-    minutiae[:, 0] |= np.where(kinds == 0xC0, 0, kinds)  # 3 is reserved, 0 is any other kind
+    minutiae[:, 0] |= np.where(kinds == 0xC0, 0, kinds)  # kind 3 is reserved, kind 0 stands for other kinds
     return MinutiaeRecord(width, height, minutiae.tobytes(), moved, dropped)
 
 
 def _inside(
     minutiae: NDArray[np.uint8], points: NDArray[np.int32], size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], int, int]:
-    """(minutiae, their points, how many were moved to the edge, how many dropped)."""
+    """(minutiae, their points, number of minutiae moved to the edge, number of dropped minutiae)."""
     beyond = (points - (np.array(size) - 1)).max(axis=1, initial=0)
     outside, far = int(np.count_nonzero(beyond > 0)), beyond > OUTSIDE_PX_MAX
     if outside > OUTSIDE_SHARE_MAX * len(points):
         raise InvalidInput(
-            f"a minutiae record has {outside} of {len(points)} minutiae outside its {size[0]} x {size[1]} pixels, wanted a quarter of "
-            "them at most; extract it again"
+            f"a minutiae record has {outside} of {len(points)} minutiae outside its {size[0]} x {size[1]} pixels, wanted at most a "
+            "quarter; extract it again"
         )
     dropped = int(np.count_nonzero(far))
     kept = np.minimum(points[~far], np.array(size) - 1).astype(np.int32)
@@ -229,7 +230,8 @@ def _inside(
 
 
 def _crowd(points: NDArray[np.int32]) -> int:
-    """The most minutiae within CROWD_PX of one of them, itself included; of few ones, all. points: int32 (n, 2)."""
+    """The greatest number of minutiae within CROWD_PX of a minutia, itself included; of up to CROWD_MAX minutiae, their number. points: int32
+    (n, 2)."""
     if len(points) <= CROWD_MAX:
         return len(points)
     x, y = points.T.astype(np.int16)

@@ -1,10 +1,11 @@
-"""Takes pictures out of the containers that registers keep: ISO/IEC 19794-4 and 19794-5 records, and ANSI/NIST-ITL files.
+"""Takes pictures out of containers: ISO/IEC 19794-4 and 19794-5 records, and ANSI/NIST-ITL files.
 
-Owns the choice of the picture that a capture means, and the names of containers that are not read. Never decodes a picture.
+Owns the choice of the picture for a capture, and the names of container formats that are not read. Never decodes a picture.
 
-1. A capture of a stated position takes that finger's picture, a `Face` the face; of several, that of the highest stated quality.
-2. A `Finger` of unknown position means everything in the container: `opened` makes a capture of each picture.
-3. A picture of several fingers or of a palm is refused, not left out.
+1. A `Finger` with a position means the picture of this finger, a `Face` the picture of the face. If there are several, the picture with the
+   highest stated quality counts.
+2. A `Finger` of unknown position means all pictures in the container: `opened` makes a capture of each.
+3. A picture of several fingers or of a palm gives a refusal.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _ASN1 = {
 
 
 def is_container(content: bytes) -> bool:
-    """Whether these bytes mean to be a container that is read here."""
+    """Whether the content begins as a container that this module reads."""
     return is_image_record(content) or is_itl(content)
 
 
@@ -69,8 +70,8 @@ def pictures_in(content: bytes) -> list[Picture]:
 def read_captures(content: bytes) -> list[Face | Finger]:
     """The captures in a container: finger and face image records of ISO/IEC 19794-4 and -5, ANSI/NIST-ITL files.
 
-    Pictures of several fingers and of palms are left out: `biodedup.Encounter` with the container itself as a `Finger` reports them.
-    Raises InvalidInput for damaged bytes, and for a container that is not read, which it names.
+    Pictures of several fingers and of palms are left out. An encounter with the container itself as a `Finger` reports them. Raises
+    InvalidInput for damaged bytes and for another container format; the error names the format.
     """
     if not is_container(content):
         raise InvalidInput(f"{unread_kind(content) or 'this'} is not read; wanted {READ}")
@@ -78,7 +79,8 @@ def read_captures(content: bytes) -> list[Face | Finger]:
 
 
 def opened(capture: Face | Finger, content: bytes) -> Iterator[Face | Finger | Refusal]:
-    """What a capture of these bytes stands for: each picture of a container that is a `Finger` of unknown position; else the capture itself."""
+    """The captures that a capture with this content stands for: a `Finger` of unknown position stands for each picture of its container; any
+    other capture stands for itself."""
     if not isinstance(capture, Finger) or capture.position != "unknown" or not is_container(content):
         yield replace(capture, data=content)
         return
@@ -95,7 +97,7 @@ def opened(capture: Face | Finger, content: bytes) -> Iterator[Face | Finger | R
 
 
 def chosen(content: bytes, column: str) -> Picture | Refusal:
-    """The picture of a container that a capture of this column means. `unknown` means the only finger in it."""
+    """The picture in a container for a capture of this column, or a refusal. `unknown` means the only finger."""
     try:
         pictures = pictures_in(content)
     except InvalidInput as error:
@@ -114,7 +116,7 @@ def chosen(content: bytes, column: str) -> Picture | Refusal:
 
 
 def unread_kind(content: bytes) -> str | None:
-    """What a container or document is that is not read, by its first bytes; None of anything else."""
+    """The name of a container or document format that is not read, by its first bytes; None for other content."""
     head = content[:_HEAD_BYTES]
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -130,7 +132,7 @@ def unread_kind(content: bytes) -> str | None:
 
 
 def _is_whole_asn1(content: bytes) -> bool:
-    """Whether the length behind the tag (ITU-T X.690) is that of the content."""
+    """Whether the length after the tag (ITU-T X.690) is the length of the content."""
     at = 2 if content[0] & 0x1F == 0x1F else 1
     first = content[at]
     size = first & 0x7F if first & 0x80 else 0

@@ -1,14 +1,13 @@
 """Decodes captures into pixels, from files, bytes and arrays of every accepted format.
 
-Owns decoding and its limits; `capture/reading.py` reads files. Never judges what the picture shows, and never logs or reports a path or a
-pixel.
+Owns decoding and its limits. Never judges the content of a picture, and never logs or reports a path or a pixel.
 
-1. The result for any bytes is `Pixels` or a `Refusal`; only an array of the wrong type or shape raises.
-2. The size and the cost of decoding are checked from the header, before a pixel is decoded: `headers.py`.
-3. Only the formats in `FORMATS`, and WSQ, are tried: no format that starts another program or follows a reference.
+1. The result for any bytes is `Pixels` or a `Refusal`. Only an array of the wrong type or shape raises an error.
+2. The size and the cost of decoding are checked in the header (`headers.py`), before a pixel is decoded.
+3. Only the formats in `FORMATS`, and WSQ, are tried. None of them starts another program or follows a reference.
 4. A truncated image is refused, never padded.
-5. Of several frames the first is used. A JPEG of a face that is larger than any scanner's picture is decoded at a fraction of its size.
-6. A picture whose numbers cannot be converted to 8 bits without guessing their range or meaning is refused as `pixel_format`.
+5. Of several frames the first is used. A very large JPEG of a face is decoded at a fraction of its size.
+6. A picture is refused as `pixel_format` if the range or the meaning of its numbers is unknown, so that 8-bit levels would be a guess.
 """
 
 from __future__ import annotations
@@ -46,17 +45,16 @@ from biodedup.errors import InvalidInput
 from biodedup.values import CaptureData, Refusal
 
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "WEBP", "GIF", "BMP", "PPM")
-"""Pillow's names, strong signatures first; PPM covers PGM and PBM."""
+"""Pillow's names, formats with unambiguous signatures first. PPM covers PGM and PBM."""
 
 DPI_MIN, DPI_MAX = 100.0, 4000.0
-"""Below 100 is a screen's default (72, 96) that an editor wrote, not a scanner's resolution."""
+"""Range of believable resolutions. Lower values (72, 96) are defaults of screens, which image editors write."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None where the file states no believable one.
-
-    stated: the dpi that the file states for x and y, believable or not. provenance: what was corrected, in words.
+    """A decoded picture. rgb_or_grey: uint8 (h, w, 3) RGB or (h, w) grey, C-order. dpi: None if the file states no believable value. stated:
+    the dpi in the file for x and y, believable or not. provenance: sentences about corrected metadata.
     """
 
     rgb_or_grey: NDArray[np.uint8] = field(repr=False)
@@ -66,19 +64,19 @@ class Pixels:
 
     @property
     def rgb(self) -> NDArray[np.uint8]:
-        """uint8 (h, w, 3)."""
+        """The picture as RGB, uint8 (h, w, 3)."""
         image = self.rgb_or_grey
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
     @property
     def grey(self) -> NDArray[np.uint8]:
-        """uint8 (h, w); luma of ITU-R BT.601."""
+        """The picture as grey levels, uint8 (h, w), by the luma of ITU-R BT.601."""
         image = self.rgb_or_grey
         return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
 def decode(data: CaptureData, column: str, limits: CaptureConfig) -> Pixels | Refusal:
-    """The pixels of a capture; 16 bits become 8, transparency becomes white, EXIF orientation is applied.
+    """The pixels of a capture. 16 bits become 8, transparent pixels become white, and the EXIF orientation is applied.
 
     data: a path, the file's content, or an array as for `check_array`. column names the capture in a refusal.
     Raises InvalidInput for an array of the wrong type or shape.
@@ -139,12 +137,12 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
     unread = layout.unread if layout is not None else unread_jpeg(content) if name == "JPEG" else None
     if unread is not None:
         return _pixel_format(column, name, unread)
-    if layout is not None and layout.own:
+    if layout is not None and layout.is_decoded_here:
         return _decode_tiff(content, layout, column, limits)
     content = content if layout is None else layout.for_pillow(content)
     with _quiet_pillow:
         try:
-            # Image.open would first warn of, or reject, large images by a limit of its own
+            # not Image.open, which has its own limit for large images
             with Image.OPEN[name][0](io.BytesIO(content), "") as image:
                 if shrinks and name == "JPEG":
                     _shrink(image, limits.pixels_max)
@@ -157,10 +155,10 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
                 turn = _TURNS.get(orientation)
                 pixels = eight_bits(image if turn is None else image.transpose(turn), name)
         except MemoryError:
-            raise  # says nothing of the bytes
-        except Exception as error:  # plugins raise almost anything for damaged bytes: struct.error, KeyError, ...
+            raise  # not a fault of the bytes
+        except Exception as error:  # plugins raise many kinds of errors for damaged bytes: struct.error, KeyError, ...
             if str(error) in _UNKNOWN_LAYOUTS:
-                return _pixel_format(column, name, "numbers laid out in a way that is not read")
+                return _pixel_format(column, name, "numbers in a layout that is not read")
             return _broken(column, name)
     if pixels is None:
         return _pixel_format(column, name, _MODES.get(mode, f"numbers of Pillow's mode {mode}"))
@@ -170,7 +168,7 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
 
 
 def _decode_tiff(content: bytes, layout: Layout, column: str, limits: CaptureConfig) -> Pixels | Refusal:
-    """A layout that Pillow would misread."""
+    """Decodes a layout that Pillow decodes wrongly."""
     declined = _size_refusal(column, "TIFF", layout.size[1], layout.size[0], limits)
     if declined:
         return declined
@@ -193,7 +191,7 @@ def _sniff(content: bytes) -> str | None:
 
 
 def _shrink(image: Image.Image, pixels_max: int) -> None:
-    """Has a JPEG decoded at a half or a quarter of its size, where it is too large."""
+    """Makes Pillow decode a JPEG at a half or a quarter of its size if it is too large."""
     width, height = image.size
     for part in (1, 2, 4):
         if -(-width // part) * -(-height // part) <= pixels_max:
@@ -203,7 +201,7 @@ def _shrink(image: Image.Image, pixels_max: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number of a loaded picture, 1 for upright. Pillow has turned a TIFF when it loaded it."""
+    """The EXIF orientation of a loaded picture, 1 for upright. (Pillow rotates a TIFF when it loads it.)"""
     try:
         if any(len(image.info.get(key, b"")) > _EXIF_BYTES_MAX for key in ("exif", "Raw profile type exif", "xmp")):
             return 1
@@ -211,11 +209,11 @@ def _orientation(image: Image.Image) -> int:
     except MemoryError:
         raise
     except Exception:
-        return 1  # damaged EXIF data says nothing about the pixels
+        return 1  # damaged EXIF data does not mean damaged pixels
 
 
 _SIDEWAYS = (5, 6, 7, 8)
-"""Orientations in which the axes are exchanged."""
+"""EXIF orientations that exchange the axes."""
 _UNKNOWN_LAYOUTS = ("unknown pixel mode", "unknown data organization")  # of Pillow's reader of TIFF
 _MODES = {"F": "floating-point numbers", "I": "32-bit numbers"}
 _EXIF_BYTES_MAX = 1 << 20
@@ -239,15 +237,15 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     return levels
 
 
-def _with_dpi(pixels: NDArray[np.uint8], stated: object, turned: bool = False) -> Pixels:
-    """turned: whether the picture was turned by a quarter, so that its axes were exchanged."""
+def _with_dpi(pixels: NDArray[np.uint8], stated: object, exchanged: bool = False) -> Pixels:
+    """The picture with its resolution. stated: the value in the file. exchanged: whether the orientation exchanged the axes."""
     try:
         x, y = (float(value) for value in (stated if isinstance(stated, tuple) else (stated, stated)))
     except (TypeError, ValueError, ArithmeticError):
         return Pixels(pixels)
     if not (0 < x < 1e6 and 0 < y < 1e6):
         return Pixels(pixels)
-    x, y = (y, x) if turned else (x, y)
+    x, y = (y, x) if exchanged else (x, y)
     return Pixels(pixels, x if DPI_MIN <= x <= DPI_MAX else None, (round(x, 2), round(y, 2)))
 
 
@@ -260,9 +258,9 @@ def _size_refusal(column: str, name: str, width: int, height: int, limits: Captu
     return None
 
 
-def _pixel_format(column: str, name: str, held: str) -> Refusal:
+def _pixel_format(column: str, name: str, content: str) -> Refusal:
     return Refusal(
-        column, "pixel_format", f"{name} of {held}; wanted grey levels or colours of 8 or 16 bits; save it as PNG"
+        column, "pixel_format", f"{name} of {content}; wanted grey levels or colours of 8 or 16 bits; save it as PNG"
     )
 
 
@@ -271,7 +269,7 @@ def _broken(column: str, name: str) -> Refusal:
 
 
 class _QuietPillow:
-    """While any thread is inside, Pillow's warnings are ignored; damaged metadata is not the caller's concern.
+    """Ignores Pillow's warnings while any thread is inside: they are about damaged metadata.
 
     `warnings.catch_warnings` alone restores the wrong filters when two threads overlap.
     """

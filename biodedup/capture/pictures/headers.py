@@ -16,21 +16,23 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 PARTS_MAX = 20_000
-"""Segments, chunks, blocks: pictures have hundreds, a PNG in chunks of 8 kB thousands. Readers in Python take 5 us for each."""
+"""Greatest number of segments, chunks or blocks. Pictures have hundreds, a PNG in chunks of 8 kB has thousands. A reader in Python takes 5 us
+for each."""
 
 SCANS_MAX = 64
-"""Of a JPEG: progressive ones have 6 to 15. Each goes over all pixels again: a file of 390 kB made 117 s of work that way."""
+"""Greatest number of scans of a JPEG. Progressive JPEGs have 6 to 15. Each scan goes over all pixels: a file of 390 kB took 117 s."""
 
 SHRUNK_MAX = 8
-"""A JPEG of a face may have so many times `pixels_max`: it is decoded at a half or a quarter of its size, as it is read."""
+"""A JPEG of a face may have this many times `pixels_max`, because it is decoded at a half or a quarter of its size."""
 
 SLOW_PIXELS_MAX = 4_000_000
-"""Of formats that Pillow decodes in Python: plain PNM, levels that are not 8 or 16 bits, run lengths in BMP."""
+"""Greatest number of pixels for formats that Pillow decodes in Python: plain PNM, levels that are not 8 or 16 bits, run lengths in BMP."""
 
 _SAMPLES_A_BYTE_MAX, _SAMPLES_FREE = 4096, 1 << 20
-"""Wavelets compress a picture of one colour without bound; no capture is one."""
+"""Greatest number of samples per byte of a file, and samples that are always allowed. Wavelets compress a picture of a single colour without
+bound, but a capture is never a picture of a single colour."""
 _COMPONENTS_MAX, _TILES_MAX, _PRECINCTS_MAX, _PACKETS_MAX, _CODE_BLOCKS_MAX = 4, 1024, 100_000, 1_000_000, 200_000
-"""Of JPEG 2000: OpenJPEG takes 600 bytes for a code block, 10 kB for a tile; 16 million pixels in blocks of 32 are 50,000."""
+"""Limits of JPEG 2000. OpenJPEG takes 600 bytes for a code block and 10 kB for a tile. 16 million pixels have 50,000 code blocks of 32 x 32."""
 _TAG_BYTES_MAX, _TAG_NUMBERS_MAX = 32 << 20, 100_000
 _PREFACE_BYTES_MAX = 1 << 20
 
@@ -45,14 +47,15 @@ class Excess(NamedTuple):
 
 
 def excess_of(name: str, content: bytes, pixels_max: int, *, shrinks: bool = False) -> Excess | None:
-    """The limit that a file of this format (Pillow's names, and WSQ) exceeds, or None. shrinks: a large JPEG may be decoded small."""
+    """The limit that a file of this format exceeds, or None. name: Pillow's name, or WSQ. shrinks: whether a large JPEG is decoded at a
+    fraction of its size."""
     try:
         if name == "JPEG":
             return _jpeg(content, pixels_max, shrinks)
         check = _CHECKS.get(name)
         return None if check is None else check(content, pixels_max)
     except (struct.error, IndexError, OverflowError):
-        return None  # it breaks off; the decoder says so
+        return None  # the file is truncated; the decoder refuses it
 
 
 def too_many_pixels(name: str, width: int, height: int, pixels_max: int) -> Excess | None:
@@ -62,7 +65,7 @@ def too_many_pixels(name: str, width: int, height: int, pixels_max: int) -> Exce
 
 
 def implausible(name: str, samples: int, byte_count: int) -> Excess | None:
-    """The excess of a file that states more samples than so few bytes can encode."""
+    """The excess of a file that states more samples than its bytes can encode, or None."""
     limit = _SAMPLES_A_BYTE_MAX * byte_count + _SAMPLES_FREE
     return _complex(f"{name}, samples for {byte_count} bytes", samples, limit) if samples > limit else None
 
@@ -73,10 +76,10 @@ def _complex(detail: str, measured: float, limit: float) -> Excess:
 
 # JPEG -----------------------------------------------------------------------------------------------------------------
 
-_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not stuffing, not a restart
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # neither byte stuffing nor a restart marker
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _FRAMES_READ = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-"""Baseline, extended, progressive; libjpeg-turbo also decodes the arithmetic coding of the last two."""
+"""Baseline, extended and progressive frames. libjpeg-turbo also decodes arithmetic coding, of the last two."""
 
 
 def _jpeg(content: bytes, pixels_max: int, shrinks: bool) -> Excess | None:
@@ -104,7 +107,7 @@ def _jpeg(content: bytes, pixels_max: int, shrinks: bool) -> Excess | None:
 
 
 def unread_jpeg(content: bytes) -> str | None:
-    """What a JPEG holds that libjpeg does not decode, or None: 12 bits a number, lossless or hierarchical coding."""
+    """The feature of a JPEG that libjpeg does not decode (12-bit numbers, lossless or hierarchical coding), or None."""
     at = 2
     for _ in range(PARTS_MAX):
         found = _MARKER.search(content, at)
@@ -125,11 +128,11 @@ def unread_jpeg(content: bytes) -> str | None:
 
 
 _WHOLE = (15, 15)
-"""A level that is one precinct."""
+"""Sizes of a precinct that covers its whole level."""
 
 
 class _Coding(NamedTuple):
-    """The most demanding of a codestream's coding styles. Sizes are powers of two; precincts: of each level, the largest picture first."""
+    """A coding style of a codestream. Sizes are exponents of two. precincts: of each level, from the largest picture."""
 
     layers: int = 1
     levels: int = 0
@@ -137,7 +140,7 @@ class _Coding(NamedTuple):
     precincts: tuple[tuple[int, int], ...] = ()
 
     def worst(self, other: _Coding) -> _Coding:
-        """Of both, number by number."""
+        """A style with the more demanding value of both in each field."""
         return _Coding(
             max(self.layers, other.layers),
             max(self.levels, other.levels),
@@ -187,7 +190,7 @@ def _jpeg2000(content: bytes, pixels_max: int) -> Excess | None:
 
 
 def _codestream(content: bytes) -> int | None:
-    """Where the codestream begins: at once, or in its box."""
+    """The position of the codestream, which may be in a box; None if it is not found."""
     if content.startswith(b"\xff\x4f\xff\x51"):
         return 0
     at = 0
@@ -205,11 +208,11 @@ def _codestream(content: bytes) -> int | None:
 
 
 def _worst_coding(content: bytes, start: int, components: int) -> _Coding | None:
-    """Of the main header and of every part of a tile. None where there are too many of them."""
+    """The most demanding coding style of the main header and of all tile parts. None if there are too many markers."""
     worst, at, tile_end = _Coding(), start + 2, 0
     for _ in range(PARTS_MAX):
         marker = content[at : at + 2]
-        if marker == b"\xff\x93":  # what follows is a tile's data
+        if marker == b"\xff\x93":  # the data of a tile follow
             if not tile_end:
                 return worst
             at = tile_end
@@ -240,7 +243,7 @@ def _style(content: bytes, at: int, layers: int, *, precincts: bool) -> _Coding:
 
 
 def _tiff(content: bytes, pixels_max: int) -> Excess | None:
-    """The first directory; Pillow reads no other. A tag may point to any bytes, and many tags to the same ones."""
+    """Checks the first directory, which is all that Pillow reads. A tag may point to any bytes, and many tags to the same bytes."""
     order = "<" if content[:2] == b"II" else ">"
     big = struct.unpack_from(order + "H", content, 2)[0] == 43
     at = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)[0]
@@ -284,7 +287,7 @@ def _png(content: bytes, pixels_max: int) -> Excess | None:
 
 
 def _gif(content: bytes, pixels_max: int) -> Excess | None:
-    """What comes before the first frame; later ones are not read."""
+    """Checks the blocks up to the first frame. Later frames are not read."""
     width, height = struct.unpack_from("<HH", content, 6)
     at = 13 + (3 << (content[10] & 7) + 1 if content[10] & 0x80 else 0)
     begin = at

@@ -1,10 +1,10 @@
-"""Reads the pictures in files of ANSI/NIST-ITL (.an2, .eft, .nist), traditional encoding: records of types 4, 10, 13, 14 and 15; and the
-minutiae of type 9 where the file has no picture of a finger.
+"""Reads the pictures in ANSI/NIST-ITL files (.an2, .eft, .nist) in the traditional encoding: records of types 4, 10, 13, 14 and 15. If the
+file has no picture of a finger, it reads the minutiae of type 9.
 
-Owns the layout of the file. Never decodes a picture and never judges one.
+Owns the layout of the file. Never decodes a picture.
 
 1. The result for any bytes is a list of pictures or InvalidInput, in time proportional to the bytes.
-2. A picture of a finger counts more than minutiae that another extractor found in it: minutiae of different models do not compare.
+2. Minutiae of another extractor are ignored if there is a picture of a finger, because minutiae of different models are not comparable.
 3. Records of other types are skipped by their length. A record whose length does not fit is an error.
 
 A file is a sequence of records: type 1 first, which lists the types of the others (field 1.003). Tagged records are `TYPE.FIELD:value`,
@@ -40,13 +40,13 @@ PALM = "a palm"
 
 
 def is_itl(content: bytes) -> bool:
-    """Whether these bytes mean to be such a file."""
+    """Whether the content begins as an ANSI/NIST-ITL file."""
     return _BEGIN.match(content[:24]) is not None
 
 
 def read_itl(content: bytes) -> list[Picture]:
-    """The pictures of faces and friction ridges, in the file's order; without one of a finger, also its minutiae as records of ISO/IEC
-    19794-2. Raises InvalidInput."""
+    """The pictures of faces and friction ridges, in the file's order. If there is no picture of a finger: also the minutiae, as records of
+    ISO/IEC 19794-2. Raises InvalidInput."""
     pictures: list[Picture] = []
     minutiae: list[Mapping[int, bytes]] = []
     native: tuple[float, float] | None = None
@@ -82,7 +82,7 @@ def read_itl(content: bytes) -> list[Picture]:
 
 
 def _types(content: bytes) -> list[int]:
-    """Of the records behind the first, from field 1.003."""
+    """The types of the records after the first, from field 1.003."""
     fields = _fields(content[: _tagged_length(content, 0, 1)], 1)
     entries = [entry.split(_US) for entry in fields.get(3, b"").split(_RS)]
     kinds = [int(entry[0]) for entry in entries[1:] if entry[0].strip().isdigit()]
@@ -99,7 +99,7 @@ def _tagged_length(content: bytes, at: int, kind: int) -> int:
 
 
 def _fields(record: bytes, kind: int) -> dict[int, bytes]:
-    """field -> value, without the separator at its end."""
+    """Field -> value, without the separator at its end."""
     fields: dict[int, bytes] = {}
     at = 0
     for _ in range(_FIELDS_MAX):
@@ -129,7 +129,7 @@ def _int(fields: Mapping[int, bytes], number: int) -> int:
 
 
 def _native(fields: Mapping[int, bytes]) -> tuple[float, float] | None:
-    """Field 1.011, native scanning resolution, in pixels a millimetre."""
+    """The native scanning resolution in dpi, from field 1.011, which is in pixels per millimetre."""
     try:
         dpi = float(_text(fields, 11)) * _MM_PER_INCH
     except ValueError:

@@ -1,10 +1,10 @@
-"""Converts a picture of any of Pillow's modes to 8-bit grey levels or RGB.
+"""Converts a Pillow image of any mode to 8-bit grey levels or RGB.
 
 Owns the meaning of each mode. Never opens a file.
 
-1. A mode whose range or meaning is unknown gives None; the caller refuses it.
-2. What is transparent becomes white, as on paper.
-3. CMYK with an ICC profile, and CIELAB, are converted by LittleCMS; CMYK without a profile as 255 - min(255, colour + black).
+1. A mode whose range or meaning is unknown gives None.
+2. Transparent pixels become white, as on paper.
+3. LittleCMS converts CMYK with an ICC profile, and CIELAB. CMYK without a profile becomes 255 - min(255, colour + black).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ _GREY = ("1", "L")
 
 
 def eight_bits(image: Image.Image, form: str | None = None) -> NDArray[np.uint8] | None:
-    """uint8 (h, w) grey or (h, w, 3) RGB of a loaded image; None for floating-point numbers and for integers of unknown range. form: Pillow's name of the file's format."""
+    """The loaded image as uint8 (h, w) grey or (h, w, 3) RGB. None for floating-point numbers and for integers of unknown range. form:
+    Pillow's name of the file format."""
     if image.mode.startswith("I"):
         return _integers(image, form)
     if image.mode == "LAB":
         return _by_profile(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
     if image.mode == "CMYK" and (converted := _by_own_profile(image)) is not None:
         return converted
-    if image.mode == "La":  # alpha was multiplied in
+    if image.mode == "La":  # alpha is premultiplied
         image = image.convert("LA")
     if image.has_transparency_data:
         grey = image.mode in ("L", "LA")
@@ -42,7 +43,8 @@ def eight_bits(image: Image.Image, form: str | None = None) -> NDArray[np.uint8]
 
 
 def _integers(image: Image.Image, form: str | None) -> NDArray[np.uint8] | None:
-    """Of 16 bits the higher eight. Mode I has 32 bits; Pillow gives it to PGM, whose numbers it scales to 16 bits, and to signed ones."""
+    """The higher 8 of 16 bits, or None. Pillow uses mode I (32 bits) for PGM, whose numbers it scales to 16 bits, and for signed numbers, whose
+    range is unknown."""
     if image.mode == "I" and form not in ("PPM", "PNG", "JPEG2000"):
         return None
     levels = np.asarray(image)
@@ -62,11 +64,11 @@ def _by_own_profile(image: Image.Image) -> NDArray[np.uint8] | None:
     try:
         return _by_profile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return None  # a damaged profile says nothing about the pixels
+        return None  # a damaged profile does not mean damaged pixels
 
 
 def _by_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> NDArray[np.uint8]:
     target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     converted = ImageCms.profileToProfile(image, profile, target, outputMode="RGB")
-    assert converted is not None, "not done in place"
+    assert converted is not None, "profileToProfile returns None only for inPlace=True"
     return np.asarray(converted)

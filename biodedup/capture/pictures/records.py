@@ -1,14 +1,14 @@
 """Reads the pictures in records of ISO/IEC 19794-4 (finger images, FIR) and 19794-5 (face images, FAC), of 2005 and 2011, and of
 ANSI/INCITS 381-2004.
 
-Owns the byte layouts. Never decodes a picture and never judges one.
+Owns the byte layouts. Never decodes a picture.
 
 1. The result for any bytes is a list of pictures or InvalidInput, in time proportional to the bytes.
-2. Every stated length is checked against the bytes that are there. What lies behind the record's stated length is ignored.
+2. Every stated length is checked against the number of bytes. Bytes after the record's stated length are ignored.
 
-Everything is big-endian. Layouts, in bytes:
+All numbers are big-endian. Layouts, in bytes:
 
-| | record | a picture |
+| | record | picture |
 |---|---|---|
 | FIR 2005 | magic, version "010", length (6), device (2), level (2), count (1), unit (1), 4 x rate (2), depth (1), compression (1), 2 reserved | length (4), position, views, number, quality, impression, width (2), height (2), reserved, data |
 | 381-2004 | as FIR 2005, with a product identifier (4) after the length | the same |
@@ -43,8 +43,9 @@ SLAPS = {13: "right four fingers", 14: "left four fingers", 15: "both thumbs"}
 
 
 class Picture(NamedTuple):
-    """A picture in a container. column: `face` or a finger's position, "" for one that is no single finger; what: then its name. data: an
-    encoded picture, a minutiae record, or uint8 (h, w) grey or (h, w, 3) RGB. dpi: as stated, for x and y. quality: 0..100 as stated."""
+    """A picture in a container. column: `face` or a finger's position; "" for several fingers or a palm, which `what` names. data: an encoded
+    picture, a minutiae record, or pixels, uint8 (h, w) grey or (h, w, 3) RGB. dpi: the stated values for x and y. quality: the stated value,
+    0 to 100."""
 
     column: str
     data: bytes | NDArray[np.uint8]
@@ -54,7 +55,7 @@ class Picture(NamedTuple):
 
 
 class Cursor:
-    """Reads on from a place, never past the end."""
+    """Reads bytes from a position, never past the end."""
 
     def __init__(self, content: bytes, name: str, at: int = 0, end: int | None = None) -> None:
         self.content, self.name, self.at = content, name, at
@@ -74,12 +75,12 @@ class Cursor:
 
 
 def is_image_record(content: bytes) -> bool:
-    """Whether these bytes mean to be a record of finger or face images."""
+    """Whether the content begins as a record of finger or face images."""
     return content[:4] in (FIR, FAC)
 
 
 def read_pictures(content: bytes) -> list[Picture]:
-    """The pictures of a record, in its order. Raises InvalidInput unless it is sound."""
+    """The pictures of a record, in its order. Raises InvalidInput for an invalid record."""
     finger = content[:4] == FIR
     name = "a finger image record" if finger else "a face image record"
     version = content[4:8].rstrip(b"\0")
@@ -91,13 +92,11 @@ def read_pictures(content: bytes) -> list[Picture]:
         return _face(content, name, 2005)
     if not finger and version in (b"030", b"020"):
         return _face(content, name, 2011)
-    raise InvalidInput(
-        f"{name} has version {version!r}; those of ISO/IEC 19794 of 2005 and 2011 are read; take out its pictures"
-    )
+    raise InvalidInput(f"{name} has version {version!r}; wanted ISO/IEC 19794 of 2005 or 2011; take out its pictures")
 
 
 def raw_pixels(data: bytes, size: tuple[int, int], planes: int, name: str) -> NDArray[np.uint8]:
-    """uint8 (h, w) or (h, w, 3) of pixels that are not compressed. size: (width, height)."""
+    """Uncompressed pixels as uint8 (h, w) or (h, w, planes). size: (width, height)."""
     width, height = size
     if not (width and height) or len(data) < width * height * planes:
         raise InvalidInput(f"{name} states {width} x {height} pixels and has {len(data)} bytes of them; send it whole")
@@ -106,7 +105,7 @@ def raw_pixels(data: bytes, size: tuple[int, int], planes: int, name: str) -> ND
 
 
 def finger_column(code: int) -> tuple[str, str]:
-    """(position, "") of a single finger's code, ("", what it is) of several or of a palm."""
+    """(position, "") for the code of a single finger, ("", description) for several fingers or a palm."""
     if code in (11, 12):
         return ("right_thumb", "left_thumb")[code - 11], ""  # plain impressions of thumbs
     if code < len(FINGER_POSITIONS):
@@ -139,7 +138,7 @@ def _finger(code: int, data: bytes, size: tuple[int, int], image: tuple[int, int
 
 
 def _finger_2005(content: bytes, name: str) -> list[Picture]:
-    """ANSI/INCITS 381-2004 has four bytes more; its first picture would not fit otherwise."""
+    """Tries the layout of ISO/IEC 19794-4, and then that of ANSI/INCITS 381-2004, which has four bytes more."""
     problem: InvalidInput | None = None
     for extra in (0, 4):
         try:
@@ -222,14 +221,14 @@ def _face(content: bytes, name: str, year: int) -> list[Picture]:
                 f"a picture of {name} states {length} bytes and takes {cursor.at - start} or more; send it whole"
             )
         data = cursor.bytes(start + length - cursor.at)
-        if year == 2011 and not data.startswith(_SIGNATURES):  # some writers leave out the length of the data
+        if year == 2011 and not data.startswith(_SIGNATURES):  # some writers omit the length of the data
             size = int.from_bytes(data[:4], "big")
             if size > len(data) - 4:
                 raise InvalidInput(f"{name} states {size} bytes of picture and has {len(data) - 4}; send it whole")
             data = data[4 : 4 + size]
         if not data.startswith(_SIGNATURES):
             raise InvalidInput(
-                f"{name} holds data of type {camera[1]} that are no JPEG, JPEG 2000 or PNG; take out its picture"
+                f"{name} holds data of type {camera[1]} that is not JPEG, JPEG 2000 or PNG; take out its picture"
             )
         pictures.append(Picture("face", data, quality=quality))
     return pictures

@@ -1,9 +1,9 @@
-"""Reads how a TIFF stores its numbers, and decodes the layouts that Pillow decodes wrongly.
+"""Reads the pixel layout of a TIFF, and decodes the layouts that Pillow decodes wrongly.
 
 Owns the rules for photometric interpretation, bit depth, sample format and planes (TIFF revision 6.0, Adobe 1992). Never raises for the
-content of the bytes, and reads the first directory only.
+content of the bytes. Only the first directory is read.
 
-1. A layout that is neither decoded here nor by Pillow without loss is named, so that it can be refused.
+1. `Layout.unread` names a layout that neither this module nor Pillow decodes without loss.
 2. `headers.py` has checked the file's sizes before.
 """
 
@@ -24,13 +24,13 @@ _DEPTHS = (1, 2, 4, 8, 12, 16)
 _CODES = {1: "B", 3: "H", 4: "I", 5: "II", 13: "I", 16: "Q"}
 _NUMBERS_MAX = 100_000
 _ROWS = 64
-"""Rows that are unpacked at a time: numbers of 12 bits take 12 bytes each meanwhile."""
+"""Rows that are unpacked at a time. A number of 12 bits takes 12 bytes while it is unpacked."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tags that say where the numbers are and what they mean. starts, sizes: of strips or tiles, in bytes of the file.
-    block: (height, width) of a strip or tile. photometric_at: where the file keeps that number."""
+    """The tags that describe the pixels. starts, sizes: positions and sizes of strips or tiles, in bytes. block: (height, width) of a strip or
+    tile. photometric_at: the position of the photometric interpretation in the file."""
 
     order: str
     size: tuple[int, int]
@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def unread(self) -> str | None:
-        """What the file holds, where it cannot be decoded without loss; None where it can."""
+        """The name of a layout that cannot be decoded without loss, or None."""
         colours = _SAMPLES.get(self.photometric)
         if colours is None:
             return _NAMES.get(self.photometric, f"photometric interpretation {self.photometric}")
@@ -70,25 +70,25 @@ class Layout:
         return None
 
     @property
-    def own(self) -> bool:
-        """Whether `levels` decodes it: numbers of more than 8 bits without compression, which Pillow takes for others."""
+    def is_decoded_here(self) -> bool:
+        """Whether `levels` decodes it: uncompressed numbers of more than 8 bits, which Pillow misinterprets."""
         deep = self.bits[0] > 8 and self.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
         return deep and self.compression == 1
 
     @property
     def inverted(self) -> bool:
-        """Whether the numbers that Pillow decodes, of a file as `for_pillow` gives it, are dark where they are large."""
+        """Whether large numbers mean dark pixels in the result of Pillow for the file that `for_pillow` returns."""
         return self.bits[0] > 8 and self.photometric == WHITE_IS_ZERO
 
     def for_pillow(self, content: bytes) -> bytes:
-        """The file, with black as zero where Pillow would not open it, or not invert it."""
+        """The file for Pillow: with the photometric interpretation changed to black-is-zero if Pillow would not open or not invert it."""
         if not self.inverted or self.photometric_at is None:
             return content
         value = struct.pack(self.order + "H", BLACK_IS_ZERO)
         return content[: self.photometric_at] + value + content[self.photometric_at + 2 :]
 
     def levels(self, content: bytes) -> NDArray[np.uint8] | None:
-        """uint8 (h, w) or (h, w, 3) of a file with `own`; None where it breaks off."""
+        """The pixels, uint8 (h, w) or (h, w, 3), of a layout with `is_decoded_here`; None for a truncated file."""
         height, width = self.size
         bits, colours = self.bits[0], _SAMPLES[self.photometric]
         if min(*self.size, *self.block) < 1 or len(self.starts) != len(self.sizes):
@@ -119,7 +119,7 @@ class Layout:
 
 
 def read_layout(content: bytes) -> Layout | None:
-    """The layout of the first picture, or None where its directory cannot be read."""
+    """The layout of the first picture, or None if its directory cannot be read."""
     try:
         return _layout(content, _tags(content))
     except (struct.error, IndexError, ValueError, OverflowError, ZeroDivisionError):
@@ -127,7 +127,7 @@ def read_layout(content: bytes) -> Layout | None:
 
 
 def _unpacked(data: bytes, rows: int, columns: int, bits: int, order: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(first row, uint8 (n, columns)): the numbers' highest 8 bits, some rows at a time. A row begins with a byte of its own."""
+    """(first row, the highest 8 bits of the numbers, uint8 (n, columns)), some rows at a time. Each row begins at a new byte."""
     if bits == 16:
         yield 0, (np.frombuffer(data, order + "u2").reshape(rows, columns) >> 8).astype(np.uint8)
         return
@@ -138,7 +138,7 @@ def _unpacked(data: bytes, rows: int, columns: int, bits: int, order: str) -> It
 
 
 def _tags(content: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """tag -> (where its numbers are, its numbers)."""
+    """Tag -> (position of its numbers, its numbers)."""
     order = "<" if content[:2] == b"II" else ">"
     big = struct.unpack_from(order + "H", content, 2)[0] == 43
     at = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)[0]

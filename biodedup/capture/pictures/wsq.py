@@ -1,12 +1,11 @@
 """Decodes WSQ fingerprints in a child process.
 
-Owns the child processes and their pipes. Never raises for the content of the bytes, and never decodes in this process: the C decoder
-(PyPI `wsq`, from NBIS) writes past its buffers on some damaged files, which crashes its process. In this process a hostile upload
-would crash the whole enrolment service.
+Owns the child processes and their pipes. Never raises for the content of the bytes, and never decodes in the calling process: the C decoder
+(package `wsq`, from NBIS) writes past its buffers on some damaged files, and so could crash the whole enrolment service.
 
-1. A child that fails, crashes or takes too long is killed and not used again.
-2. A child that was used before may carry damage from an earlier file, so its failure is tried again in a fresh one.
-3. Children end with this process: their standard input closes, and their processor time has a limit.
+1. A child that fails, crashes or takes too long is killed.
+2. If a used child fails, a new child tries again, because an earlier file may have damaged the used child.
+3. Children end with this process: their standard input closes. Their processor time is limited as well.
 4. A child has limits on memory and files.
 """
 
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DECODE_S_MAX, DECODE_CLOCK_S_MAX = 5.0, 30.0
-"""Of the processor, and by the clock. A 16-megapixel image takes 1 s; a decoder that runs longer is caught in a loop."""
+"""Seconds of processor time, and by the clock. An image of 16 megapixels takes 1 s; a decoder that takes much longer is in an endless loop."""
 
 MEMORY_BYTES_MAX = 1 << 30
 _MARKERS_MAX = 100
@@ -33,7 +32,7 @@ _MARKERS_MAX = 100
 _LENGTH = struct.Struct("<Q")
 _HEADER = struct.Struct("<QQd")
 
-# The child keeps its pipe to itself: whatever the C code prints goes elsewhere.
+# the child redirects standard output, so that text from the C code does not get into the pipe
 _CHILD = f"""
 import os, resource, struct, sys
 for kind, most in ((resource.RLIMIT_DATA, {MEMORY_BYTES_MAX}), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
@@ -65,19 +64,19 @@ _idle: list[subprocess.Popen[bytes]] = []
 
 @dataclass(frozen=True, eq=False)
 class WsqImage:
-    """grey: uint8 (h, w). dpi: None where the file states none."""
+    """A decoded image. grey: uint8 (h, w). dpi: None if the file states none."""
 
     grey: NDArray[np.uint8]
     dpi: float | None
 
 
 def is_wsq(content: bytes) -> bool:
-    """Whether the bytes begin as a WSQ file does: start of image, then a table, comment or frame."""
+    """Whether the content begins as a WSQ file: start of image, then a table, comment or frame."""
     return content[:3] == b"\xff\xa0\xff" and content[3:4] in b"\xa2\xa4\xa5\xa6\xa8"
 
 
 def read_size(content: bytes) -> tuple[int, int] | None:
-    """(width, height) from the frame header, or None where it cannot be found."""
+    """(width, height) from the frame header, or None if it is not found."""
     at = 2
     for _ in range(_MARKERS_MAX):
         if at + 10 > len(content) or content[at] != 0xFF:
@@ -90,8 +89,8 @@ def read_size(content: bytes) -> tuple[int, int] | None:
 
 
 def decode_wsq(content: bytes) -> WsqImage | None:
-    """The image, or None where the bytes cannot be decoded. Check `read_size` first: memory grows with it."""
-    if not content.endswith(b"\xff\xa1"):  # without its end marker the file was cut off; the decoder may not notice
+    """The image, or None if the bytes cannot be decoded. Callers check `read_size` first, because it determines the memory use."""
+    if not content.endswith(b"\xff\xa1"):  # a file without its end marker is truncated; the decoder may not notice
         return None
     while _idle:
         try:
@@ -117,7 +116,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _ask(child: subprocess.Popen[bytes], content: bytes) -> WsqImage | None:
-    """One exchange with a child, which afterwards is idle or dead."""
+    """Asks a child to decode. Afterwards the child is idle, or stopped if it failed."""
     image = None
     alarm = threading.Timer(DECODE_CLOCK_S_MAX, child.kill)
     alarm.daemon = True

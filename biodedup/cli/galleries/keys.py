@@ -110,13 +110,15 @@ def rekey(
     Interrupted, the same command goes on. At the end the old transform is destroyed. Searches in other processes go on meanwhile.
     """
     with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
-        turn_id = acting(engine, by, sign).rekey(
-            renewable=not plain, progress=lambda done, total: progress("turning", done, total)
+        transform_id = acting(engine, by, sign).rekey(
+            renewable=not plain, progress=lambda done, total: progress("rekeying", done, total)
         )
     text = (
-        f"{gallery} stores embeddings by transform {turn_id}" if turn_id else f"{gallery} stores embeddings as they are"
+        f"{gallery} stores embeddings by transform {transform_id}"
+        if transform_id
+        else f"{gallery} stores embeddings as they are"
     )
-    finish({"transform": turn_id or None}, text, as_json)
+    finish({"transform": transform_id or None}, text, as_json)
 
 
 @key.command()

@@ -45,7 +45,7 @@ from biodedup.common.tables import differences, flat, hints, made, plain
 from biodedup.config import Config, GalleryConfig, Policy
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import LocalStorage
-from biodedup.gallery.policies import PolicyVersion, shown, told
+from biodedup.gallery.policies import PolicyVersion, differences_in_words, value_in_words
 from biodedup.settings import DEFAULT, listed
 
 policy = typer.Typer(no_args_is_help=True, help="Show the decision policy of a gallery, or store a new version of it.")
@@ -72,7 +72,9 @@ def show(
     if as_json:
         print_json(_document(versions[-1]) | {"versions": [_document(version) for version in versions]})
         return
-    show_table([(name, shown(value)) for name, value in flat(versions[-1].policy).items()], ["setting", "value"])
+    show_table(
+        [(name, value_in_words(value)) for name, value in flat(versions[-1].policy).items()], ["setting", "value"]
+    )
     before: PolicyVersion | None = None
     for version in versions:
         if before is None:
@@ -128,7 +130,7 @@ def _signature() -> inspect.Signature:
 
 def _option(name: str, field: str, *, hidden: bool = False) -> Any:
     hint, flag = hints(Policy)[field], f"--{name.replace('_', '-')}"
-    usual = f"Default of a new gallery: {shown(flat(Policy())[field])}."
+    usual = f"Default of a new gallery: {value_in_words(flat(Policy())[field])}."
     if hint is bool:
         flags = f"{flag}/--no-{flag.removeprefix('--')}"
         return Annotated[bool | None, typer.Option(flags, help=usual, hidden=hidden)]
@@ -169,7 +171,7 @@ def show_config(
         stored = _versions(folder, chosen.config)[-1]
         rows |= {f"policy.{n}": (v, f"gallery, version {stored.version}") for n, v in flat(stored.policy).items()}
         if stated is not None and stated != stored.policy:
-            conflict = told(differences(stored.policy, stated), "in the gallery", "in the settings")
+            conflict = differences_in_words(differences(stored.policy, stated), "in the gallery", "in the settings")
     else:
         values = flat(stated or Policy())
         rows |= {f"policy.{n}": (v, chosen.sources.get(f"policy.{n}", DEFAULT)) for n, v in values.items()}
@@ -178,7 +180,7 @@ def show_config(
         print_json({"gallery": str(folder), "settings": document, "policy_conflict": conflict or None})
         return
     header = ["setting", "value", "from"]
-    show_table([(name, shown(value), source) for name, (value, source) in rows.items()], header)
+    show_table([(name, value_in_words(value), source) for name, (value, source) in rows.items()], header)
     if conflict:
         complain(
             f"commands refuse to open this gallery: {conflict}. Take [policy] out of the settings, or `biodedup policy set`"
@@ -203,7 +205,7 @@ def _document(version: PolicyVersion) -> dict[str, Any]:
 
 def _changed(before: PolicyVersion, after: PolicyVersion) -> str:
     changes = differences(before.policy, after.policy)
-    return "; ".join(f"{name} from {shown(a)} to {shown(b)}" for name, (a, b) in changes.items())
+    return "; ".join(f"{name} from {value_in_words(a)} to {value_in_words(b)}" for name, (a, b) in changes.items())
 
 
 def _moment(seconds: float | None) -> str:

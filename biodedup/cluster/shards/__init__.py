@@ -1,1 +1,1 @@
-"""Shards of a register in other processes: actors of Ray that search replicated groups of sealed segments."""
+"""Searches a register's segments in other processes: Ray actors, each with a replica of a group of segments."""

@@ -1,11 +1,13 @@
-"""Asks the replicas of a group one question, until one of them answers.
+"""Asks the replicas of a group a question, one after the other, until a replica answers.
 
-Owns the order in which replicas are asked, deadlines, hedged requests and what failures mean. Knows nothing of Ray or of segments.
+Owns the order of the replicas, deadlines, hedged requests, and the interpretation of failures. Does not depend on Ray or on segments.
 
-1. Each replica gets `deadline_s`. One that fails is asked last for a while.
-2. When an answer takes longer than 95 of 100 answers of late, the next replica is asked, too, and the first answer counts (hedged requests:
-   Dean and Barroso, The Tail at Scale, 2013). At most one question in ten is hedged, so that a slow cluster is not asked twice as much.
-3. When the queues of all replicas that are alive are full, the question is refused, and the caller tries again later.
+1. Each replica has `deadline_s` seconds to answer. A replica that has failed comes last in the order for a while.
+2. Hedged requests (Dean and Barroso, "The Tail at Scale", 2013): if an answer takes longer than 95 % of the recent answers, the next
+   replica is asked as well, and the first answer is used. At most one question in ten is hedged, so that hedging does not double the load
+   of a slow cluster. A replica whose question was hedged comes last until it answers: a dead node that Ray has not noticed yet costs one
+   or two hedges.
+3. If the queues of all living replicas are full, the question is refused, and the caller tries again later.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from biodedup.errors import StorageUnavailable
 from biodedup.search.shards.base import QueueFull
 
 _log = logging.getLogger("biodedup.cluster")
-SUSPECT_S = 10.0  # for so long a replica that failed is asked last
+SUSPECT_S = 10.0  # for this time a replica that failed comes last
 _LATENCIES_MIN, _LATENCIES_MOST = 20, 200
 _SIZES_MOST = 1_000
-_HEDGE_S_MIN = 0.02  # below, a second question costs more than it saves
+_HEDGE_S_MIN = 0.02  # for faster answers a second question costs more than it saves
 _HEDGES_SHARE, _HEDGES_MOST = 0.1, 10.0
 
 
 class ReplicaFailed(Exception):
-    """A replica is dead, unreachable or past its deadline."""
+    """A replica has ended, cannot be reached, or has missed its deadline."""
 
 
 class Replica(Protocol):
@@ -46,23 +48,23 @@ class Replica(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has been started."""
+        """Whether the replica has started."""
 
     @property
     def is_well(self) -> bool:
-        """Whether it answered when it was last asked how it is."""
+        """Whether the replica has answered the last request for its report."""
 
     def search(self, sent: wire.Sent) -> Future[wire.Sent]:
-        """Raises QueueFull, ReplicaFailed. The future raises ReplicaFailed."""
+        """Sends a query. Raises QueueFull, ReplicaFailed. The future raises ReplicaFailed."""
 
     def take(self, entries_text: str) -> None:
-        """Tells it to open a unit, and does not wait."""
+        """Tells the replica to open a unit. Does not wait for it."""
 
 
 @dataclass
 class Answered:
-    """answer: of the first replica that gave one. outdated: replicas that do not have the unit; starting: replicas that are being started;
-    full: replicas that refused; failures: what the others said."""
+    """The result of a question. answer: the first answer, or None; outdated: replicas that do not have the unit; starting: the number of
+    replicas that are starting; full: of replicas with a full queue; failures: the errors of the other replicas."""
 
     answer: tuple[dict[str, Any], wire.Arrays] | None = None
     outdated: list[Replica] = field(default_factory=list)
@@ -73,40 +75,54 @@ class Answered:
 
 @dataclass
 class _Asked:
+    """A question that a replica has not answered yet."""
+
     replica: Replica
     started_at: float
     deadline: float
 
 
 class Asker:
-    """Asks replicas. Thread-safe."""
+    """Asks replicas, and remembers their failures and latencies. Thread-safe."""
 
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
-        self._turn = itertools.count()
+        self._asked_count = itertools.count()
         self._suspect_until: dict[str, float] = {}
         self._latencies: dict[tuple[Any, ...], deque[float]] = {}
         self._hedges_left = _HEDGES_MOST
         self._lock = threading.Lock()
 
     def ask(self, replicas: Sequence[Replica], message: wire.Message) -> Answered:
-        """Raises nothing that a replica does."""
+        """Asks until a replica answers, or all have failed. Errors of replicas are in the result, not raised."""
         question = _Question(self, message, self._in_order(replicas), self._hedge_s(_size_of(message)))
         return question.run()
 
     def _in_order(self, replicas: Sequence[Replica]) -> list[Replica]:
-        """Replicas in turn; those that failed of late, or are not well, come last."""
+        """Replicas in round-robin order; those that failed recently, or are not well, come last."""
         if not replicas:
             return []
-        first, now = next(self._turn) % len(replicas), time.monotonic()
-        turned = [*replicas[first:], *replicas[:first]]
-        return sorted(turned, key=lambda one: not one.is_well or self._suspect_until.get(one.name, 0.0) > now)
+        first, now = next(self._asked_count) % len(replicas), time.monotonic()
+        rotated = [*replicas[first:], *replicas[:first]]
+        return sorted(
+            rotated, key=lambda replica: not replica.is_well or self._suspect_until.get(replica.name, 0.0) > now
+        )
 
     def suspect(self, replica: Replica) -> None:
+        """Records a failure of a replica: it comes last for `SUSPECT_S`."""
         now = time.monotonic()
         with self._lock:
             self._suspect_until = {name: until for name, until in self._suspect_until.items() if until > now}
             self._suspect_until[replica.name] = now + SUSPECT_S
+
+    def suspect_until_answered(self, replica: Replica, answer: Future[wire.Sent]) -> None:
+        """answer: what it has not answered in the usual time."""
+        self.suspect(replica)
+        answer.add_done_callback(lambda done: None if done.exception() else self._trust(replica))
+
+    def _trust(self, replica: Replica) -> None:
+        with self._lock:
+            self._suspect_until.pop(replica.name, None)
 
     @property
     def deadline_s(self) -> float:
@@ -115,7 +131,7 @@ class Asker:
     # hedging ----------------------------------------------------------------------------------------------------
 
     def _hedge_s(self, size: tuple[Any, ...]) -> float:
-        """After how many seconds a question of this size is hedged."""
+        """The seconds after which a question of this size is hedged."""
         with self._lock:
             self._hedges_left = min(self._hedges_left + _HEDGES_SHARE, _HEDGES_MOST)
             latencies = list(self._latencies.get(size, ()))
@@ -124,6 +140,7 @@ class Asker:
         return max(float(np.quantile(latencies, 0.95)), _HEDGE_S_MIN)
 
     def may_hedge(self) -> bool:
+        """Whether the budget of hedged requests allows another one. Takes it from the budget."""
         with self._lock:
             if self._hedges_left < 1:
                 return False
@@ -131,9 +148,10 @@ class Asker:
         return True
 
     def note(self, message: wire.Message, seconds: float) -> None:
+        """Records the latency of an answer."""
         with self._lock:
             if len(self._latencies) >= _SIZES_MOST:
-                self._latencies.clear()  # units come and go
+                self._latencies.clear()  # most of them belong to units that no longer exist
             self._latencies.setdefault(_size_of(message), deque(maxlen=_LATENCIES_MOST)).append(seconds)
 
 
@@ -162,15 +180,15 @@ class _Question:
             for future in done:
                 if self._is_answer(future, self._asked.pop(future)):
                     return self._said
-            if (
-                done and self._left
-            ):  # it gave no answer: the next one is asked now, whether or not a hedge is on its way
+            if done and self._left:  # a replica failed: the next one is asked at once, even if a hedged request runs
                 self._start(self._left.popleft(), time.monotonic())
             now = time.monotonic()
             self._drop_late(now)
             if may_hedge and not done and self._asked and now >= hedge_at:
                 hedged = True
                 if self._asker.may_hedge():
+                    for future, asked in self._asked.items():
+                        self._asker.suspect_until_answered(asked.replica, future)
                     self._start(self._left.popleft(), now)
         return self._said
 
@@ -188,7 +206,7 @@ class _Question:
             self._asked[future] = _Asked(replica, now, deadline or now + self._asker.deadline_s)
 
     def _is_answer(self, future: Future[wire.Sent], asked: _Asked) -> bool:
-        """Whether this replica has answered; if not, notes why, and sends what it lacks."""
+        """Whether this reply is the answer. Otherwise records the reason, or sends the arrays that the replica lacks."""
         try:
             about, arrays = wire.received(future.result())
         except (ReplicaFailed, StorageUnavailable) as error:
@@ -220,6 +238,6 @@ class _Question:
 
 
 def _size_of(message: wire.Message) -> tuple[Any, ...]:
-    """Questions of one size take about the same time: of one kind, and of about as many probes."""
+    """Groups questions that take about the same time: the same kind and unit, and a similar number of probes."""
     probes = max((len(array) for name, array in message.arrays.items() if name.startswith("probe.")), default=0)
     return message.about.get("kind"), message.about.get("generation"), probes.bit_length()

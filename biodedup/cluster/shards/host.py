@@ -1,10 +1,11 @@
-"""Searches its share of a register's sealed segments when another process asks. Starting it as an actor of Ray is `ray_actors.py`.
+"""Serves searches of sealed segments to other processes. `ray_actors.py` runs it as a Ray actor.
 
-Owns the open segments of an actor, and the views of them that its front-ends ask about. Never decides and never writes to the store.
+Owns the open segments of an actor, and the front-ends' views of them. Never decides and never writes to the segment store.
 
-1. A unit is served once its files agree with the manifest's digests and a self-test has found its own rows.
-2. A query names a generation: exactly these segments. A host that has other ones refuses.
-3. A front-end's view (removed rows, groups, index engines) comes with its query, so that the answer is that of its own snapshot.
+1. A unit (segments that are searched together) is served after its files were verified with the manifest's digests, and a self-test has
+   found a row of each column.
+2. A query names a generation, that is, an exact set of segments. A host that has other segments refuses the query.
+3. A query contains the front-end's view (removed rows, groups, index engines), so that the answer belongs to the front-end's snapshot.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ from biodedup.search.shards import faiss as engine
 from biodedup.search.shards.base import Shard, ShardQuery
 
 _log = logging.getLogger("biodedup.cluster")
-_IDLE_S = 600.0  # a generation that was not asked for is closed
+_IDLE_S = 600.0  # a generation without queries for this time is closed
 _VIEWS_MOST = 32
 _KEPT_MOST = 1_000
-_SEARCHES = 4  # at the same time; each uses all threads of the scanner
-_WAITING_MOST = 32  # searches that wait for their turn; more are refused
-_SELF_SIMILARITY = 0.99  # of a stored vector with itself; eight bits a number keep more
+_SEARCHES = 4  # searches at the same time; each uses all threads of the scanner
+_WAITING_MOST = 32  # searches in the queue; more are refused
+_SELF_SIMILARITY = 0.99  # at least the similarity of a stored vector with itself; eight bits per number preserve more
 
 
 @dataclass
 class _Unit:
-    """The open segments of one generation. used_at: seconds; views: what front-ends see of it."""
+    """The open segments of one generation. used_at: time of the last query, in seconds; views: the front-ends' snapshots of the
+    segments."""
 
     segments: tuple[Segment, ...]
     used_at: float
@@ -65,8 +67,8 @@ class ShardHost:
         bytes_max: int,
         threads: int,
     ) -> None:
-        """storage_of: called for the storage of this node's copies, again where it raised: a key may be unreachable for a while; folder: of
-        these copies; segments, bytes_max: `ClusterConfig.segments`, `ClusterConfig.cache_bytes_max`."""
+        """storage_of: returns the storage of this node's copies; it is called again if it raised, since a key server may be unreachable for
+        a while; folder: of the copies; segments, bytes_max: `ClusterConfig.segments`, `ClusterConfig.cache_bytes_max`."""
         make_private_folder(folder)
         self._storage_of, self._folder = storage_of, folder / "segments"
         self._store, self._bytes_max = SegmentStore(segments, register_id), bytes_max
@@ -76,9 +78,9 @@ class ShardHost:
         self._kept: OrderedDict[str, NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
         self._taking = threading.Lock()
-        self._turns = threading.Semaphore(_SEARCHES)
+        self._slots = threading.Semaphore(_SEARCHES)
         self._present = 0
-        """Searches that run or wait."""
+        """The number of searches that run or wait."""
         self._asked_at = time.monotonic()
 
     def close(self) -> None:
@@ -94,7 +96,7 @@ class ShardHost:
         return self._copies
 
     def take(self, entries_text: str) -> str:
-        """Fetches, verifies, opens and tests a unit (`wire.entries_text`). Returns '' once it is served, or what is wrong."""
+        """Fetches, verifies, opens and tests a unit (given as `wire.entries_text`). Returns '' when it is served, or the problem."""
         generation = wire.generation_of(entries_text)
         with self._taking:
             if generation in self._units:
@@ -112,7 +114,7 @@ class ShardHost:
                 now = time.monotonic()
                 idle = [name for name, unit in self._units.items() if now - unit.used_at > _IDLE_S]
                 for name in idle:
-                    del self._units[name]  # a search that still reads its files keeps them open
+                    del self._units[name]  # a running search keeps its own reference to the files
                 self._units[generation] = _Unit(segments, now)
         return ""
 
@@ -120,7 +122,7 @@ class ShardHost:
         return sorted(self._units)
 
     def about(self, counts: bool = True) -> dict[str, Any]:
-        """What front-ends ask to know how it is. counts: being asked keeps it from being idle."""
+        """The host's report about itself. counts: whether this question counts as use (see `idle_s`)."""
         if counts:
             self._asked_at = time.monotonic()
         segments = {part.entry.number: part for unit in list(self._units.values()) for part in unit.segments}
@@ -137,11 +139,11 @@ class ShardHost:
 
     @property
     def idle_s(self) -> float:
-        """For how many seconds no front-end has asked anything."""
+        """Seconds since the last question of a front-end; 0 while a search runs."""
         return 0.0 if self._present else time.monotonic() - self._asked_at
 
     def _test(self, segments: tuple[Segment, ...]) -> None:
-        """Searches for a row of each column. Raises GalleryDamaged where it is not found."""
+        """Searches for one stored row of each column. Raises GalleryDamaged if the search does not find it."""
         names = {name for segment in segments for name, column in segment.columns.items() if column.dimension}
         view = _view(segments, {}, None)
         (shard,) = _shards(view, self._scanner)
@@ -159,15 +161,15 @@ class ShardHost:
     # queries ----------------------------------------------------------------------------------------------------
 
     def search(self, sent: wire.Sent) -> wire.Sent:
-        """Answers `done` with hits, `lacks` with the digests of kept arrays to send, `outdated`, `busy` when too many wait, or `failed` with
-        the reason."""
+        """Answers a query. The status of the answer is `done` (with the hits), `lacks` (with the digests of kept arrays that the front-end
+        must send), `outdated` (the host does not have the generation), `busy` (the queue is full), or `failed` (with the reason)."""
         with self._lock:
             self._asked_at = time.monotonic()
             if self._present >= _SEARCHES + _WAITING_MOST:
                 return wire.Message({"status": "busy"}).sent()
             self._present += 1
         try:
-            with self._turns:
+            with self._slots:
                 return self._answer(sent)
         finally:
             with self._lock:
@@ -219,7 +221,7 @@ class ShardHost:
 
 
 def _view(segments: tuple[Segment, ...], about: dict[str, Any], kept: wire.Arrays | None) -> Snapshot:
-    """A front-end's snapshot of these segments; all rows of them, without index engines' codecs, where `kept` is None."""
+    """A front-end's snapshot of these segments. With kept = None: a snapshot of all rows, without codecs of index engines."""
     models = {
         name: ColumnModel("", column.dimension) for segment in segments for name, column in segment.columns.items()
     }
@@ -227,7 +229,7 @@ def _view(segments: tuple[Segment, ...], about: dict[str, Any], kept: wire.Array
         return Snapshot(0, segments[-1].end_row, segments, np.zeros(0, np.int64), models, {})
     groups = frozenset(about["query"]["groups"] or ())
     return Snapshot(
-        0,  # versions come and go while nothing changes for these rows
+        0,  # not the gallery's version, which changes without any change of these rows
         segments[-1].end_row,
         segments,
         kept[about["tombstones"]],
@@ -238,5 +240,5 @@ def _view(segments: tuple[Segment, ...], about: dict[str, Any], kept: wire.Array
 
 
 def _shards(view: Snapshot, scanner: Scanner) -> Sequence[Shard]:
-    """The one shard of a unit."""
+    """The shards of a unit: exactly one."""
     return [engine.shard_of(view, view.parts, scanner)]

@@ -1,15 +1,15 @@
-"""Keeps the replicas of a register where they belong: starts them, watches them, and moves them when nodes come and go.
+"""Supervises the replicas of a register: starts them, watches them, and moves them when nodes join or leave.
 
-Owns which replicas a front-end asks. Knows nothing of Ray (`ray_actors.py`). Each front-end has a keeper of its own. They need no
-agreement: all find the same places (`placement.py`), and a second start of an actor finds the first one.
+Owns the list of replicas that a front-end asks. Does not depend on Ray (`ray_actors.py` does). Each front-end has its own keeper. Keepers
+need no agreement: all compute the same places (`placement.py`), and starting an actor that exists already returns the existing one.
 
-1. A replica on a lost node is dropped at once, and the next node gets one.
-2. A replica that has been silent or dead for `SILENT_S` gets a substitute on another node, and is asked again when it answers.
-3. A replica that has to move serves until all of its successors have opened every segment of the group: no search is incomplete.
-4. A replica of another release is refused and ended, and a new one is started. Until then it counts as unwell.
-5. A node that is drained holds no replica, unless there is no other node. Its replicas move as in 3.
-6. A replica is started where its bytes fit into what the node may hold. A group without any place keeps the replicas that it has: no search
-   becomes incomplete because a group has grown.
+1. A replica on a lost node is dropped at once, and a replica on the next node replaces it.
+2. A replica that does not answer for `SILENT_S` gets a substitute on another node. It is used again when it answers.
+3. A replica that moves is used until all of its successors have opened every segment of the group, so that no search is incomplete.
+4. A replica of another release is ended, and a new one is started. Until then it counts as unwell.
+5. A drained node holds no replica, unless there is no other node. Its replicas move as in 3.
+6. A replica is started only where its bytes fit into the limit of the node. If a group fits on no node, it keeps its present replicas: a
+   group that grows does not make searches incomplete.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from biodedup.cluster.shards.placement import Place, Placed, places_of
 
 _log = logging.getLogger("biodedup.cluster")
 SILENT_S = 10.0
-RETRY_S = 30.0  # after which a node that had another release is tried again
-START_S = 120.0  # for so long a replica may be starting before it gets a substitute
+RETRY_S = 30.0  # after this time a node that had another release is tried again
+START_S = 120.0  # a replica that needs longer to start gets a substitute
 _STEP_S = 1.0
 
 
 class Lost(Exception):
-    """An actor is gone for good: one of this name can be started anew."""
+    """An actor has ended for good. Another actor with the same name can be started."""
 
 
 class GroupUnits(NamedTuple):
-    """What a group has by now. texts: of its units (`wire.entries_text`), by their generations; byte_count: what scans of them read."""
+    """The present units of a group. texts: generation -> text of the unit (`wire.entries_text`); byte_count: bytes that scans of them
+    read."""
 
     texts: Mapping[str, str]
     byte_count: int
@@ -47,34 +48,36 @@ class Actor(Replica, Protocol):
     """A replica that can be watched and ended."""
 
     is_well: bool
-    """The keeper sets it."""
+    """Whether the replica answers. The keeper sets it."""
 
     def about(self) -> Future[dict[str, Any]]:
-        """What it says of itself: `ShardHost.about`. The future raises Lost, or any other exception while it is unavailable."""
+        """The actor's report about itself (`ShardHost.about`). The future raises Lost, or another exception while the actor is
+        unavailable."""
 
     def end(self) -> None:
-        """Ends it for good."""
+        """Ends the actor for good."""
 
 
 class Nodes(Protocol):
     """The machines that actors run on."""
 
     def alive(self) -> Mapping[str, int]:
-        """Names of the nodes that may hold actors -> how many bytes each may hold. Raises OSError where this is unknown."""
+        """Name of each node that may hold actors -> its limit in bytes. Raises OSError if this is unknown."""
 
     def drained(self) -> Collection[str]:
-        """Of the nodes, those that are to be stopped soon."""
+        """The nodes that an operator has drained."""
 
     def start(self, place: Place) -> Actor:
-        """The actor of a place, started if there is none. Raises OSError."""
+        """The actor of a place. Starts it if it does not exist. Raises OSError."""
 
     def note(self, shortages: Mapping[int, str]) -> None:
-        """Shows those who look at the cluster which groups lack room, and why. Raises OSError."""
+        """Publishes for `biodedup cluster status` which groups lack room, and why. Raises OSError."""
 
 
 @dataclass
 class Kept:
-    """A replica that is kept. well_at: when it last answered, or was started; about: what it last said."""
+    """The keeper's record of a replica. well_at: when it last answered, or was started; about: its last report; asked: the pending
+    report."""
 
     actor: Actor
     well_at: float
@@ -90,7 +93,8 @@ class Kept:
 
 
 class Keeper:
-    """Keeps `replicas` of each group. key: names the register; release: that actors must have; units: of each group. Thread-safe."""
+    """Keeps a number of replicas of each group. key: of the register; release: the release that actors must have; units: returns the
+    present units of each group; replicas: the wanted number. Thread-safe."""
 
     def __init__(
         self,
@@ -105,31 +109,31 @@ class Keeper:
         self._count, self._clock = replicas, clock
         self._kept: dict[Place, Kept] = {}
         self._other_release: dict[str, float] = {}
-        """Node -> when it had another release."""
+        """Node -> the time when an actor of another release was seen there."""
         self._told: dict[tuple[Place, str], float] = {}
         self._room: Mapping[str, int] = {}
         self._shortages: Mapping[int, str] = {}
         self._noted: Mapping[int, str] | None = None
-        """What others were shown; None: nothing yet, so that what an earlier front-end noted is replaced."""
+        """The shortages that were published; None before the first time, which replaces those of an earlier front-end."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def watch(self) -> None:
-        """From here on a thread takes the steps."""
+        """Starts a thread that calls `step` every second."""
         self._thread = threading.Thread(target=self._watch, name="biodedup-keeper", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(timeout=2 * _STEP_S)  # it may wait for a cluster that is gone
+            self._thread.join(timeout=2 * _STEP_S)  # with a limit: it may wait for a cluster that has gone
 
     def _watch(self) -> None:
         while not self._ended.wait(_STEP_S):
             try:
                 self.step()
-            except Exception as error:  # a thread that ends would leave the replicas as they are, for ever
+            except Exception as error:  # the thread must not end: nobody else supervises the replicas
                 _log.warning("replicas are not watched: %s: %s", type(error).__name__, error)
 
     def replicas_of(self, group: int) -> list[Actor]:
@@ -137,11 +141,11 @@ class Keeper:
             return [kept.actor for place, kept in sorted(self._kept.items()) if place.group == group]
 
     def shortage(self, group: int) -> str:
-        """Why a group has fewer replicas than are wanted; '' where it has room."""
+        """The reason why a group has fewer replicas than wanted; '' if there is room for all."""
         return self._shortages.get(group, "")
 
     def step(self) -> None:
-        """Looks once: asks replicas how they are, starts those that are missing, drops those that are not needed any more."""
+        """One round: reads the replicas' reports, starts missing replicas, drops replicas that are not needed any more."""
         now, units = self._clock(), self._units()
         try:
             self._room = self._nodes.alive()
@@ -164,7 +168,7 @@ class Keeper:
         self._note(units, placed)
 
     def _look_after(self, place: Place, now: float) -> None:
-        """Reads what a replica has said of itself, and asks it again."""
+        """Reads a replica's report if it has arrived, and asks for the next one."""
         kept = self._kept[place]
         if kept.asked is not None and not kept.asked.done():
             return
@@ -175,7 +179,7 @@ class Keeper:
             except Lost:
                 self._drop(place, "it is dead")
                 return
-            except Exception:  # a replica that is being started again, or cannot be reached
+            except Exception:  # the replica restarts, or cannot be reached
                 kept.is_failing = True
             else:
                 kept.about, kept.well_at, kept.is_failing = about, now, False
@@ -205,7 +209,7 @@ class Keeper:
         return places_of(self._key, [group.byte_count for group in units], room, self._count, unwell)
 
     def _note(self, units: Sequence[GroupUnits], placed: Placed) -> None:
-        """Says which groups lack room, in the log and to those who look at the cluster, when that has changed."""
+        """Logs and publishes which groups lack room, if that has changed."""
         shortages = {}
         for group, places in enumerate(placed.places):
             if placed.left and len(places) < self._count:
@@ -217,7 +221,7 @@ class Keeper:
             try:
                 self._nodes.note(shortages)
             except OSError as error:
-                _log.warning("which replicas lack room cannot be shown to others: %s", error)
+                _log.warning("the list of replicas that lack room cannot be published: %s", error)
             else:
                 self._noted = shortages
 
@@ -233,7 +237,7 @@ class Keeper:
             self._kept[place] = Kept(actor, now, asked=actor.about())
 
     def _tell(self, group: int, texts: Mapping[str, str], now: float) -> None:
-        """Tells replicas to open what they lack."""
+        """Tells the replicas of a group to open the units that they lack."""
         self._told = {told: at for told, at in self._told.items() if now - at < RETRY_S}
         for place, kept in self._kept.items():
             if place.group != group or not kept.about or kept.is_failing:
@@ -244,7 +248,7 @@ class Keeper:
                     kept.actor.take(text)
 
     def _drop_needless(self, group: int, wanted: Sequence[Place], generations: Sequence[str], now: float) -> None:
-        """Drops the replicas that have moved, once their successors serve. One that is unwell has not moved: it returns."""
+        """Drops the replicas that have moved, once all of their successors serve. An unwell replica stays, because it may return."""
         successors = [self._kept.get(place) for place in wanted]
         if not wanted or not all(kept is not None and kept.has(generations) for kept in successors):
             return
@@ -259,8 +263,8 @@ class Keeper:
         _log.info("a replica is not asked any more: %s: %s", kept.actor.name, reason)
 
     def status(self) -> list[dict[str, Any]]:
-        """One entry a replica: group, node, slot, state (`serving`, `opening`, `starting`, `failing`, `silent`), segments that it has and
-        lacks, and what it says of itself."""
+        """One entry for each replica: group, node, slot, state (`serving`, `opening`, `starting`, `failing`, `silent`), its units and
+        lacking units, and parts of its report."""
         now, units = self._clock(), self._units()
         with self._lock:
             kept = sorted(self._kept.items())
@@ -269,7 +273,7 @@ class Keeper:
 
 def _shortage(group: int, count: int, wanted: int, byte_count: int, left: Mapping[str, int]) -> str:
     return (
-        f"group {group} has room for {count} replicas, wanted {wanted}: one takes {byte_count:,} bytes, and the {len(left)} nodes have "
+        f"group {group} has room for {count} replicas, wanted {wanted}: a replica takes {byte_count:,} bytes, and the {len(left)} nodes have "
         f"{', '.join(f'{n:,}' for n in sorted(left.values(), reverse=True)[:5])} bytes left; start another node, let nodes hold more "
         "(`biodedup cluster up shards --memory`, ClusterConfig.node_bytes_max), or make more groups (ClusterConfig.shard_groups)"
     )

@@ -1,8 +1,8 @@
-"""Says which nodes hold which groups of segments. Pure functions: knows nothing of actors.
+"""Computes which nodes hold which groups of segments. Pure functions, which do not depend on actors.
 
-Places follow from the names and the room of the nodes and from the sizes of the groups, so that all front-ends find the same ones without asking
-each other. A node that goes or comes changes only the groups that it had or gets (rendezvous hashing: Thaler and Ravishankar, 1998), as long
-as all of them fit.
+Method: rendezvous hashing (Thaler and Ravishankar, 1998), limited by the capacity of the nodes. The input is the names and limits of the
+nodes and the sizes of the groups. So all front-ends compute the same places without communication. When a node joins or leaves, only the
+groups on it move, if all groups fit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import xxhash
 
 
 class Place(NamedTuple):
-    """Where a replica of a group is. slot: tells apart replicas of a group that have to share a node."""
+    """The place of a replica of a group. slot: distinguishes replicas of the same group that must share a node."""
 
     group: int
     node: str
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 def by_rendezvous(key: str, names: Collection[str]) -> list[str]:
-    """The names in the order in which they are preferred for a key: highest random weight first."""
+    """The names in their order of preference for a key: highest random weight first."""
     return sorted(names, key=lambda name: (xxhash.xxh3_64_intdigest(f"{key}\0{name}".encode()), name), reverse=True)
 
 
@@ -33,7 +33,7 @@ def group_of(key: str, groups: int) -> int:
 
 
 class Placed(NamedTuple):
-    """places: of the replicas of each group; left: bytes that each node has left."""
+    """places: for each group, the places of its replicas; left: node -> its remaining bytes."""
 
     places: Sequence[Sequence[Place]]
     left: Mapping[str, int]
@@ -46,11 +46,12 @@ def places_of(
     replicas: int,
     unwell: Sequence[Collection[str]],
 ) -> Placed:
-    """The places of all replicas of all groups, where their bytes fit.
+    """The places of all replicas of all groups, as far as their bytes fit.
 
-    key: of the register; sizes: bytes of each group; room: bytes that each node may hold; unwell: for each group, nodes that are taken only where
-    the others do not suffice. Replicas of a group are on different nodes where there are so many nodes. Each group gets one replica before
-    any gets a second one, larger groups first (first fit decreasing, by powers of two, so that a group that grows a little displaces none).
+    key: of the register; sizes: bytes of each group; room: node -> its limit in bytes; unwell: for each group, nodes that are used only if
+    the other nodes are not enough. Replicas of a group are on different nodes if there are enough nodes. Every group gets one replica
+    before any group gets a second one; larger groups come first (first-fit decreasing). Sizes are compared by powers of two, so that a
+    small growth of a group does not move other groups.
     """
     groups = range(len(sizes))
     left, places = dict(room), [list[Place]() for _ in groups]
@@ -62,10 +63,10 @@ def places_of(
             used = Counter(place.node for place in places[group])
             fits = [n for n in preferred[group] if left[n] >= sizes[group] and used[n] < shared_by]
             if fits:
-                node = min(fits, key=lambda node: used[node])  # the first one of them
+                node = min(fits, key=lambda node: used[node])  # the first of the least used nodes
                 places[group].append(Place(group, node, used[node]))
                 left[node] -= sizes[group]
-    for group in order:  # the places of unwell nodes stay theirs: substitutes get what is left
+    for group in order:  # unwell nodes keep their share of the room; substitutes get the remaining room
         used = Counter(place.node for place in places[group])
         others = [n for n in preferred[group] if left[n] >= sizes[group] and not used[n] and n not in unwell[group]]
         for i, place in enumerate(places[group]):

@@ -1,12 +1,12 @@
 """Replicas as Ray actors: starts them on nodes, and calls them.
 
-Owns everything that knows of Ray. Nothing durable lives in Ray: an actor that is started again fetches its segments from the store.
+Owns all calls to Ray that concern actors and nodes. Ray holds no durable state: an actor that restarts fetches its segments from the store.
 
-1. Actors are detached and named by their place and release, so that all front-ends share them, and they outlive each front-end. Ray starts
-   one again that dies. One that no front-end has asked for ten minutes ends itself.
-2. A call is never repeated by Ray (`max_task_retries=0`): the front-end asks the next replica.
-3. Affinity to a node is hard: Ray ignores a soft one for actors that reserve no CPU (measured with 2.60). Each front-end starts the actors
-   of a lost node on other ones (`keeper.py`).
+1. Actors are detached, and named by their place and release. So all front-ends share them, and they outlive the front-ends. Ray restarts an
+   actor that dies. An actor ends itself when no front-end has asked it for ten minutes.
+2. Ray never repeats a call (`max_task_retries=0`); the front-end asks the next replica instead.
+3. The affinity of an actor to its node is hard, because Ray ignores a soft affinity of actors that reserve no CPU (measured with 2.60).
+   Each front-end starts replacements for the actors of a lost node on other nodes (`keeper.py`).
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from biodedup.gallery.snapshot import Snapshot
 from biodedup.search.shards.base import QueueFull
 
 _NAMESPACE = "biodedup"
-_DRAINED = "drained/"  # the key of a drained node, in the store of Ray's GCS
-_SHORT = "short/"  # and that of a group that lacks room
-_UNSTATED_BYTES = 1 << 62  # of a node that states no memory: no limit
-_START_S = 60.0  # an opening front-end waits so long for actors; it does not wait for actors that start later
-_STEP_S = 0.2  # meanwhile
-_THREADS = 40  # of searches in an actor: those that run, those that wait (`ShardHost`), and those that are refused
-_PENDING_MOST = 64  # calls of one front-end that wait for one actor; more are refused
-_NICE = 5  # below Ray's own processes: a node whose heartbeats starve is declared dead
+_DRAINED = "drained/"  # prefix of the keys of drained nodes, in the key-value store of Ray's GCS
+_SHORT = "short/"  # prefix of the keys of groups that lack room
+_UNSTATED_BYTES = 1 << 62  # the limit of a node that states no memory
+_START_S = 60.0  # the longest time that a new front-end waits for its actors
+_STEP_S = 0.2  # the time between two looks while it waits
+_THREADS = 40  # threads for searches in an actor: running, waiting (`ShardHost`) and refused searches
+_PENDING_MOST = 64  # calls of one front-end to one actor that wait; more are refused
+_NICE = 5  # a lower priority than Ray's own processes, so that their heartbeats are sent in time
 _IDLE_S = 600.0
 
 
 class ShardActor:
-    """What Ray runs: a `ShardHost`."""
+    """The class of the Ray actors. It passes calls to a `ShardHost`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ShardActor:
         threads: int,
         key: tuple[dict[str, Any], str] | None,
     ) -> None:
-        """key: `ActorKey.sent`."""
+        """cache: the folder of the local copies, None for a temporary one; key: from `ActorKey.sent`; the others: as in `ShardHost`."""
         os.nice(_NICE)
         folder = Path(cache) if cache else Path(tempfile.mkdtemp(prefix="biodedup-shard-"))
         self._host = ShardHost(partial(actor_storage, key), folder, segments, register_id, bytes_max, threads)
@@ -82,7 +82,7 @@ class ShardActor:
 
 
 class RayActor:
-    """One actor, as an `Actor`."""
+    """The keeper's handle of a Ray actor (see `keeper.Actor`)."""
 
     def __init__(self, ray: Any, name: str, actor: Any) -> None:
         self.name, self._actor, self._ray = name, actor, ray
@@ -92,7 +92,7 @@ class RayActor:
         return self._call("search", _as_sent, ReplicaFailed, sent)
 
     def about(self, counts: bool = True) -> Future[dict[str, Any]]:
-        """counts: as of `ShardHost.about`."""
+        """The actor's report. counts: see `ShardHost.about`."""
         try:
             return self._call("about", self._noted, Lost, counts)
         except (QueueFull, ReplicaFailed) as error:
@@ -105,21 +105,21 @@ class RayActor:
         return about
 
     def take(self, entries_text: str) -> None:
-        with suppress(self._ray.exceptions.RayError):  # it is told again
+        with suppress(self._ray.exceptions.RayError):  # the keeper repeats it
             self._actor.take.options(concurrency_group="load").remote(entries_text)
 
     def end(self) -> None:
         self._ray.kill(self._actor, no_restart=True)
 
     def _call(self, method: str, read: Callable[[Any], Any], died: type[Exception], *given: object) -> Future[Any]:
-        """method: also names the actor's concurrency group, so that no search waits for a download; read: what to make of the answer;
-        died: raised for an actor that is dead."""
+        """Calls a method of the actor. method: also the name of its concurrency group, so that no search waits for a download; read:
+        converts the answer; died: the exception class for an actor that has ended."""
         errors = self._ray.exceptions
         try:
             sent = getattr(self._actor, method).options(concurrency_group=method).remote(*given).future()
         except errors.PendingCallsLimitExceeded:
             raise QueueFull(
-                f"{self.name} has {_PENDING_MOST} calls of this front-end to answer; try again later"
+                f"{self.name} has {_PENDING_MOST} unanswered calls of this front-end; try again later"
             ) from None
         except errors.RayError as error:
             raise ReplicaFailed(type(error).__name__) from error
@@ -145,7 +145,7 @@ def _as_sent(answer: Sequence[Any]) -> wire.Sent:
 
 
 class RayNodes:
-    """The nodes of a Ray cluster, as `Nodes`."""
+    """The nodes of a Ray cluster (see `keeper.Nodes`)."""
 
     def __init__(
         self, ray: Any, cluster: ClusterConfig, register_id: str, threads: int, key: ActorKey | None = None
@@ -155,15 +155,16 @@ class RayNodes:
         self._drained: Collection[str] = ()
 
     def alive(self) -> dict[str, int]:
-        """Nodes that were started without processors, such as the head's and those of front-ends, hold no actors."""
+        """See `keeper.Nodes`. Nodes that were started without processors (the head's, those of front-ends) hold no actors and are left
+        out."""
         try:
             nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
         except self._ray.exceptions.RayError as error:
-            raise OSError(f"Ray does not say which nodes it has: {type(error).__name__}") from error
+            raise OSError(f"Ray cannot list its nodes: {type(error).__name__}") from error
         return {node["NodeID"]: room_of(node, self._cluster.node_bytes_max) for node in nodes}
 
     def drained(self) -> Collection[str]:
-        """The last known ones while the GCS is away."""
+        """The drained nodes; while Ray's GCS cannot be reached, the last known ones."""
         with suppress(Exception):  # Ray's errors here have no common class
             self._drained = drained_nodes()
         return self._drained
@@ -177,7 +178,7 @@ class RayNodes:
             for group_text in known - {str(group) for group in shortages}:
                 _mark(f"{prefix}{group_text}", None)
         except Exception as error:  # Ray's errors here have no common class
-            raise OSError(f"Ray's GCS keeps no note: {type(error).__name__}") from error
+            raise OSError(f"Ray's GCS cannot store the note: {type(error).__name__}") from error
 
     def start(self, place: Place) -> Actor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -208,7 +209,7 @@ class RayNodes:
 
 
 class RayShards(RemoteShards):
-    """The shards of a register, searched by Ray's actors. Close it."""
+    """The shards of a register, searched by Ray actors. Must be closed."""
 
     def __init__(
         self,
@@ -218,7 +219,7 @@ class RayShards(RemoteShards):
         snapshot: Callable[[], Snapshot],
         key: ActorKey | None = None,
     ) -> None:
-        """snapshot: returns the newest one; its segments are what actors open. key: of an encrypted register."""
+        """snapshot: returns the newest snapshot, whose segments the actors open; key: of an encrypted register."""
         ray = _imported()
         self._is_owner = not ray.is_initialized()
         if self._is_owner:
@@ -233,7 +234,7 @@ class RayShards(RemoteShards):
         self.keeper.watch()
 
     def _units_now(self) -> list[GroupUnits]:
-        """What each group has; the last known while the newest is unknown."""
+        """The present units of each group; while the newest snapshot cannot be read, the last known ones."""
         try:
             snapshot = self._snapshot()
         except BiodedupError:
@@ -248,15 +249,17 @@ class RayShards(RemoteShards):
         return self._units
 
     def _wait(self) -> None:
-        """Until the actors serve, or time is up."""
+        """Waits until the actors serve, at most `_START_S`."""
         until = time.monotonic() + _START_S
         self.keeper.step()
-        while time.monotonic() < until and any(one["state"] in ("starting", "opening") for one in self.keeper.status()):
+        while time.monotonic() < until and any(
+            replica["state"] in ("starting", "opening") for replica in self.keeper.status()
+        ):
             time.sleep(_STEP_S)
             self.keeper.step()
 
     def close(self) -> None:
-        """Leaves Ray, if this process joined it by itself. The actors live on."""
+        """Stops the keeper, and leaves the Ray cluster if this object has joined it. The actors keep running."""
         self.keeper.close()
         if self._is_owner:
             _imported().shutdown()
@@ -264,7 +267,7 @@ class RayShards(RemoteShards):
 
 @contextmanager
 def joined(address: str | None) -> Iterator[Any]:
-    """Ray, joined to a cluster unless this process is in one already."""
+    """The module `ray`, connected to a cluster. A connection that exists already is used and stays open."""
     ray = _imported()
     is_owner = not ray.is_initialized()
     if is_owner:
@@ -277,15 +280,15 @@ def joined(address: str | None) -> Iterator[Any]:
 
 
 def observed(ray: Any, register_id: str, timeout_s: float) -> list[tuple[Place, str, dict[str, Any] | None]]:
-    """The actors of a register, whichever front-end started them: place, release, and what each says of itself (`ShardHost.about`); None for one that
-    does not answer in time. Starts nothing."""
+    """(place, release, report) of each actor of a register, from all front-ends. The report (`ShardHost.about`) is None if the actor does
+    not answer in time. Starts no actor."""
     answers = [(seen.place, seen.release, seen.about) for seen in seen_actors(ray, timeout_s, register_id)]
     return sorted(answers, key=lambda answer: answer[:2])
 
 
 @dataclass(frozen=True, eq=False)
 class SeenActor:
-    """An actor of any register. about: None where it did not answer."""
+    """An actor that `seen_actors` has found. about: its report, or None if it did not answer."""
 
     actor: RayActor
     place: Place
@@ -294,13 +297,13 @@ class SeenActor:
 
 
 def seen_actors(ray: Any, timeout_s: float, register_id: str | None = None) -> list[SeenActor]:
-    """The actors of a register, or of all. Asking does not keep them from being idle."""
+    """The actors of a register, or of all registers. The questions do not count as use (`ShardHost.idle_s`)."""
     asked = []
     for known in ray.util.list_named_actors(all_namespaces=True):
         parts = known["name"].split("/")
         if known["namespace"] != _NAMESPACE or len(parts) != 6 or register_id not in (None, parts[0]):
             continue
-        with suppress(ValueError, ray.exceptions.RayError):  # it has just ended
+        with suppress(ValueError, ray.exceptions.RayError):  # the actor has just ended
             actor = RayActor(ray, known["name"], ray.get_actor(known["name"], namespace=_NAMESPACE))
             asked.append((actor, parts, actor.about(counts=False)))
     wait([about for *_, about in asked], timeout_s)
@@ -312,13 +315,13 @@ def seen_actors(ray: Any, timeout_s: float, register_id: str | None = None) -> l
 
 
 def room_of(node: Mapping[str, Any], bytes_max: int | None) -> int:
-    """How many bytes of a register a node may hold. node: as `ray.nodes` has it; bytes_max: `ClusterConfig.node_bytes_max`."""
+    """The number of bytes that a node may hold. node: an element of `ray.nodes()`; bytes_max: `ClusterConfig.node_bytes_max`."""
     stated = int(node["Resources"].get("memory", _UNSTATED_BYTES))
     return stated if bytes_max is None else min(stated, bytes_max)
 
 
 def drained_nodes() -> list[str]:
-    """Nodes that hold no replicas any more. All front-ends of a Ray cluster see the same."""
+    """The drained nodes, which shall hold no replicas. All front-ends of a Ray cluster share the list."""
     return [name.removeprefix(_DRAINED) for name in _marks(_DRAINED)]
 
 
@@ -327,12 +330,12 @@ def set_drained(node: str, is_drained: bool) -> None:
 
 
 def shortages_of(register_id: str) -> list[str]:
-    """What front-ends have said of groups that lack room (`RayNodes.note`)."""
+    """The shortages that front-ends have published (`RayNodes.note`)."""
     return [text for _, text in sorted(_marks(f"{_SHORT}{register_id}/").items())]
 
 
 def _marks(prefix: str) -> dict[str, str]:
-    """What Ray's GCS keeps under names with a prefix. It forgets it where it loses its own state."""
+    """Name -> text, of all names with a prefix in the key-value store of Ray's GCS. The GCS may lose its state, and these texts with it."""
     from ray.experimental import internal_kv
 
     namespace = _NAMESPACE.encode()
@@ -342,7 +345,7 @@ def _marks(prefix: str) -> dict[str, str]:
 
 
 def _mark(name: str, text: str | None) -> None:
-    """None: forgets it."""
+    """Stores a text in the key-value store of Ray's GCS; None deletes it."""
     from ray.experimental import internal_kv
 
     key, namespace = name.encode(), _NAMESPACE.encode()
@@ -353,12 +356,12 @@ def _mark(name: str, text: str | None) -> None:
 
 
 def _imported() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a register is reported to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports from a register
     try:
         import ray
     except ImportError as error:
         raise InvalidInput(
-            f"ClusterConfig.ray_address needs {error.name}; pip install 'biodedup[cluster]', or leave it out"
+            f"ClusterConfig.ray_address needs {error.name}; run `pip install 'biodedup[cluster]'`, or leave ray_address out"
         ) from error
     return ray
 

@@ -1,11 +1,13 @@
-"""Divides a search between processes: sealed segments are searched by other processes, the newest rows in this one.
+"""Divides a search between processes: replicas search the sealed segments, this process searches the newest rows.
 
-Owns the units that segments are searched in, and what a front-end does when no replica answers. Knows nothing of Ray.
+Owns the division into units (segments that are searched together), and the behaviour when no replica answers. Does not depend on Ray.
 
-1. A unit is exactly one shard of a search in one process (`search/shards/faiss.py`). Its cut-offs, and so its answers, are the same.
-2. When all replicas of a unit fail, the shard raises, and the search is incomplete. When their queues are full, the search is refused.
-3. A replica that is there but has not opened a unit yet, as after sealing, is told to. Until one has, this process searches the unit itself.
-4. The rows since a search, which are few, are searched by this process: the register's lock is held meanwhile, and waits for no replica.
+1. A unit is exactly one shard of a search in a single process (`search/shards/faiss.py`), with the same cut-offs, so the answers are the
+   same.
+2. If all replicas of a unit fail, the shard raises, and the search is incomplete. If their queues are full, the search is refused.
+3. A replica that has not opened a unit yet (for example after sealing) is told to open it. Until one has, this process searches the unit.
+4. At a commit, this process searches the few rows that were added after the search. The commit holds the register's lock, and does not wait
+   for a replica.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from biodedup.search.shards.base import QueueFull, Shard, ShardHits, ShardQuery
 from biodedup.values import Float32
 
 _log = logging.getLogger("biodedup.cluster")
-_RETAKE_S = 30.0  # after which a replica is told again to open a unit
+_RETAKE_S = 30.0  # after this time a replica is told again to open a unit
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Segments that are searched together. key: says which unit it is, whatever segments it has by now."""
+    """Segments that are searched together. key: identifies the unit, even when its segments change."""
 
     key: str
     segments: tuple[Segment, ...]
@@ -46,12 +48,12 @@ class Unit:
 
     @property
     def scanned_bytes(self) -> int:
-        """What scans read of it: what an actor needs memory for."""
+        """The bytes that scans read of it. An actor needs memory for them."""
         return sum(segment.scanned_bytes for segment in self.segments)
 
 
 def units_of(snapshot: Snapshot) -> list[Unit]:
-    """The sealed parts of each shard of a snapshot: a large or indexed segment, or all other ones together."""
+    """The units of a snapshot, one for each shard: each large or indexed segment alone, and all other segments together."""
     units = []
     for parts in engine.divided(snapshot):
         segments = tuple(part for part in parts if isinstance(part, Segment))
@@ -62,7 +64,7 @@ def units_of(snapshot: Snapshot) -> list[Unit]:
 
 
 class RemoteShards:
-    """Makes the shards of snapshots. replicas_of: the replicas of a group, by its number. Thread-safe."""
+    """Makes the shards of a snapshot. replicas_of: group number -> its replicas. Thread-safe."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class RemoteShards:
         deadline_s: float,
         shortage: Callable[[int], str] = lambda group: "",
     ) -> None:
-        """shortage: says why a group lacks replicas, or ''."""
+        """groups: the number of groups; deadline_s: for one replica; shortage: group -> the reason why it lacks replicas, or ''."""
         self._replicas_of, self._shortage = replicas_of, shortage
         self._groups = groups
         self._asker = Asker(deadline_s)
@@ -84,8 +86,7 @@ class RemoteShards:
         return [*remote, engine.shard_of(snapshot, tail, scanner)]
 
     def ask(self, unit: Unit, message: wire.Message) -> tuple[dict[str, Any], wire.Arrays] | None:
-        """The answer of the first replica that gives one; None where some are there, and none has the unit yet. Raises QueueFull,
-        StorageUnavailable."""
+        """The first answer of a replica; None if replicas exist, but none has opened the unit yet. Raises QueueFull, StorageUnavailable."""
         group = group_of(unit.key, self._groups)
         replicas = self._replicas_of(group)
         said = self._asker.ask(replicas, message)
@@ -96,15 +97,14 @@ class RemoteShards:
         for failure in said.failures:
             _log.warning("a replica did not answer: %s", failure)
         if said.full:
-            raise QueueFull(
-                f"{said.full} replicas of {len(unit.segments)} segments have too much to do; try again later"
-            )
+            raise QueueFull(f"{said.full} replicas of {len(unit.segments)} segments have full queues; try again later")
         if said.outdated or said.starting:
             return None
         reason = "; ".join(said.failures) or self._shortage(group) or "there is none"
         raise StorageUnavailable(f"no replica of {len(unit.segments)} segments answers ({reason}); send it again")
 
     def _tell(self, replica: Replica, unit: Unit) -> None:
+        """Tells a replica to open a unit, unless it was told a moment ago."""
         text, now = unit.entries_text, time.monotonic()
         key = (replica.name, wire.generation_of(text))
         with self._lock:
@@ -116,7 +116,7 @@ class RemoteShards:
 
 
 class RemoteShard:
-    """One unit, as a `Shard`."""
+    """A `Shard` whose rows are those of a unit."""
 
     def __init__(self, shards: RemoteShards, snapshot: Snapshot, unit: Unit, scanner: Scanner) -> None:
         self._shards, self._snapshot, self._unit, self._scanner = shards, snapshot, unit, scanner

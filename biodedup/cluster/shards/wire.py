@@ -1,10 +1,10 @@
 """The messages between a front-end and an actor that searches segments.
 
-Owns their form and its version. Never sends, never searches.
+Owns their encoding and its version. Never sends a message and never searches.
 
-A message is a version, a text (JSON) and arrays by name: plain types, so that no class of this library is pickled, and two releases with
-the same version understand each other. Large arrays that many queries share (the numbers of removed rows, tables of evidence, trained codecs) are
-*kept*: a query names their digests, and they are sent to an actor that lacks them.
+A message is a version, a text (JSON) and named arrays. These are plain types, so that no class of this library is pickled, and releases
+with the same message version understand each other. Large arrays that many queries share (numbers of removed rows, evidence tables, trained
+codecs) are *kept*: a query contains only their digests, and the arrays are sent once to each actor that lacks them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from biodedup.search.multicolumn.plan import LlrTable, MultiColumnHits, MultiCol
 from biodedup.search.shards.base import ShardHits, ShardQuery
 
 WIRE_VERSION = 1
-"""Raised with every change of a message. It is part of the actors' names: front-ends of another version start actors of their own."""
+"""Increased with every change of a message. It is part of the actors' names, so that front-ends of another version start their own
+actors."""
 
 
 def release() -> str:
-    """What a front-end and an actor have to have in common."""
+    """The release and message version, which a front-end and its actors must share."""
     import biodedup
 
     return f"{biodedup.__version__}/{WIRE_VERSION}"
@@ -38,12 +39,13 @@ def release() -> str:
 
 Arrays = dict[str, NDArray[Any]]
 Sent = tuple[int, str, Arrays]
-"""A message as it travels."""
+"""A message as it is sent: (version, text, arrays)."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """about: JSON-ready; arrays: by name; kept: digest -> an array that the receiver may have already."""
+    """A message before it is sent. about: values for the JSON text; arrays: by name; kept: digest -> an array that the receiver may
+    have."""
 
     about: dict[str, Any]
     arrays: Arrays = field(default_factory=dict)
@@ -57,16 +59,16 @@ class Message:
         return digest
 
     def sent(self, missing: Sequence[str] = ()) -> Sent:
-        """missing: digests of the kept arrays that the receiver lacks."""
+        """The message in its sent form. missing: digests of the kept arrays that the receiver lacks, which are included."""
         about = {**self.about, "kept": sorted(self.kept)}
         return WIRE_VERSION, json.dumps(about), self.arrays | {name: self.kept[name] for name in missing}
 
 
 def received(sent: Sent) -> tuple[dict[str, Any], Arrays]:
-    """The text and the arrays, which may be written to. Raises StorageUnavailable for another version."""
+    """(the parsed text, writable copies of the arrays). Raises StorageUnavailable for another version."""
     version, text, arrays = sent
     if version != WIRE_VERSION:
-        raise StorageUnavailable(f"a message of version {version}, wanted {WIRE_VERSION}; upgrade all nodes")
+        raise StorageUnavailable(f"got a message of version {version}, wanted {WIRE_VERSION}; upgrade all nodes")
     return json.loads(text), {name: np.array(array, order="C") for name, array in arrays.items()}
 
 
@@ -74,7 +76,7 @@ def received(sent: Sent) -> tuple[dict[str, Any], Arrays]:
 
 
 def entries_text(entries: Sequence[SegmentEntry]) -> str:
-    """What an actor needs to fetch and open segments. Equal texts name equal files."""
+    """The entries of segments as text, from which an actor can fetch and open them. Equal texts mean equal files."""
     return json.dumps([[e.number, e.first_row, e.end_row, dict(sorted(e.files.items()))] for e in entries])
 
 
@@ -83,7 +85,7 @@ def entries_of(text: str) -> list[SegmentEntry]:
 
 
 def generation_of(entries: str) -> str:
-    """Names a state of a unit of segments, given as `entries_text`."""
+    """The name of an exact set of segments: the hash of their `entries_text`."""
     return xxhash.xxh3_128_hexdigest(entries.encode())
 
 
@@ -91,7 +93,7 @@ def generation_of(entries: str) -> str:
 
 
 def view_message(snapshot: Snapshot, generation: str, first_row: int, end_row: int) -> Message:
-    """What a shard has to know of a snapshot besides its segments: the rows that are removed, and the index engines."""
+    """A message with the parts of a snapshot that a shard needs besides its segments: removed rows and index engines."""
     low, high = np.searchsorted(snapshot.tombstones, (first_row, end_row))
     message = Message({"generation": generation})
     message.about["tombstones"] = message.keep(snapshot.tombstones[low:high])
@@ -110,7 +112,7 @@ def indexing_of(about: Mapping[str, Any], kept: Mapping[str, NDArray[Any]]) -> I
 
 
 def group_numbers(snapshot: Snapshot, groups: frozenset[str] | None) -> list[int] | None:
-    """The sets of groups that have one of these."""
+    """The numbers of the group sets that contain one of these groups; None for no restriction."""
     return None if groups is None else sorted(n for n, names in snapshot.group_sets.items() if names & groups)
 
 
@@ -149,7 +151,7 @@ def query_of(
 
 
 def multicolumn_message(query: MultiColumnQuery, message: Message) -> None:
-    """Adds a query in several columns to a message."""
+    """Adds a multi-column query to a message."""
     message.about["query"] = _multicolumn_text(query, message)
 
 

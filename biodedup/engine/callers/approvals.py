@@ -123,7 +123,7 @@ class Approvals:
             by_another = known is not None and folded(known[4]) != folded(caller.name)
             if known is None:
                 row = (action, digest, one.asked, caller.name, self._clock(), None, None)
-                number = transaction.callers().put_approval(None, row)
+                number = transaction.caller_tables().put_approval(None, row)
                 self._put_signature(transaction, one, (number, *row))
                 carried_out(outcome="ApprovalNeeded")
             else:
@@ -146,7 +146,7 @@ class Approvals:
     def _open_request(self, transaction: Transaction, one: _Request, digest: bytes) -> tuple[Any, ...] | None:
         """The newest request for this very call that was not approved and has not ended."""
         now = self._clock()
-        rows = transaction.callers(noted=False).approvals()
+        rows = transaction.caller_tables(noted=False).approvals()
         known = [r for r in rows if r[1] == one.action and r[2] == digest and r[6] is None and r[5] > now - OPEN_S]
         return known[-1] if known else None
 
@@ -160,13 +160,13 @@ class Approvals:
                 0,
             )
         row = (*known[:6], one.caller.name, self._clock())
-        transaction.callers().put_approval(known[0], row[1:])
+        transaction.caller_tables().put_approval(known[0], row[1:])
         self._put_signature(transaction, one, row)
         transaction.when_durable.append(lambda: self._log.asked(one.action, known[0], approved=True))
 
     def _put_signature(self, transaction: Transaction, one: _Request, row: tuple[Any, ...]) -> None:
         """row: of table `approval`, as it is now."""
-        catalogue = transaction.callers()
+        catalogue = transaction.caller_tables()
         content = approval_content(self._gallery.gallery_id, row)
         if one.sign is not None:
             public, signature = one.sign(content)

@@ -36,7 +36,7 @@ from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
 from biodedup.gallery.catalogue.audit import BROKEN, AuditRecord, archive_of, in_archive
 from biodedup.gallery.catalogue.readings import Waiting
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 from biodedup.gallery.files.private import file_bytes, replace_private
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
@@ -207,12 +207,12 @@ class AuditLog:
         """Their calls, which this commit takes in. What is damaged is left for `log verify` to name: it must not stop a writer."""
         try:
             self._taken = found = self._gallery.waiting_readings()
-        except (BiodedupError, *ODD_CONTENT) as error:
+        except (BiodedupError, *MALFORMED) as error:
             _log.warning("audit: calls of readers cannot be taken in: %s", error)
             return []
         if found is None:
             return []
-        transaction.callers().put_readers_taken(found.last)
+        transaction.caller_tables().put_readers_taken(found.last)
         broken = AuditRecord(at=self.clock(), principal="", purpose="", call=BROKEN, outcome=found.problem)
         return [*found.records, *([broken] if found.problem else [])]
 
@@ -246,7 +246,7 @@ class AuditLog:
         """Whether calls of readers are to be taken in."""
         try:
             return self.mode != "none" and self._gallery.waiting_readings() is not None
-        except (BiodedupError, *ODD_CONTENT) as error:
+        except (BiodedupError, *MALFORMED) as error:
             _log.warning("audit: calls of readers cannot be taken in: %s", error)
             return False
 
@@ -310,7 +310,7 @@ def move_old(transaction: Transaction, storage: Storage, out: Path, before: floa
     """As `Engine.archive_audit`: the file is durable before the commit that drops the records."""
     if out.exists():
         raise InvalidInput(f"{out} exists, and an archive is never replaced; name a new file")
-    spans = [s for s in transaction.callers(noted=False).audit_spans() if s.records and s.until < before]
+    spans = [s for s in transaction.caller_tables(noted=False).audit_spans() if s.records and s.until < before]
     if spans:
         content = archive_of(spans)
         with translated(f"writing {out}"):
@@ -319,7 +319,7 @@ def move_old(transaction: Transaction, storage: Storage, out: Path, before: floa
         digest = hashlib.sha256(content).hexdigest()
         transaction.record_step(ARCHIVE_STEP + digest, {"first": spans[0].number, "last": spans[-1].last})
         for span in spans:
-            transaction.callers().put_audit_span(replace(span, records=b""))
+            transaction.caller_tables().put_audit_span(replace(span, records=b""))
     return sum(span.last - span.number + 1 for span in spans)
 
 

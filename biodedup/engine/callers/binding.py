@@ -49,7 +49,7 @@ class ModelBinding:
         if not used - self._noted:
             return
         changed = self.changed(transaction, used)
-        known = {row[1] for row in transaction.callers(noted=False).cards()}
+        known = {row[1] for row in transaction.caller_tables(noted=False).cards()}
         if (again := [card.model_id for card in changed if card.model_id in known]) and self._needs_two():
             raise NotAllowed(
                 f"the card of model {again[0]} has changed, and the gallery's policy asks for two people for that; both call "
@@ -64,7 +64,7 @@ class ModelBinding:
 
     def changed(self, transaction: Transaction, used: set[str] | None = None) -> list[ModelCard]:
         """The cards that are not noted as they are here. used: model_ids, None for all that the gallery has noted."""
-        newest = {row[1]: row[2] for row in transaction.callers(noted=False).cards()}
+        newest = {row[1]: row[2] for row in transaction.caller_tables(noted=False).cards()}
         used = set(newest) if used is None else used
         return [card for card in self._cards if card.model_id in used and newest.get(card.model_id) != card.digest]
 
@@ -73,7 +73,7 @@ class ModelBinding:
         at = (decided[0] if decided else self._clock()) if cards else 0.0
         for card in cards:
             row = (card.model_id, card.digest, card.sha256 or "", float(at))
-            transaction.callers().add_card(row)
+            transaction.caller_tables().add_card(row)
 
     def _needs_two(self) -> bool:
         return "model" in self._gallery.policies[-1].policy.two_people

@@ -233,7 +233,7 @@ class Budgets:
                 yield self._own
             return
         with self._gallery.transaction() as transaction:
-            yield transaction.callers(noted=write)
+            yield transaction.caller_tables(noted=write)
 
     @staticmethod
     def _full_at(

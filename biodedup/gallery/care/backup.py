@@ -80,16 +80,16 @@ def backup(storage: Storage, folder: Path, target: Path) -> Copied:
             if canaries is not None:
                 copy_file(storage, canaries, target / CANARIES_NAME)
                 storage.sync_folder(target)
-            storage.share_turns(folder, target, _turn_ids(storage, target))
+            storage.share_transforms(folder, target, _transform_ids(storage, target))
             return copied
         finally:
             lock.release()
 
 
-def _turn_ids(storage: Storage, folder: Path) -> set[str]:
+def _transform_ids(storage: Storage, folder: Path) -> set[str]:
     """Of the transforms that the embeddings of a copy are stored with."""
     with connected(storage, folder) as catalogue:
-        named, entries = catalogue.turn_ids(), catalogue.segments()
+        named, entries = catalogue.transform_ids(), catalogue.segments()
     paths = [
         folder / SEGMENT_FOLDER / file_name(e.number, kind) for e in entries for kind in e.files if kind in COLUMNS
     ]

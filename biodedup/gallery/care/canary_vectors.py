@@ -9,7 +9,7 @@ from pathlib import Path
 
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.files.column_file import Stream, open_column_file, write_column_file
-from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
+from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import CANARIES_NAME
 
@@ -17,7 +17,7 @@ VECTOR = ".vector"
 """The end of the names of arrays that hold probes; before it stands the column."""
 
 
-def turn_canaries(storage: Storage, folder: Path, turn: Turn | None) -> None:
+def rekey_canaries(storage: Storage, folder: Path, transform: Transform | None) -> None:
     """Turns them back by the transform that the file names, and by this one. Damaged ones are removed: `doctor --canaries` makes others."""
     if CANARIES_NAME not in (storage.list_names(folder) or ()):
         return
@@ -25,9 +25,9 @@ def turn_canaries(storage: Storage, folder: Path, turn: Turn | None) -> None:
     try:
         file = open_column_file(storage, path)
         before = str(file.about.get("turn", ""))
-        if before == turn_id_of(turn):
+        if before == transform_id_of(transform):
             return
-        known = storage.turn(path, before) if before else None
+        known = storage.transform(path, before) if before else None
         arrays = {name: file.read(name).copy() for name in file.names}
     except GalleryDamaged:
         storage.remove(path)
@@ -36,10 +36,10 @@ def turn_canaries(storage: Storage, folder: Path, turn: Turn | None) -> None:
     for name in arrays:
         if name.endswith(VECTOR):
             column = name.removesuffix(VECTOR)
-            vectors = arrays[name] if known is None else known.of(column).back(arrays[name])
-            arrays[name] = vectors if turn is None else turn.of(column).turned(vectors)
+            vectors = arrays[name] if known is None else known.of(column).invert(arrays[name])
+            arrays[name] = vectors if transform is None else transform.of(column).apply(vectors)
     about = {key: value for key, value in file.about.items() if key != "turn"}
-    about |= {} if turn is None else {"turn": turn.turn_id}
+    about |= {} if transform is None else {"turn": transform.transform_id}
     streams = [Stream(name, array.dtype.str, array.shape, [array]) for name, array in arrays.items()]
     file.close()
     write_column_file(storage, path, about, streams, replaces=True)

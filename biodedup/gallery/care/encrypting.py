@@ -75,8 +75,8 @@ def rotate(folder: Path, before: KeySource, after: KeySource) -> KeyStatus:
             if stored is None:
                 raise InvalidInput(f"{folder} is not encrypted; run `biodedup encrypt {folder}`")
             if stored.register_key_id != new.key_id:  # a run that was repeated
-                secret, turns = stored.opened(old).secret, stored.turn_secrets(old)
-                replace_private(folder / KEY_NAME, key_file(new, secret, turns.values()))
+                secret, transforms = stored.opened(old).secret, stored.transform_secrets(old)
+                replace_private(folder / KEY_NAME, key_file(new, secret, transforms.values()))
                 LocalStorage().sync_folder(folder)
         stored = stored_key(folder)
         if stored is None or stored.register_key_id != new.key_id:
@@ -135,7 +135,7 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
         lock = storage.lock(folder / LOCK_NAME)
         try:
             refuse_foreign(storage, new)
-            _refuse_turned(folder)
+            _refuse_renewable(folder)
             _refuse_wrong_log(storage, folder)
             storage.make_folder(new)
             other = storage.lock(new / LOCK_NAME)
@@ -151,10 +151,10 @@ def _crossed(folder: Path, keys: KeySource, *, encrypts: bool) -> KeyStatus:
     return key_status(folder)
 
 
-def _refuse_turned(folder: Path) -> None:
+def _refuse_renewable(folder: Path) -> None:
     """The secrets of renewable templates are in `gallery.key`, which a gallery in the clear has not."""
     stored = stored_key(folder)
-    if stored is not None and stored.turns:
+    if stored is not None and stored.transforms:
         raise InvalidInput(
             f"{folder} has renewable templates; nothing changed; run `biodedup key rekey --plain` first, which stores embeddings as they are"
         )

@@ -30,7 +30,7 @@ from biodedup.gallery.catalogue.chain import (
 )
 from biodedup.gallery.catalogue.readings import Readings
 from biodedup.gallery.catalogue.sqlite import CatalogueTables
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 
 _NAMED_MAX = 20  # problems of one table that are named
 
@@ -84,7 +84,7 @@ def verify_chain(
             finally:
                 catalogue.rollback()
             return _with_readings(report, Readings(storage, folder, catalogue.readers_taken, read_only=True))
-    except (GalleryDamaged, *ODD_CONTENT) as error:
+    except (GalleryDamaged, *MALFORMED) as error:
         return unreadable(error)
 
 

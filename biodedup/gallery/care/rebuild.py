@@ -26,7 +26,7 @@ from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import DATABASE_NAME, SEGMENT_FOLDER
 from biodedup.gallery.index_settings import IndexSettings
-from biodedup.gallery.opening import new_turn
+from biodedup.gallery.opening import new_transform
 from biodedup.gallery.segments.part import PIECE_ROWS, Rows
 from biodedup.gallery.segments.writer import write_segment
 
@@ -70,17 +70,19 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
         storage.make_folder(folder)
         storage.unlock(folder, new=True)
         storage.make_folder(segments)
-        turn = new_turn(storage, folder, content.settings)
+        transform = new_transform(storage, folder, content.settings)
         entries = []
         for number, part in enumerate(content.sealed, 1):
-            entries.append(write_segment(storage, segments, number, content.gallery_id, [part], [None], turn=turn))
+            entries.append(
+                write_segment(storage, segments, number, content.gallery_id, [part], [None], transform=transform)
+            )
             done += part.count
             report(done)
         with closing(SqliteCatalogue(storage.connect(folder / DATABASE_NAME, read_only=False))) as catalogue:
             catalogue.begin()
             catalogue.lay_tables(content.gallery_id, content.settings)
-            if turn is not None:
-                catalogue.set_turn(turn.turn_id)
+            if transform is not None:
+                catalogue.set_transform(transform.transform_id)
             catalogue.set_index(content.index)
             for table in TABLES:
                 catalogue.put(table, content.table(table))
@@ -101,7 +103,7 @@ def _write_journal(catalogue: SqliteCatalogue, part: Rows, version: int) -> None
     for low in range(0, part.count, PIECE_ROWS):
         high = min(low + PIECE_ROWS, part.count)
         rows = part.rows(np.arange(low, high)).tolist()
-        _bury(catalogue, sorted(set(range(following, rows[-1] + 1)) - set(rows)), version)
+        _add_tombstones(catalogue, sorted(set(range(following, rows[-1] + 1)) - set(rows)), version)
         following = rows[-1] + 1
         ids, encounter_ids = packed.text(part.subject_ids(low, high)), packed.text(part.encounter_ids(low, high))
         catalogue.add_subjects(zip(rows, ids, encounter_ids, part.group_sets(low, high).tolist(), strict=True))
@@ -120,7 +122,7 @@ def _write_journal(catalogue: SqliteCatalogue, part: Rows, version: int) -> None
                 )
                 for i, row in enumerate(at)
             )
-    _bury(catalogue, range(following, part.end_row), version)
+    _add_tombstones(catalogue, range(following, part.end_row), version)
     answers = part.answers
     for low in range(0, answers.count, PIECE_ROWS):
         high = min(low + PIECE_ROWS, answers.count)
@@ -129,7 +131,7 @@ def _write_journal(catalogue: SqliteCatalogue, part: Rows, version: int) -> None
             catalogue.add_answer(encounter_id, StoredDecision.read(digest, zlib.decompress(data).decode()))
 
 
-def _bury(catalogue: SqliteCatalogue, rows: Iterable[int], version: int) -> None:
+def _add_tombstones(catalogue: SqliteCatalogue, rows: Iterable[int], version: int) -> None:
     for row in rows:
         catalogue.add_subjects([(row, "", "", 0)])
         catalogue.add_tombstone(row, version)

@@ -197,7 +197,7 @@ def _restore(storage: Storage, folder: Path, backup: Path | None) -> list[str]:
     for name in (DATABASE_NAME, DATABASE_NAME + "-journal"):
         if name in (storage.list_names(folder) or ()):
             storage.replace(folder / name, aside / name)
-    storage.share_turns(backup, folder, None)
+    storage.share_transforms(backup, folder, None)
     copied = copy_gallery(storage, backup, folder, check_kept=True, aside=aside)
     return [
         f"restored version {copied.version} from the backup: what was committed later is lost; the damaged database, databases "

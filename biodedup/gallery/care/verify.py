@@ -20,7 +20,7 @@ from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
@@ -75,7 +75,7 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
     """
     try:
         return _inspected(storage, folder) + _beside(storage, folder)
-    except ODD_CONTENT as error:
+    except MALFORMED as error:
         if isinstance(error, CallerError):
             raise
         return [Problem(None, "journal", f"{type(error).__name__}: {error}")]
@@ -263,7 +263,7 @@ def read_counters(catalogue: SqliteCatalogue) -> State | None:
     """None where they are lost or damaged."""
     try:
         return catalogue.state()
-    except (GalleryDamaged, *ODD_CONTENT):
+    except (GalleryDamaged, *MALFORMED):
         return None
 
 

@@ -1,1 +1,1 @@
-"""The catalogue: the tables that say what a gallery holds."""
+"""The catalogue: the database tables that record what a gallery holds."""

@@ -1,14 +1,14 @@
-"""The records of the audit log: one a call, each with a hash of the record before it.
+"""The records of the audit log: one record for each call, chained by hashes.
 
-Owns the form of a record, the value that chains it, and the form of old records that are packed. Never says which calls are recorded, and never
-reads a database.
+Owns the columns of a record, its hash value, and the packed form of old records. Never decides which calls are recorded, and never reads a
+database.
 
-1. The value of a record is H(the value before, its other columns); H as in chain.py: HMAC-SHA256 in an encrypted gallery.
-2. The number and the value of the newest record are the head. It is a row of `meta`, which the hash chain of the commits covers: a log whose
-   newest records are lost does not meet it.
-3. Old records are packed many at a time, as one row of `audit_span`. The row keeps the values before and at the end, also once its records
-   were moved to an archive file.
-4. Records of one key stand together: the first record of another key packs those before it.
+1. The value of a record is H(the previous record's value, the other columns). H is that of chain.py: HMAC-SHA256 in an encrypted gallery.
+2. The head is the number and the value of the newest record. It is a row of `meta`, which the hash chain of the commits covers. So a log
+   that has lost its newest records disagrees with the head.
+3. Old records are packed into spans. A span is one row of `audit_span`. It keeps the values before its first record and of its last record,
+   even after its records were moved to an archive file.
+4. The unpacked records have one key: when the key changes, all older records are packed first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AUDIT_COLUMNS = {
 BROKEN = "readers"
 """The call of a record that says that calls of readers do not follow from each other (readings.py)."""
 SPAN_ROWS, UNPACKED_MAX = 2_000, 4_000
-"""Records of a span; records that are not packed."""
+"""Records in a span; the number of unpacked records at which a span is packed."""
 _ARCHIVE_TITLE = "biodedup audit archive 1"
 _SPAN_BYTES_MAX = 1 << 28
 _NAMED_MAX = 20
@@ -43,9 +43,9 @@ _NAMED_MAX = 20
 
 @dataclass(frozen=True)
 class AuditRecord(Described):
-    """A call. number: from 1, without gaps; at: seconds since 1970; principal: "" for the program itself; call: the method, as `verify`;
-    subject_id, encounter_id: "" where none is named; count: encounters, probes or subjects of the call; outcome: of a decision, `accepted` or
-    `not accepted`, `done`, or the name of the error that was raised."""
+    """One call. number: from 1, without gaps; at: seconds since 1970; principal: the caller, "" for the program itself; call: the name of
+    the method, for example `verify`; subject_id, encounter_id: "" if the call names none; count: the number of encounters, probes or
+    subjects; outcome: the outcome of the decision, `accepted` or `not accepted`, `done`, or the name of the error that was raised."""
 
     at: float
     principal: str
@@ -59,7 +59,7 @@ class AuditRecord(Described):
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """In the order of the columns, without the chained value."""
+        """All columns but the hash value, in order."""
         return (
             *(self.number, float(self.at), self.principal, self.purpose, self.call),
             *(self.subject_id, self.encounter_id, self.count, self.outcome),
@@ -67,7 +67,7 @@ class AuditRecord(Described):
 
 
 def record_of(values: Sequence[Any]) -> AuditRecord:
-    """values: as `AuditRecord.values`."""
+    """The record with these values, in the order of `AuditRecord.values`."""
     number, at, principal, purpose, call, subject_id, encounter_id, count, outcome = values[:9]
     return AuditRecord(
         at=at,
@@ -84,8 +84,8 @@ def record_of(values: Sequence[Any]) -> AuditRecord:
 
 @dataclass(frozen=True)
 class AuditHead:
-    """first: of the records that are not packed; number: of the newest one, 0 without any; value: its value; key_id: of the key it was
-    made with."""
+    """The head of the log. first: the number of the first unpacked record; number: of the newest record, 0 if there is none; value: the
+    newest record's value; key_id: of the key that computed it."""
 
     first: int = 1
     number: int = 0
@@ -109,8 +109,9 @@ class AuditHead:
 
 @dataclass(frozen=True)
 class AuditSpan:
-    """Packed records, as a row of `audit_span`. number, last: of the first and the last record; since, until: their times; before, value: the
-    chained values before and at the end; digest: SHA-256 of the packed records; records: empty once they are in an archive file."""
+    """Packed records, as a row of `audit_span`. number, last: the numbers of the first and the last record; since, until: the earliest and
+    the latest time; before, value: the hash values before the first record and of the last one; digest: SHA-256 of the packed records;
+    records: empty once they are in an archive file."""
 
     number: int
     last: int
@@ -128,14 +129,14 @@ class AuditSpan:
 
 
 def chained(chain_hash: ChainHash, before: bytes, records: Iterable[AuditRecord]) -> Iterator[bytes]:
-    """The value of each record. before: the value of the record before them."""
+    """The hash value of each record. before: the value of the record before the first."""
     for record in records:
         before = chain_hash.of(b"biodedup audit 1\0" + before + pack_row(record.values))
         yield before
 
 
 def pack_records(rows: Sequence[Sequence[Any]], before: bytes, key_id: str) -> AuditSpan:
-    """rows: of the table `audit`, at least one."""
+    """Packs rows of the table `audit`, at least one. before: the value of the record before the first."""
     text = "\n".join(json.dumps(row[:-1], separators=(",", ":")) for row in rows)
     records = zlib.compress(text.encode(), 6)
     return AuditSpan(
@@ -152,7 +153,8 @@ def pack_records(rows: Sequence[Sequence[Any]], before: bytes, key_id: str) -> A
 
 
 def records_of(span: AuditSpan, records: bytes) -> list[AuditRecord]:
-    """The records of a span. records: those of the span itself, or of its archive file. Raises GalleryDamaged where they are not its."""
+    """The records of a span, unpacked. records: the packed bytes, from the span itself or from its archive file. Raises GalleryDamaged if
+    they do not have the span's digest."""
     if hashlib.sha256(records).digest() == span.digest:
         try:
             inflate = zlib.decompressobj()
@@ -162,14 +164,16 @@ def records_of(span: AuditSpan, records: bytes) -> list[AuditRecord]:
                 return read
         except (TypeError, ValueError, RecursionError, zlib.error):
             pass
-    raise GalleryDamaged(f"audit records {span.number} to {span.last} are not those that were packed")
+    raise GalleryDamaged(
+        f"audit records {span.number} to {span.last} do not have the digest of the records that were packed"
+    )
 
 
 def chosen(
     spans: Iterable[AuditSpan], rows: Iterable[AuditRecord], since: float | None, until: float | None
 ) -> Iterator[AuditRecord]:
-    """The records at or after `since` and before `until`, None for no limit. Spans that hold none, or are in an archive file, are not
-    unpacked. Raises GalleryDamaged."""
+    """The records with since <= time < until; None is no limit. Only spans that hold such records are unpacked; archived spans are left
+    out. Raises GalleryDamaged."""
     low, high = -inf if since is None else since, inf if until is None else until
     held = (span for span in spans if span.records and span.until >= low and span.since < high)
     packed = (record for span in held for record in records_of(span, span.records))
@@ -177,31 +181,31 @@ def chosen(
 
 
 def archive_of(spans: Iterable[AuditSpan]) -> bytes:
-    """The content of an archive file: a line of JSON for each span."""
+    """The content of an archive file: a title, then one line of JSON for each span."""
     lines = [json.dumps([b.hex() if isinstance(b, bytes) else b for b in span.values]) for span in spans]
     return "\n".join([_ARCHIVE_TITLE, *lines, ""]).encode()
 
 
 def in_archive(content: bytes, spans: Iterable[AuditSpan]) -> Iterator[AuditRecord]:
-    """The records of an archive file. spans: of the gallery; they tell whether the file is as it was written. Raises InvalidInput for what is
-    no archive, GalleryDamaged."""
+    """The records of an archive file, verified with the digests of the gallery's spans. Raises InvalidInput for a file that is not an
+    archive, GalleryDamaged for one that was changed."""
     known = {span.number: span for span in spans}
     title, *lines = content.decode("utf-8", "replace").splitlines() or [""]
     if title != _ARCHIVE_TITLE:
-        raise InvalidInput("it is no archive of an audit log; name a file of `biodedup log archive`")
+        raise InvalidInput("it is not an archive of an audit log; name a file that `biodedup log archive` wrote")
     for line in lines:
         try:
             number, *_, records = json.loads(line)
             span = known[number]
             packed = bytes.fromhex(records)
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise GalleryDamaged("the archive of the audit log was changed, or is of another gallery") from None
+            raise GalleryDamaged("the archive of the audit log was changed, or belongs to another gallery") from None
         yield from records_of(span, packed)
 
 
 @dataclass
 class AuditCheck:
-    """Follows the records of an audit log, oldest first, and lists what is wrong. chain_hash: of the key at hand."""
+    """Verifies the records of an audit log, oldest first, and lists the problems. chain_hash: with the gallery's present key."""
 
     chain_hash: ChainHash
     records: int = 0
@@ -210,18 +214,19 @@ class AuditCheck:
     _next: int = 1
     _value: bytes = NO_LINK
     _archived: tuple[int, int] = (0, -1)
-    """The records of the newest note on archive files, the first and the last one."""
+    """The (first, last) record of the newest note about archive files."""
 
     @classmethod
     def after(cls, spans: Sequence[AuditSpan], chain_hash: ChainHash) -> AuditCheck:
-        """One that takes packed records as they are, and follows those behind them."""
+        """A check that trusts the packed records, and verifies the records after them."""
         return cls(chain_hash, _next=spans[-1].last + 1, _value=spans[-1].value) if spans else cls(chain_hash)
 
     def span(self, span: AuditSpan) -> None:
+        """Verifies the next span."""
         name = f"audit records {span.number} to {span.last}"
         if span.number != self._next or span.before != self._value:
             self.problems.append(
-                f"{name} do not follow from the record before: records were dropped, changed or put back"
+                f"{name} do not follow the record before: records were deleted, changed or restored from an older copy"
             )
         self._next, self._value = span.last + 1, span.value
         if not span.records:
@@ -230,17 +235,17 @@ class AuditCheck:
         self.archived(span, span.records)
 
     def _note_archived(self, span: AuditSpan) -> None:
-        """Spans that follow each other are one note."""
+        """Notes an archived span. Consecutive spans share one note."""
         if self._archived[1] == span.number - 1:
             self.notes.pop()
         else:
             self._archived = (span.number, 0)
         self._archived = (self._archived[0], span.last)
         name = "audit records {} to {}".format(*self._archived)
-        self.notes.append(f"{name} are in archive files; check each by `biodedup log show --archive FILE`")
+        self.notes.append(f"{name} are in archive files; verify each with `biodedup log show --archive FILE`")
 
     def archived(self, span: AuditSpan, records: bytes) -> None:
-        """The records of a span, from wherever they are kept."""
+        """Verifies the packed records of a span, from the gallery or from an archive file."""
         try:
             read = records_of(span, records)
         except GalleryDamaged as error:
@@ -251,10 +256,10 @@ class AuditCheck:
         if span.key_id in ("", self.chain_hash.key_id):
             *_, value = chained(self.chain_hash if span.key_id else ChainHash(None), span.before, read)
             if value != span.value:
-                self.problems.append(f"audit records {span.number} to {span.last} are not those that were written")
+                self.problems.append(f"audit records {span.number} to {span.last} were changed after they were written")
         else:
             self.notes.append(
-                f"audit records {span.number} to {span.last} are of key {span.key_id}, which is not at hand"
+                f"audit records {span.number} to {span.last} were made with key {span.key_id}, which is not available"
             )
 
     def _note_readers(self, records: Iterable[AuditRecord]) -> None:
@@ -265,8 +270,8 @@ class AuditCheck:
                 )
 
     def rows(self, rows: Iterable[Sequence[Any]], head: AuditHead) -> None:
-        """The records that are not packed, and the head."""
-        wrong = []
+        """Verifies the unpacked records and the head."""
+        found = []
         known = head.key_id in ("", self.chain_hash.key_id)
         chain_hash = self.chain_hash if head.key_id else ChainHash(None)
         for row in rows:
@@ -275,20 +280,26 @@ class AuditCheck:
             self._note_readers([record])
             if record.number != self._next:
                 lost = f"{self._next} to {record.number - 1}" if record.number - 1 > self._next else f"{self._next}"
-                wrong.append(f"audit record {lost} is lost or was moved: it was dropped or reordered")
+                found.append(f"audit record {lost} is missing: it was deleted or reordered")
             elif known and next(chained(chain_hash, self._value, [record])) != row[-1]:
-                wrong.append(
-                    f"audit record {record.number} ({record.call}) is not as it was written: it was changed, forged or put back"
+                found.append(
+                    f"audit record {record.number} ({record.call}) has a wrong hash: it was changed, forged or restored from an older copy"
                 )
             self._next, self._value = record.number + 1, row[-1]
         if not known:
-            self.notes.append(f"audit records from {head.first} on are of key {head.key_id}, which is not at hand")
+            self.notes.append(
+                f"audit records from {head.first} on were made with key {head.key_id}, which is not available"
+            )
         if self._next <= head.number:
-            wrong.append(f"audit records {self._next} to {head.number} are lost: the newest ones were dropped")
+            found.append(f"audit records {self._next} to {head.number} are missing: the newest records were deleted")
         elif self._next - 1 > head.number:
-            wrong.append(f"audit records from {head.number + 1} on were never written, or the head was put back")
+            found.append(
+                f"audit records from {head.number + 1} on are beyond the head: they were forged, or the head was restored from an older copy"
+            )
         elif self._value != head.value:
-            wrong.append("the newest audit record is not the one of the head: the log was put back, or written anew")
-        if len(wrong) > _NAMED_MAX:
-            wrong = [*wrong[:_NAMED_MAX], f"audit log: {len(wrong) - _NAMED_MAX} more"]
-        self.problems += wrong
+            found.append(
+                "the newest audit record does not have the head's value: the log was restored from an older copy, or rewritten"
+            )
+        if len(found) > _NAMED_MAX:
+            found = [*found[:_NAMED_MAX], f"audit log: {len(found) - _NAMED_MAX} more problems"]
+        self.problems += found

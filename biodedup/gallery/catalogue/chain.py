@@ -1,17 +1,19 @@
 """The hash chain over the commits of a gallery, and one digest of the present rows of each table.
 
-Owns what is hashed, and in which form. Never reads a database: the catalogue (sqlite.py) hands rows in and stores what comes out.
+Owns which values are hashed, and their encoding. Never reads a database: the catalogue (sqlite.py) passes rows in and stores the results.
 
-The hash H is HMAC-SHA256 (RFC 2104) in an encrypted gallery, under a key that is derived from the gallery's, and SHA-256 in one in the clear,
-where it finds accidents alone: anybody can compute it again. The hash R of a row is SHAKE128 (FIPS 202) to 2048 bits, over one block with
-the key that H gives and the table, then the row: a sponge keyed by its first block, as KMAC (NIST SP 800-185).
+H, the hash of links, is HMAC-SHA256 (RFC 2104) in an encrypted gallery, with a key that is derived from the gallery's key. In a gallery in
+the clear it is SHA-256, which detects accidents only: an attacker can compute it again. R, the hash of a row, is SHAKE128 (FIPS 202) with
+2048 bits of output. Its input is one block with a key (computed by H) and the table's name, then the row: a sponge keyed by its first
+block, as in KMAC (NIST SP 800-185).
 
-1. The value of a link hashes the value of the link before it, the counters after the commit, and the digests of all tables.
+1. The value of a link is H of the previous link's value, the counters after the commit, and the digests of all tables.
 2. The digest of a table is the number of its rows and the sum of their hashes R modulo 2^2048: AdHash (Bellare and Micciancio, EUROCRYPT
-   1997). Wagner's generalised birthday attack (CRYPTO 2002) on a sum of that length takes about 2^90 steps, on one of 256 bits 2^32. A
-   commit adds the rows that it put and subtracts those that it dropped, without reading the others.
-3. A link that has a reason took the digests anew from the rows: they are not those that the link before left.
-4. The lists of changed rows (`RowChange`) say which row is not as a commit left it. No link hashes them: they name what the digests find.
+   1997). Wagner's generalised birthday attack (CRYPTO 2002) takes about 2^90 steps on a sum of 2048 bits, and 2^32 on one of 256 bits. A
+   commit adds the hashes of inserted rows and subtracts those of deleted rows. It reads no other row.
+3. A link with a reason computed the digests from all rows again, instead of from the previous link's digests.
+4. The lists of changed rows (`RowChange`) identify the row that differs from the last commit. No link covers them: a digest detects the
+   difference, and the lists only name it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ CHAIN_COLUMNS = {
     "row_change": "number INTEGER PRIMARY KEY, link INTEGER, journal INTEGER, changes BLOB",
 }
 JOURNAL = ("subject", "cell", "encounter")
-"""Tables that sealing empties. Changes of their rows are listed until then."""
+"""Tables that sealing empties. The lists of their changed rows are kept until then."""
 CHAINED = (
     *("meta", "model", "group_set", "segment", "tombstone", *JOURNAL, "held", "review_case", "verdict"),
     *("pending", "judged", "link", "job_step", "policy", "index_codec"),
@@ -37,28 +39,29 @@ CHAINED = (
     *("audit_span", "approval_signature", "card"),
     "budget",
 )
-"""Tables that the chain covers. Their places in this order stand in the chain: new ones come last."""
+"""Tables that the chain covers. The chain stores their positions in this order, so new tables are added at the end."""
 _LATER = frozenset(CHAINED[CHAINED.index("approval") + 1 :])
-"""Tables that older links do not know: while they are empty, links are as without them."""
+"""Tables that older releases did not have. A link covers them only when they hold rows, so that older links stay valid."""
 AUDIT_HEAD = "audit_head"
 """The row of `meta` with the head of the audit log (audit.py)."""
 BEGUN, NEW_KEY, REPAIRED, COVERED = "begun", "new key", "repaired", "more tables"
-"""Reasons of links that took the digests anew."""
+"""Reasons of links that computed the digests again: the chain was started, the key was replaced, the gallery was repaired, the chain covers
+more tables."""
 NO_LINK = bytes(32)
-"""What the first link has before it."""
+"""The previous value of the first link."""
 _CHANGE = struct.Struct("<B8s")
 _DROPPED = 0x80
 _CODES = {table: code for code, table in enumerate(CHAINED)}
 _SUM_BYTES, _START_BYTES = 256, 8
 _SHAKE_BLOCK_BYTES = 168
-_WAITING_MAX = 1024  # rows that are hashed at once
+_WAITING_MAX = 1024  # rows that are hashed in one batch
 _MODULUS = 1 << 8 * _SUM_BYTES
 
 
 @dataclass(frozen=True)
 class Link:
-    """A row of the table `chain`, in the order of its columns. state: the counters after the commit (JSON); key_id: of the key, empty for
-    none; reason: empty for a commit; content: the hash of the digests of all tables."""
+    """A row of the table `chain`, in the order of its columns. state: the counters after the commit (JSON); key_id: the id of the key,
+    empty without a key; reason: empty for an ordinary commit; content: H of the digests of all tables."""
 
     number: int
     commits: int
@@ -75,7 +78,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Digest:
-    """Of the rows of one table. total: the sum of their hashes modulo 2^2048."""
+    """The digest of one table. rows: their number; total: the sum of their hashes modulo 2^2048."""
 
     rows: int = 0
     total: int = 0
@@ -89,7 +92,7 @@ class Digest:
 
 
 class ChainHash:
-    """H and R, and what is computed with them. key: 32 bytes, None in a gallery in the clear."""
+    """The hashes H (`of`) and R (`rows`). key: 32 bytes, None in a gallery in the clear."""
 
     def __init__(self, key: bytes | None) -> None:
         self._empty: Any = hashlib.sha256() if key is None else hmac.new(key, digestmod="sha256")
@@ -105,7 +108,7 @@ class ChainHash:
         return bytes(state.digest())
 
     def rows(self, table: str, packed: Iterable[bytes]) -> tuple[int, list[bytes]]:
-        """(the sum of the hashes of rows, the first bytes of each). packed: the values of each row, as `pack_row` packs them."""
+        """(the sum of the hashes R, the first bytes of each hash). packed: the values of each row, as `pack_row` returns them."""
         empty, total, starts = self._of_table[table], 0, []
         for values in packed:
             state = empty.copy()
@@ -121,12 +124,12 @@ class ChainHash:
         return self.of(b"biodedup tables 1\0" + pack_row(parts))
 
     def completed(self, link: Link, previous: bytes) -> Link:
-        """With its value. previous: the value of the link before."""
+        """The link with its value. previous: the value of the previous link."""
         return replace(link, value=self.of(b"biodedup chain 1\0" + previous + pack_row(link.values[:-1])))
 
 
 class Sum:
-    """The digest of rows that are added one by one; they are hashed many at a time."""
+    """Computes the digest of rows that are added one by one. They are hashed in batches."""
 
     def __init__(self, chain_hash: ChainHash, table: str) -> None:
         self._hash, self._table = chain_hash, table
@@ -139,7 +142,7 @@ class Sum:
             self.hash_waiting(1)
 
     def hash_waiting(self, sign: int) -> list[bytes]:
-        """Returns the start of the hash of each. sign: -1 takes them away."""
+        """Hashes the rows of the batch; returns the first bytes of each hash. sign: 1 adds the rows, -1 subtracts them."""
         total, starts = self._hash.rows(self._table, self._waiting)
         self._rows += sign * len(starts)
         self._total += sign * total
@@ -153,7 +156,7 @@ class Sum:
 
 
 class Changes:
-    """What one transaction has put and dropped so far."""
+    """The rows that one transaction has inserted and deleted so far."""
 
     def __init__(self, chain_hash: ChainHash) -> None:
         self._hash = chain_hash
@@ -161,7 +164,7 @@ class Changes:
         self._emptied: set[str] = set()
         self._waiting: list[bytes] = []
         self._waiting_in = ("", 1, True)
-        """The table of the rows that wait to be hashed; 1, or -1 for dropped ones; whether they are listed."""
+        """Of the batch: the table, the sign (-1 for deleted rows), whether the rows are listed."""
         self._journal, self._other = bytearray(), bytearray()
 
     @property
@@ -171,13 +174,13 @@ class Changes:
 
     @property
     def lists(self) -> tuple[bytes, bytes]:
-        """Packed lists of changed rows, as `changes_in` reads them: of the journal, and of the other tables."""
+        """(changed rows of the journal, changed rows of the other tables), packed as `changes_in` reads them."""
         self._hash_waiting()
         return bytes(self._journal), bytes(self._other)
 
     @property
     def emptied(self) -> bool:
-        """Whether the journal was, so that earlier lists of its rows say nothing any more."""
+        """Whether the journal was emptied. Then earlier lists of its rows are obsolete."""
         return self._emptied >= {*JOURNAL}
 
     def put(self, table: str, packed: bytes, *, listed: bool = True) -> None:
@@ -187,7 +190,7 @@ class Changes:
         self._note((table, -1, listed), packed)
 
     def empty(self, table: str) -> None:
-        """Every row of the table is dropped. Only for a table whose rows this process has compared with its digest, or written."""
+        """Records that all rows of the table are deleted. Only for a table that this process has compared with its digest, or written."""
         self._hash_waiting()
         self._sums.pop(table, None)
         self._emptied.add(table)
@@ -215,6 +218,7 @@ class Changes:
         changes += code + code.join(starts)
 
     def applied_to(self, digests: Mapping[str, Digest]) -> dict[str, Digest]:
+        """The digests after this transaction. digests: before it."""
         self._hash_waiting()
         after = {table: digest for table, digest in digests.items() if table not in self._emptied}
         return {**after, **{table: after.get(table, Digest()).plus(changed) for table, changed in self._sums.items()}}
@@ -222,7 +226,8 @@ class Changes:
 
 @dataclass(frozen=True)
 class RowChange:
-    """link: whose commit made it; start: the first 8 bytes of the row's hash; put: whether the row was put and not dropped."""
+    """A row that a commit changed. link: of that commit; start: the first 8 bytes of the row's hash; put: True for an inserted row, False
+    for a deleted one."""
 
     link: int
     table: str
@@ -231,24 +236,25 @@ class RowChange:
 
 
 def changes_in(link: int, packed: bytes) -> Iterator[RowChange]:
-    """In their order."""
+    """The changes of one packed list, in its order. link: of the commit that wrote the list."""
     for code, start in _CHANGE.iter_unpack(packed[: len(packed) // _CHANGE.size * _CHANGE.size]):
         if code & ~_DROPPED < len(CHAINED):
             yield RowChange(link, CHAINED[code & ~_DROPPED], start, not code & _DROPPED)
 
 
 def is_chained(table: str, row: Sequence[Any]) -> bool:
-    """Whether the digest of its table covers a row. The counters are in each link instead."""
+    """Whether the digest of its table covers this row. The counters (`state` in `meta`) are part of each link instead."""
     return table in _CODES and not (table == "meta" and row[0] == "state")
 
 
 def is_listed(table: str, row: Sequence[Any]) -> bool:
-    """Whether changes of a row are listed. The head of the audit log changes with most commits, budgets with most calls."""
+    """Whether the lists of changed rows include this row. They omit the head of the audit log, which most commits change, and budgets, which
+    most calls change."""
     return table != "budget" and (table != "meta" or row[0] != AUDIT_HEAD)
 
 
 def pack_row(values: Sequence[Any]) -> bytes:
-    """Values with their types and lengths."""
+    """The values of a row as bytes, each with its type and length."""
     parts = []
     for value in values:
         if isinstance(value, (bytes, str)):

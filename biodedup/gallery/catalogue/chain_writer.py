@@ -1,6 +1,7 @@
-"""Extends the hash chain of a gallery by one link a commit, and compares the rows that are read with it.
+"""Adds one link to the hash chain of a gallery for each commit, and verifies the rows that are read against the newest link.
 
-Owns the rows of the tables `chain`, `digest` and `row_change`. What is hashed, and how, is chain.py's. Never begins or ends a transaction.
+Owns the rows of the tables `chain`, `digest` and `row_change`. chain.py defines what is hashed, and how. Never begins or ends a
+transaction.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _KNOWN_NONE: tuple[bytes, dict[str, Digest]] = (b"", {})
 
 
 class ChainTables(Protocol):
-    """What the writer needs of the catalogue."""
+    """The methods of the catalogue that the writer calls."""
 
     def exists(self, table: str) -> bool: ...
 
@@ -54,15 +55,15 @@ class ChainTables(Protocol):
 
 
 class ChainWriter:
-    """Of one connection."""
+    """The hash chain, as one database connection sees and extends it. key: see `ChainHash`."""
 
     def __init__(self, tables: ChainTables, key: bytes | None) -> None:
         self.hash = ChainHash(key)
         self.anew = ""
-        """The reason why the next commits take the digests anew, empty for none."""
+        """If not empty, the next commits compute the digests from all rows. The text is their reason (BEGUN, NEW_KEY, REPAIRED)."""
         self._tables = tables
         self._known = _KNOWN_NONE
-        """The newest value of the chain that this connection wrote or read, and the digests of the tables at it."""
+        """(the value of the newest link that this connection wrote or verified, the digests of the tables at that link)."""
         self._read: dict[str, Digest] | None = None
         self.begin()
 
@@ -70,10 +71,10 @@ class ChainWriter:
         self.changes, self.state = Changes(self.hash), None
 
     state: State | None
-    """The counters that this transaction has set."""
+    """The counters that this transaction has set; None if it has set none."""
 
     def exists(self) -> bool:
-        """Whether the gallery has a chain. Raises GalleryDamaged where its tables are lost."""
+        """Whether the gallery has a chain. Raises GalleryDamaged if its tables are lost."""
         there = [self._tables.exists(table) for table in CHAIN_COLUMNS]
         if not all(there) and (any(there) or "chain" in self._tables.meta()):
             raise GalleryDamaged("the tables of the hash chain are lost; restore the database from a backup")
@@ -91,39 +92,41 @@ class ChainWriter:
 
     @contextmanager
     def comparing(self) -> Iterator[None]:
-        """Compares the tables that are read whole meanwhile with the newest link. Inside the caller's transaction. Raises GalleryDamaged."""
+        """Inside the context, compares each table that is read completely with the newest link. The caller has begun a transaction. Raises
+        GalleryDamaged."""
         last = self._newest() if self.exists() else None
         if last is None or last.key_id != self.hash.key_id:
-            yield  # of an older format, or encrypted a moment ago: the next commit takes the digests
+            yield  # an older format, or a gallery that was just encrypted: the next commit computes the digests
             return
         digests, self._read = self._digests_at(last), {}
         if json.loads(last.state) != list(vars(self._tables.state()).values()):
-            raise _not_of("the counters are")
+            raise _damaged("the counters are")
         try:
             yield
             for table, read in self._read.items():
                 if read != digests.get(table, Digest()):
-                    raise _not_of(f"the {read.rows} rows of table {table} are")
+                    raise _damaged(f"the {read.rows} rows of table {table} are")
         finally:
             self._read = None
 
     def reading(self, table: str) -> Sum | None:
-        """The sum of a table that is about to be read whole; None where nothing compares it."""
+        """The `Sum` for the rows of a table that is read completely; None outside of `comparing`."""
         return None if self._read is None or table not in CHAINED else Sum(self.hash, table)
 
     def was_read(self, table: str, rows: Sum) -> None:
+        """Records the digest of a table that was read completely."""
         if self._read is not None:
             self._read[table] = rows.digest
 
     # writing ------------------------------------------------------------------------------------------------------
 
     def extend(self) -> None:
-        """Adds a link, at the end of a transaction that changed something. Raises GalleryDamaged."""
+        """Adds a link, if the transaction changed something. Called before the commit. Raises GalleryDamaged."""
         changes = self.changes
         if not (changes.tables or self.state or self.anew):
             return
         if self._known is _KNOWN_NONE and not self.exists():
-            return  # of an older format; its next writer begins the chain
+            return  # an older format: the next writer that opens the gallery starts the chain
         last = self._newest()
         reason = self.anew or (BEGUN if last is None else "" if last.key_id == self.hash.key_id else NEW_KEY)
         before = {} if last is None or reason else self._digests_at(last)
@@ -153,20 +156,20 @@ class ChainWriter:
         last, previous = links[0], links[1].value if len(links) > 1 else NO_LINK
         unknown = self._known[0] != last.value and last.key_id == self.hash.key_id
         if unknown and self.hash.completed(last, previous) != last:
-            raise _not_of("the newest link of the hash chain is")
+            raise _damaged("the values of the newest link of the hash chain are")
         return last
 
     def _digests_at(self, last: Link) -> dict[str, Digest]:
-        """Of the tables, at the newest link. What was put back from an earlier time is not to be carried on."""
+        """The digests of the tables at the newest link. They are verified, so that tables from an older backup are not extended."""
         if self._known[0] != last.value:
             digests = self._tables.digests()
             if self.hash.content(digests) != last.content:
-                raise _not_of("the digests of the tables are")
+                raise _damaged("the digests of the tables are")
             self._known = (last.value, digests)
         return self._known[1]
 
     def _present(self) -> Changes:
-        """All rows, as if they were put now."""
+        """All present rows of all tables, as insertions."""
         present = Changes(self.hash)
         for table in CHAINED:
             if self._tables.exists(table):
@@ -176,5 +179,5 @@ class ChainWriter:
         return present
 
 
-def _not_of(what: str) -> GalleryDamaged:
-    return GalleryDamaged(f"{what} not what the last commit left; run `biodedup log verify`, and restore a backup")
+def _damaged(what: str) -> GalleryDamaged:
+    return GalleryDamaged(f"{what} not as the last commit wrote them; run `biodedup log verify`, and restore a backup")

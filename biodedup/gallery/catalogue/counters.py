@@ -1,9 +1,9 @@
-"""Computes the counters of a gallery from its rows, for `doctor`.
+"""Computes the counters of a gallery from its rows, for `biodedup doctor --repair`.
 
 Never reads the disk and never writes.
 
-`row_count` is exact. The others must be at least as high as they ever were: searches refer to `version`, and files are named by
-`next_segment`.
+`row_count` is exact. The other counters are never lower than they were before: search results refer to `version`, and `next_segment` names
+files.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from biodedup.gallery.segments.layout import SegmentEntry
 
 @dataclass(frozen=True)
 class CounterSources:
-    """What a gallery holds. journal_rows: rows of the journal, ascending; versions: of each removal that is still noted; changes:
-    answers, steps of jobs and verdicts, each of which may have been a version of its own."""
+    """What the counters are computed from. entries: the segments; journal_rows: rows of the journal, ascending; versions: the version of
+    each removal that a tombstone records; changes: the number of answers, job steps and verdicts, each of which may have made a version."""
 
     entries: Sequence[SegmentEntry]
     journal_rows: Sequence[int]
@@ -28,11 +28,11 @@ class CounterSources:
 
 
 def recomputed(known: State | None, sources: CounterSources) -> State:
-    """The counters that agree with what is held; `known` itself where it does. known: None where they are lost."""
+    """The counters that agree with the rows; `known` itself if it agrees. known: the stored counters, None if they are lost."""
     ends = [entry.end_row for entry in sources.entries] + [row + 1 for row in sources.journal_rows[-1:]]
     row_count = max(ends, default=0)
     least = max(sources.versions, default=0)
-    if known is None:  # no content has had more versions than that
+    if known is None:  # an upper bound: each row, removal and change makes at most one version
         most = row_count + len(sources.versions) + sources.changes
         known = State(version=most, commits=most)
     counted = replace(

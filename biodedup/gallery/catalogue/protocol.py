@@ -1,11 +1,11 @@
-"""The interface of a gallery's catalogue: its manifest and its journal, in whatever database.
+"""The interface of a gallery's catalogue: its manifest and its journal, in any database.
 
-Owns the names and the promises of its methods. `SqliteCatalogue` (sqlite.py) satisfies it for a gallery in a folder, `PostgresCatalogue`
-(cluster/catalogue.py) for a register on several machines.
+Owns the names of the methods and what they promise. `SqliteCatalogue` (sqlite.py) implements it for a gallery in a folder,
+`PostgresCatalogue` (cluster/catalogue.py) for a register on several machines.
 
-1. `begin` shuts out every other writer until `commit` or `rollback`. What is read after it is what the newest commit left.
-2. A commit is durable when `commit` returns. If it raises, the commit may stand or not.
-3. Every row has a checksum of its values; one that disagrees raises GalleryDamaged.
+1. `begin` excludes every other writer until `commit` or `rollback`. Reads after it see the newest commit.
+2. A commit is durable when `commit` returns. If `commit` raises, the commit may be durable or not.
+3. Every row has a checksum of its values. A row with a wrong checksum raises GalleryDamaged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from biodedup.gallery.catalogue.audit import AuditHead, AuditRecord, AuditSpan
 from biodedup.gallery.catalogue.chain import ChainHash, Link
 from biodedup.gallery.catalogue.readings import Place
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings
 from biodedup.gallery.policies import PolicyVersion
@@ -28,17 +28,17 @@ from biodedup.values import Template, Verdict
 
 
 class Catalogue(Protocol):
-    """What a gallery needs of its database. sqlite.py describes the tables."""
+    """The methods that a gallery calls. sqlite.py describes the tables."""
 
     erased: bool
-    """Whether rows were deleted that the database may still hold in a file of its own. The gallery resets it."""
+    """Whether rows were deleted whose content the database's own files may still hold. The gallery resets it."""
 
     # transactions -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None: ...
 
     def begin_reading(self) -> None:
-        """All that is read until `rollback` is of one commit."""
+        """All reads until `rollback` see the same commit."""
 
     def commit(self) -> None: ...
 
@@ -47,7 +47,7 @@ class Catalogue(Protocol):
     def close(self) -> None: ...
 
     def compared_with_chain(self) -> AbstractContextManager[None]:
-        """Compares the tables that are read whole meanwhile with the hash chain. Raises GalleryDamaged."""
+        """Inside the context, compares each table that is read completely with the hash chain. Raises GalleryDamaged."""
 
     def link_of(self, version: int) -> Link | None: ...
 
@@ -87,13 +87,13 @@ class Catalogue(Protocol):
 
     def forget_cases(self, encounter_ids: Iterable[str]) -> None: ...
 
-    def turn(self) -> Turn | None: ...
+    def transform(self) -> Transform | None: ...
 
     def has_subject_keys(self) -> bool: ...
 
     def set_subject_keys(self) -> None: ...
 
-    def set_turn(self, turn_id: str) -> None: ...
+    def set_transform(self, transform_id: str) -> None: ...
 
     def add_codec(self, column: str, codec: FaissCodec) -> None: ...
 

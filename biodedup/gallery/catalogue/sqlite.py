@@ -1,39 +1,41 @@
-"""The database of a gallery: the manifest, which names the valid segments, and the journal, which holds rows not sealed yet.
+"""The database of a gallery: the manifest, which lists the valid segments, and the journal, which holds the rows that are not in a segment
+yet.
 
-Owns the tables, the checksums of their rows, and their form in SQLite. Never decides, never searches, never caches. Callers hold the gallery's
-lock. `CatalogueTables` says what the rows mean, whatever the database; `SqliteCatalogue` holds every statement that only SQLite understands.
+Owns the tables, the checksums of their rows, and the SQL for SQLite. Never decides, never searches, never caches. Callers hold the
+gallery's lock. `CatalogueTables` defines the meaning of the rows for any database; `SqliteCatalogue` holds all statements that are specific
+to SQLite.
 
 | table | a row is |
 |---|---|
-| meta | one setting of the gallery: id, config, state (version, commits, rows given out, next segment) |
+| meta | one setting of the gallery: id, config, state (the counters, see `State`) |
 | model | one column's model_id and dimension, fixed by its first template |
-| group_set | one combination of groups that some row belongs to |
+| group_set | one combination of groups that at least one row belongs to |
 | segment | one sealed segment: its range of rows, its files and their digests |
-| tombstone | one removed row that a segment or the journal still holds |
+| tombstone | one removed row that a segment or the journal still stores |
 | subject | journal: one row |
 | cell | journal: one template: row and column |
-| encounter | journal: one acknowledged write: what was sent (digest), what was answered |
+| encounter | journal: one acknowledged write: the digest of the request, and the answer |
 | pending | one row that belongs to an open case, and the encounter of that case |
-| held | templates of an open case, in galleries of formats 1 to 3; a writer turns them into a pending row |
-| review_case | an encounter that went to review: what it asked for, and the decision as it stands once it has changed |
-| verdict | what a person ruled on a case and one of its candidates; kept for ever |
-| judged | one pair of rows that a verdict says are of two people |
-| link | one open case that has another one as a candidate |
-| job_step | one step that a job has done, by name, and what it noted; kept for ever |
-| policy | one version of the policy: what it says, who stored it, when, why; kept for ever |
-| budget | calls that a caller made, or that were made about a subject, until they are forgotten (engine/callers/budgets.py) |
-| alarm | one lock-out of a caller; kept for ever |
-| approval | one call that needs two people: its digest, who asked for it, who approved it; kept for ever |
+| held | templates of an open case, in galleries of formats 1 to 3; a writer makes a pending row of them |
+| review_case | an encounter that went to review: the request, and the present decision if it has changed |
+| verdict | the ruling of a person on a case and one of its candidates; never deleted |
+| judged | one pair of rows that belong to two people, by a verdict |
+| link | one open case, and another open case that is its candidate |
+| job_step | one step that a job has completed: its name and its result; never deleted |
+| policy | one version of the policy: its content, who stored it, when, why; never deleted |
+| budget | the calls of a caller, or about a subject, that still count towards a limit (engine/callers/budgets.py) |
+| alarm | one lock-out of a caller; never deleted |
+| approval | one call that needs two people: its digest, who requested it, who approved it; never deleted |
 | approval_signature | the signature of a request or of an approval (approvals.py) |
-| card | one model card that came into use: digests of the card and of its weights (engine/callers/binding.py) |
-| audit | one call, with the hash that chains it to the call before (audit.py) |
-| audit_span | many old calls, packed; kept for ever, without the calls once they are in an archive file |
-| index_codec | one trained FAISS codec of a column: its engine, what is known of it, the empty index |
+| card | one model card that was used: digests of the card and of its weights (engine/callers/binding.py) |
+| audit | one call, with the hash that chains it to the previous call (audit.py) |
+| audit_span | many old calls, packed; never deleted, but its content may move to an archive file |
+| index_codec | one trained FAISS codec of a column: its factory string, its properties, the empty index |
 | chain | one link of the hash chain over the commits (chain.py) |
 | digest | the digest of the present rows of one table |
-| row_change | which rows a commit put and dropped, by the start of their hashes; of the journal until it is sealed |
+| row_change | the rows that a commit inserted and deleted, by the first bytes of their hashes; journal rows until they are sealed |
 
-Every row ends with a checksum of its values, since SQLite has none; a row that disagrees raises GalleryDamaged.
+Every row ends with a checksum of its values, since SQLite has no checksums. A row with a wrong checksum raises GalleryDamaged.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ from biodedup.gallery.catalogue.chain import (
 )
 from biodedup.gallery.catalogue.chain_writer import ChainWriter
 from biodedup.gallery.catalogue.readings import TAKEN, Place
-from biodedup.gallery.files.encryption.turning import Turn, turn_id_of
+from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
 from biodedup.gallery.policies import PolicyVersion, from_settings, from_text, to_text
@@ -93,8 +95,8 @@ from biodedup.values import COLUMNS, Float32, Template, Verdict
 APPLICATION_ID = 0x62696F64  # "biod": `file` shows it
 FORMAT_VERSION = 5
 READABLE = (2, 3, 4, 5)
-"""Formats that are read as they are. 2 to 4: segments keep vectors in other ways, until they are merged. 3: a subject has one row, and the
-templates of open cases lie in `held`. A writer brings the tables up to date; what older releases wrote they can read no more."""
+"""Formats that this release reads directly. 2 to 4: segments store vectors in an older form, until they are merged. 3: a subject has one
+row, and the templates of open cases are in `held`. A writer upgrades the tables; older releases cannot open the gallery afterwards."""
 
 COLUMNS_OF = {
     "meta": "key TEXT PRIMARY KEY, value TEXT",
@@ -144,23 +146,26 @@ ADDED = {
     "approval_signature": "signatures",
     "card": "cards",
 }
-"""Tables that older galleries lack until a writer opens them -> the setting that says from then on that they are there."""
+"""Table that older releases did not have -> the row of `meta` which says that the table exists. A writer creates missing tables when it
+opens."""
 
 ADDED_SETTINGS = frozenset(ADDED.values())
-_RENEWED = frozenset(ADDED.values()) - {"encounters"}
-"""Settings that `SqliteCatalogue.renew` makes true; `encounters` comes with the rows of open cases (`Transaction.adopt_cases`)."""
+_RENEWED = ADDED_SETTINGS - {"encounters"}
+"""Settings that `SqliteCatalogue.renew` sets. `Transaction.adopt_cases` sets `encounters`."""
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
 
 REPLACED = ("meta", "review_case", "encounter", "budget", "approval", "digest", "audit_span")
-"""Tables of which a row may be put again; an encounter that was refused may be sent again."""
+"""Tables in which `put` replaces a row with the same key. In `encounter`: an encounter that was refused may be sent again."""
 
-STRIDE = 32  # cell key = row * stride + column index: one integer key keeps a subject's cells side by side
+STRIDE = (
+    32  # cell key = row * STRIDE + column index: with an integer key the cells of a row are neighbours in the B-tree
+)
 
 
 @dataclass(frozen=True)
 class ColumnModel:
-    """Which model a column's templates come from. dimension: None where the column holds minutiae only."""
+    """The model of a column's templates. dimension: of the embeddings, None if the column holds only minutiae."""
 
     model_id: str
     dimension: int | None
@@ -168,10 +173,10 @@ class ColumnModel:
 
 @dataclass(frozen=True)
 class State:
-    """Counters. version: of the content, as searches name it; commits: of every transaction, sealing and merging included;
-    row_count: rows ever given out; next_segment: the number of the next segment; extra_rows: live rows beyond the first of their
-    subject; all but the last only grow. commit_id: drawn for the last commit, so that its writer knows it from another's of the same
-    number."""
+    """The counters of a gallery. version: of the content, which search results state; commits: the number of transactions, including
+    sealing and merging; row_count: row numbers that were ever assigned; next_segment: the number of the next segment; extra_rows: live rows
+    beyond the first row of their subject. All but extra_rows only grow. commit_id: a random id of the last commit, which distinguishes it
+    from another writer's commit with the same number."""
 
     version: int = 0
     commits: int = 0
@@ -183,7 +188,7 @@ class State:
 
 @dataclass(frozen=True)
 class JournalCell:
-    """One template of the journal. vector: float32 bytes, or None. quality: as files keep it, see `common.quality`."""
+    """One template of the journal. vector: float32 bytes, or None; quality: on the scale of files (`common.quality`)."""
 
     row: int
     column: str
@@ -193,17 +198,18 @@ class JournalCell:
 
 
 class CatalogueTables(ABC):
-    """What the rows of a gallery's tables mean, in any database. Each commit adds a link to the hash chain (chain.py)."""
+    """The meaning of the rows of a gallery's tables, for any database. Subclasses execute the statements. Each commit adds a link
+    to the hash chain (chain.py)."""
 
     tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
     chain: ChainWriter
-    turns: Callable[[str], Turn] | None = None
-    """turn_id -> the transform; None where no key is."""
+    transforms: Callable[[str], Transform] | None = None
+    """transform_id -> the secret transform of stored embeddings; None without a key."""
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
     def create(self, gallery_id: str, config: str) -> None:
-        """Lays the schema of a new gallery, inside the caller's transaction."""
+        """Creates the tables of a new gallery and their first rows, inside the caller's transaction."""
         self.lay_tables(gallery_id, config)
         self.add_policy(PolicyVersion(1, from_settings(config)))
         self.set_index(asked_in(config))
@@ -228,7 +234,7 @@ class CatalogueTables(ABC):
         self.chain.state = state
 
     def policies(self) -> list[PolicyVersion]:
-        """Every version of the policy, the one in force last. Of a gallery without the table the settings that made it say the first."""
+        """All versions of the policy, the version in force last. In a gallery without the table, its settings hold the only version."""
         rows = list(self._all("policy", "version"))
         if not rows and ADDED["policy"] not in self.meta():
             return [PolicyVersion(1, from_settings(self.meta()["config"]))]
@@ -243,15 +249,15 @@ class CatalogueTables(ABC):
     def models(self) -> dict[str, ColumnModel]:
         known = list(self._all("model"))
         if not all(0 <= index < len(COLUMNS) and (size is None or 0 < size <= 1 << 16) for index, _, size in known):
-            raise GalleryDamaged("a row of table model is of no column; run `biodedup doctor`")
+            raise GalleryDamaged("a row of table model names no valid column; run `biodedup doctor`")
         return {COLUMNS[index]: ColumnModel(model_id, dimension) for index, model_id, dimension in known}
 
-    def turn(self) -> Turn | None:
-        """The transform that embeddings are stored with from now on. Those of the journal are; segments name theirs. Raises GalleryDamaged."""
-        if self.turns is None:
+    def transform(self) -> Transform | None:
+        """The transform of the journal's embeddings and of new segments; older segments name their own. Raises GalleryDamaged."""
+        if self.transforms is None:
             return None
-        turn_id = next((value for _, value, *_ in self._all("meta", None, "key = ?", ("turn",))), "")
-        return self.turns(turn_id) if turn_id else None
+        transform_id = next((value for _, value, *_ in self._all("meta", None, "key = ?", ("turn",))), "")
+        return self.transforms(transform_id) if transform_id else None
 
     def has_subject_keys(self) -> bool:
         """Whether minutiae are sealed by keys of subjects (files/encryption/subject_keys.py)."""
@@ -260,14 +266,14 @@ class CatalogueTables(ABC):
     def set_subject_keys(self) -> None:
         self.put("meta", [("subject_keys", "1")])
 
-    def turn_ids(self) -> set[str]:
-        """Of the transforms that the journal and the index codecs are of."""
+    def transform_ids(self) -> set[str]:
+        """The transforms that the journal and the index codecs use."""
         cards = (json.loads(card) for _, _, card, *_ in self._all("index_codec"))
         return {self.meta().get("turn", ""), *(card.get("turn", "") for card in cards)} - {""}
 
-    def set_turn(self, turn_id: str) -> None:
-        """Of a journal that is empty. "": embeddings are stored as they are."""
-        self.put("meta", [("turn", turn_id)])
+    def set_transform(self, transform_id: str) -> None:
+        """Sets the transform for new embeddings; "" for none. The journal must be empty."""
+        self.put("meta", [("turn", transform_id)])
 
     def add_model(self, column: str, model: ColumnModel) -> None:
         self.put("model", [(COLUMNS.index(column), model.model_id, model.dimension)])
@@ -277,18 +283,18 @@ class CatalogueTables(ABC):
         if sorted(sets) != list(range(1, len(sets) + 1)) or not all(
             type(n) is str for some in sets.values() for n in some
         ):
-            raise GalleryDamaged("a row of table group_set was never written; run `biodedup doctor`")
+            raise GalleryDamaged("a row of table group_set is invalid; run `biodedup doctor`")
         return sets
 
     def add_group_set(self, number: int, names: Iterable[str]) -> None:
         self.put("group_set", [(number, json.dumps(sorted(names)))])
 
     def compared_with_chain(self) -> AbstractContextManager[None]:
-        """Compares the tables that are read whole meanwhile with the hash chain. Raises GalleryDamaged."""
+        """Inside the context, compares each table that is read completely with the hash chain. Raises GalleryDamaged."""
         return self.chain.comparing()
 
     def problems(self) -> list[str]:
-        """The database's own check, the checksum of every row, and the rules that the journal keeps."""
+        """Problems that the database's own check, the checksums of all rows and the rules of the journal show."""
         problems = self.database_problems()
         for table in self.tables:
             problems += self._table_problems(table)
@@ -304,7 +310,7 @@ class CatalogueTables(ABC):
         return problems + self.audit_check().problems
 
     def has_encounters(self) -> bool:
-        """Whether open cases have rows, and verdicts are about rows: in galleries of formats 1 to 3 they do not until `Transaction.adopt_cases`."""
+        """Whether open cases have rows, and verdicts name rows. False in galleries of formats 1 to 3 until `Transaction.adopt_cases`."""
         return "encounters" in self.meta()
 
     def set_encounters(self) -> None:
@@ -313,13 +319,13 @@ class CatalogueTables(ABC):
     # index engines ----------------------------------------------------------------------------------------------
 
     def index_settings(self) -> IndexSettings:
-        """The index engines that columns ask for, and their codecs. Raises GalleryDamaged."""
+        """The configured index engine of each column, and the trained codecs. Raises GalleryDamaged."""
         rows = list(self._all("index_codec", "key"))
         codecs = [(key.partition("/")[0], spec, card, trained) for key, spec, card, trained in rows]
-        return read_settings(self.meta().get("index"), codecs, self.turns, turn_id_of(self.turn()))
+        return read_settings(self.meta().get("index"), codecs, self.transforms, transform_id_of(self.transform()))
 
     def set_index(self, settings: IndexSettings) -> None:
-        """Stores the engines, without the codecs."""
+        """Stores the configured engines. The codecs are stored by `add_codec`."""
         self.put("meta", [("index", settings.to_json())])
 
     def add_codec(self, column: str, codec: FaissCodec) -> None:
@@ -332,7 +338,7 @@ class CatalogueTables(ABC):
     # the manifest -----------------------------------------------------------------------------------------------
 
     def segments(self) -> list[SegmentEntry]:
-        """In the order of their rows. A segment of answers alone begins where the next one begins, and ends there."""
+        """The segments, in the order of their rows. A segment without rows holds only answers; its first_row and end_row are equal."""
         entries = [SegmentEntry(n, first, end, json.loads(files)) for n, first, end, files in self._all("segment")]
         return sorted(entries, key=lambda entry: (entry.first_row, entry.end_row, entry.number))
 
@@ -347,11 +353,11 @@ class CatalogueTables(ABC):
         return sorted(row for row, _ in self._all("tombstone"))
 
     def removal_versions(self) -> list[int]:
-        """Of the content, each of a removal that is still noted."""
+        """The version of the content that each recorded removal made."""
         return [version for _, version in self._all("tombstone")]
 
     def add_tombstone(self, row: int, version: int) -> None:
-        """Removes a row; its templates are erased from the journal."""
+        """Records that a row is removed, and deletes its templates from the journal."""
         self.put("tombstone", [(row, version)])
         self._delete("cell WHERE key BETWEEN ? AND ?", [(row * STRIDE, row * STRIDE + STRIDE - 1)])
 
@@ -369,38 +375,38 @@ class CatalogueTables(ABC):
         self.put("subject", rows)
 
     def cells(self) -> Iterator[JournalCell]:
-        """By row."""
-        turn = self.turn()
+        """The templates of the journal, ordered by row."""
+        transform = self.transform()
         for key, vector, minutiae, quality in self._all("cell", "key"):
             column = COLUMNS[key % STRIDE]
-            if turn is not None and vector and not len(vector) % 4:
-                vector = _blob(turn.of(column).back(np.frombuffer(vector, "<f4")[None]))
+            if transform is not None and vector and not len(vector) % 4:
+                vector = _blob(transform.of(column).invert(np.frombuffer(vector, "<f4")[None]))
             yield JournalCell(key // STRIDE, column, vector, minutiae, quality)
 
     def add_cells(self, cells: Iterable[tuple[int, Template]]) -> None:
-        """cells: (row, template)."""
+        """Inserts templates. cells: (row, template)."""
         self.put_cells(JournalCell(row, t.column, *_blobs(t)) for row, t in cells)
 
     def put_cells(self, cells: Iterable[JournalCell]) -> None:
-        """As `cells` returned them."""
-        turn = self.turn()
+        """Inserts templates in the form that `cells` returns."""
+        transform = self.transform()
 
         def stored(cell: JournalCell) -> bytes | None:
-            if turn is None or cell.vector is None:
+            if transform is None or cell.vector is None:
                 return cell.vector
-            return _blob(turn.of(cell.column).turned(np.frombuffer(cell.vector, "<f4")[None]))
+            return _blob(transform.of(cell.column).apply(np.frombuffer(cell.vector, "<f4")[None]))
 
         self.put("cell", ((c.row * STRIDE + COLUMNS.index(c.column), stored(c), c.minutiae, c.quality) for c in cells))
 
     def answers(self) -> dict[str, StoredDecision]:
-        """encounter_id -> what was sent and answered."""
+        """encounter_id -> the digest of the request, and the answer."""
         return {key: StoredDecision(digest, outcome, answer) for key, digest, outcome, answer in self._all("encounter")}
 
     def add_answer(self, encounter_id: str, answer: StoredDecision) -> None:
         self.put("encounter", [(encounter_id, answer.digest, answer.outcome, answer.text)])
 
     def job_steps(self) -> dict[str, str]:
-        """Name of a step that a job has done -> what it noted, JSON."""
+        """Name of a step that a job has completed -> its result (JSON)."""
         return {name: facts for name, facts in self._all("job_step")}
 
     def add_job_step(self, name: str, facts: str) -> None:
@@ -409,7 +415,7 @@ class CatalogueTables(ABC):
     # callers ----------------------------------------------------------------------------------------------------
 
     def budget(self, key: str) -> tuple[float, int] | None:
-        """(until, climbs) of a key, None where nothing is noted."""
+        """(until, climbs) of a key, None if the table has no row. Their meaning: engine/callers/budgets.py."""
         for _, until, climbs in self._all("budget", None, "key = ?", (key,)):
             return until, climbs
         return None
@@ -418,7 +424,7 @@ class CatalogueTables(ABC):
         self.put("budget", [(key, float(until), climbs)])
 
     def forget_budgets(self, now: float) -> None:
-        """Drops what does not count any more."""
+        """Deletes the budgets that have expired. now: seconds since 1970."""
         self._delete("budget WHERE until <= ?", [(float(now),)])
 
     def drop_budget(self, key: str) -> None:
@@ -442,7 +448,8 @@ class CatalogueTables(ABC):
         return list(self._all("approval", "number"))
 
     def put_approval(self, number: int | None, row: Sequence[Any]) -> int:
-        """number: of the row that is replaced, None for a new one. row: without its number. Returns the number."""
+        """Inserts or replaces a row. number: of the row that is replaced, None for a new row; row: without its number. Returns the
+        number."""
         number = self._last_number("approval") + 1 if number is None else number
         self.put("approval", [(number, *row)])
         return number
@@ -452,7 +459,7 @@ class CatalogueTables(ABC):
         return list(self._all("card", "number"))
 
     def add_card(self, row: Sequence[Any]) -> None:
-        """row: without its number."""
+        """Inserts a row of table `card`. row: without its number."""
         self.put("card", [(self._last_number("card") + 1, *row)])
 
     def approval_signatures(self) -> list[tuple[Any, ...]]:
@@ -460,17 +467,17 @@ class CatalogueTables(ABC):
         return list(self._all("approval_signature", "number"))
 
     def put_approval_signature(self, row: Sequence[Any], method: str, key: str, signature: bytes) -> None:
-        """row: of table `approval`, which is signed."""
+        """Inserts a signature. row: of table `approval`, which the signature covers."""
         self.put("approval_signature", [signature_row(row, method, key, signature)])
 
     # the audit log ----------------------------------------------------------------------------------------------
 
     def audit_hash(self) -> ChainHash:
-        """What chains the records of the audit log."""
+        """The hash that chains the records of the audit log."""
         return self.chain.hash
 
     def audit_check(self) -> AuditCheck:
-        """Follows every record. Raises GalleryDamaged."""
+        """Verifies every record. Raises GalleryDamaged."""
         check = AuditCheck(self.audit_hash())
         for span in self.audit_spans():
             check.span(span)
@@ -478,13 +485,13 @@ class CatalogueTables(ABC):
         return check
 
     def audit_head(self) -> AuditHead:
-        """Raises GalleryDamaged."""
+        """The head of the audit log. Raises GalleryDamaged."""
         for _, text in self._all("meta", None, "key = ?", (AUDIT_HEAD,)):
             return AuditHead.from_json(text)
         return AuditHead()
 
     def audit_rows(self) -> Iterator[tuple[Any, ...]]:
-        """The records that are not packed, oldest first, each with its value."""
+        """The unpacked records, oldest first, each with its hash value."""
         return self._all("audit", "number")
 
     def audit_spans(self) -> Iterator[AuditSpan]:
@@ -495,7 +502,7 @@ class CatalogueTables(ABC):
         self.put("audit_span", [span.values])
 
     def add_audit(self, records: Sequence[AuditRecord]) -> None:
-        """Appends records, and gives them their numbers."""
+        """Appends records and numbers them. Packs old records when there are many, or when the key has changed."""
         head, chain_hash = self.audit_head(), self.audit_hash()
         if head.number >= head.first and head.key_id != chain_hash.key_id:
             head = self._pack_audit(head, head.number)
@@ -508,7 +515,7 @@ class CatalogueTables(ABC):
         self.put("meta", [(AUDIT_HEAD, head.to_json())])
 
     def _pack_audit(self, head: AuditHead, last: int) -> AuditHead:
-        """Packs the records up to one. Damaged ones stay as they are, for `log verify` to name."""
+        """Packs the records up to number `last`. If they are damaged it changes nothing, so that `log verify` can report them."""
         before = NO_LINK
         try:
             for span in self._all("audit_span", None, "last = ?", (head.first - 1,)):
@@ -530,7 +537,7 @@ class CatalogueTables(ABC):
         self.put("meta", [(TAKEN, place.to_json())])
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
-        """rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
+        """Inserts held templates. rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
         self.put("held", ((f"{encounter_id}/{COLUMNS[index]}", *rest) for encounter_id, index, *rest in rows))
 
     # cases ------------------------------------------------------------------------------------------------------
@@ -546,23 +553,23 @@ class CatalogueTables(ABC):
         self._delete("pending WHERE row = ?", [(row,)])
 
     def linked(self, encounter_id: str) -> set[str]:
-        """The cases that have this one as a candidate, and those that it has."""
+        """The open cases that are candidates of this case, or have it as a candidate."""
         where = "encounter_id = ? OR other = ?"
         found = self._all("link", "number", where, (encounter_id, encounter_id))
         return {case for _, *pair in found for case in pair} - {encounter_id}
 
     def link(self, encounter_id: str, others: Iterable[str]) -> None:
-        """The cases that a case has as candidates, instead of those before."""
+        """Replaces the open cases that are candidates of a case."""
         self._delete("link WHERE encounter_id = ?", [(encounter_id,)])
         first = self._last_number("link") + 1
         self.put("link", ((number, encounter_id, other) for number, other in enumerate(others, first)))
 
     def unlink(self, encounter_id: str) -> None:
-        """A case that is closed is linked with none."""
+        """Deletes all links of a case, when it is closed."""
         self._delete("link WHERE encounter_id = ? OR other = ?", [(encounter_id, encounter_id)])
 
     def judged(self) -> dict[int, tuple[int, ...]]:
-        """row -> the rows that were judged to be of another person, in both directions."""
+        """row -> the rows that verdicts assign to another person, in both directions."""
         return paired((row, other) for _, row, other in self._all("judged", "number"))
 
     def add_judged(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -570,11 +577,11 @@ class CatalogueTables(ABC):
         self.put("judged", ((number, row, other) for number, (row, other) in enumerate(pairs, first)))
 
     def held_cases(self) -> list[str]:
-        """The encounters whose templates are held, in the order of their ids."""
+        """The encounters whose templates are in `held`, ordered by id."""
         return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in self._keys("held")))
 
     def held(self, encounter_id: str) -> dict[str, Template]:
-        """column -> the template that is held."""
+        """column -> the template in `held`."""
         templates = {}
         names = {f"{encounter_id}/{column}": column for column in COLUMNS}
         where = f"key IN ({','.join('?' * len(names))})"
@@ -589,19 +596,19 @@ class CatalogueTables(ABC):
         self._delete("held WHERE key = ?", ((f"{encounter_id}/{column}",) for column in COLUMNS))
 
     def case(self, encounter_id: str) -> tuple[str, str | None] | None:
-        """(what was asked for, the decision as it stands or None while it is the answer's), JSON; None for no case, and for
-        one of a release that did not note it."""
+        """(the request, the present decision or None if the answer's decision has not changed), JSON. None if the table has no such case:
+        releases before 0.3.0 did not store cases."""
         for _, request, decision in self._all("review_case", None, "encounter_id = ?", (encounter_id,)):
             return request, decision
         return None
 
     def cases(self) -> Iterator[tuple[str, str | None]]:
-        """(encounter_id, the decision as it stands or None while it is the answer's) of every case that was noted."""
+        """(encounter_id, the present decision as in `case`) of every case in the table."""
         for encounter_id, _, decision in self._all("review_case"):
             yield encounter_id, decision
 
     def forget_cases(self, encounter_ids: Iterable[str]) -> None:
-        """Deletes what was asked for, the decisions as they stand, and the verdicts of closed cases."""
+        """Deletes the requests, the present decisions and the verdicts of closed cases."""
         names = [(encounter_id,) for encounter_id in encounter_ids]
         self._delete("review_case WHERE encounter_id = ?", names)
         self._delete("verdict WHERE encounter_id = ?", names)
@@ -610,11 +617,11 @@ class CatalogueTables(ABC):
         self.put("review_case", [(encounter_id, request, decision)])
 
     def verdicts(self, encounter_id: str | None = None) -> Iterator[Verdict]:
-        """In the order in which they were given; of one encounter, or all."""
+        """The verdicts on one encounter, or all verdicts, oldest first."""
         where, values = ("", ()) if encounter_id is None else ("encounter_id = ?", (encounter_id,))
         for _, *fields in self._all("verdict", "number", where, values):
             named, subject_id, candidate, ruling, by, at, note = fields
-            # what was taken once is read for ever, whatever is asked of new ones
+            # KnownId: stored text is not checked again, because the rules for new text may be stricter
             yield Verdict(
                 encounter_id=named,
                 subject_id=subject_id,
@@ -631,7 +638,7 @@ class CatalogueTables(ABC):
             self.put("verdict", [(number, *fields)])
 
     def clear_journal(self) -> None:
-        """Deletes the journal's rows, which a segment holds now."""
+        """Deletes the rows of the journal, after a segment was written with them."""
         for table in JOURNAL:
             self._delete(table)
 
@@ -642,11 +649,12 @@ class CatalogueTables(ABC):
         return (Link(*row) for row in self._all("chain", "number"))
 
     def last_links(self) -> list[Link]:
-        """The newest link and the one before, as far as they are there."""
+        """The newest link and the link before it; fewer if the chain is shorter."""
         return [Link(*row) for row in self._all("chain", "number DESC LIMIT 2")]
 
     def link_of(self, version: int) -> Link | None:
-        """The first link with a version of the content, None where the chain has none, and for what was there when it began. Versions only grow: a binary search over the links."""
+        """The first link with a version of the content, by binary search: versions only grow. None if no link has it, and for the version
+        at which the chain began."""
         low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
         while low <= high:
             middle = (low + high) // 2
@@ -660,26 +668,26 @@ class CatalogueTables(ABC):
         return None if first is None or first.reason == BEGUN else first
 
     def digests(self) -> dict[str, Digest]:
-        """Of the tables, as the newest link left them. Raises GalleryDamaged."""
+        """Table -> its stored digest, at the newest link. Raises GalleryDamaged."""
         return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
 
     def row_changes(self) -> Iterator[RowChange]:
-        """As far as they are kept, oldest first. Raises GalleryDamaged."""
+        """The stored lists of changed rows, oldest first. Raises GalleryDamaged."""
         for _, link, _, packed in self._all("row_change", "number"):
             yield from changes_in(link, packed)
 
     def forget_journal_changes(self) -> None:
         self._delete("row_change WHERE journal = 1")
 
-    # what a database has to do ----------------------------------------------------------------------------------
+    # implemented for each database ------------------------------------------------------------------------------
 
     @abstractmethod
     def lay_tables(self, gallery_id: str, config: str) -> None:
-        """The schema, with nothing but the gallery's id and settings."""
+        """Creates the tables, and stores the gallery's id and settings."""
 
     @abstractmethod
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
+        """Inserts rows with their checksums. In the tables of REPLACED, a row with the same key is replaced."""
 
     @abstractmethod
     def exists(self, table: str) -> bool:
@@ -693,15 +701,15 @@ class CatalogueTables(ABC):
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
-        """Rows without their checksums. where: with a `?` for each of `which`. Raises GalleryDamaged."""
+        """Rows without their checksums. where: a condition with a `?` for each value of `which`. Raises GalleryDamaged."""
 
     @abstractmethod
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
-        """which: a table, and a condition with a `?` for each value."""
+        """Deletes rows, once for each element of `values`. which: the table, and a WHERE condition with a `?` for each value."""
 
     @abstractmethod
     def _last_number(self, table: str) -> int:
-        """The greatest `number` of a table, 0 where it is empty."""
+        """The greatest `number` of a table, 0 if it is empty."""
 
     @abstractmethod
     def _keys(self, table: str) -> list[str]:
@@ -709,11 +717,11 @@ class CatalogueTables(ABC):
 
     @abstractmethod
     def database_problems(self) -> list[str]:
-        """What the database's own check finds."""
+        """Problems that the database's own check finds."""
 
     @abstractmethod
     def _table_problems(self, table: str) -> list[str]:
-        """What reading every row of a table finds."""
+        """Problems that reading every row of a table finds."""
 
 
 class SqliteCatalogue(CatalogueTables):
@@ -724,7 +732,7 @@ class SqliteCatalogue(CatalogueTables):
         self.erased = False
         """Whether rows were deleted that the rollback journal may still hold. The gallery resets it."""
         self.chain = ChainWriter(self, getattr(connection, "chain_key", None))
-        self.turns = getattr(connection, "turns", None)
+        self.transforms = getattr(connection, "transforms", None)
 
     # transactions ---------------------------------------------------------------------------------------------
 
@@ -733,7 +741,7 @@ class SqliteCatalogue(CatalogueTables):
         self.chain.begin()
 
     def begin_reading(self) -> None:
-        """From the first statement on, no writer can commit, until `rollback`."""
+        """Begins a read transaction: from its first statement until `rollback`, no writer can commit."""
         self._connection.execute("BEGIN")
 
     def commit(self) -> None:
@@ -755,7 +763,6 @@ class SqliteCatalogue(CatalogueTables):
     # the schema -------------------------------------------------------------------------------------------------
 
     def lay_tables(self, gallery_id: str, config: str) -> None:
-        """The schema, with nothing but the gallery's id and settings."""
         for table in self.tables:
             self._create(table)
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
@@ -768,7 +775,7 @@ class SqliteCatalogue(CatalogueTables):
         return self.identify()[1] == FORMAT_VERSION and _RENEWED <= self.meta().keys()
 
     def renew(self) -> None:
-        """Lays the tables that a gallery of an older format lacks, inside the caller's transaction."""
+        """Creates the tables that a gallery of an older format lacks, inside the caller's transaction."""
         first, settings = self.policies(), self.meta()
         if "chain" in settings and ADDED["budget"] not in settings:
             self.chain.anew = COVERED
@@ -790,35 +797,34 @@ class SqliteCatalogue(CatalogueTables):
         return bool(self._connection.execute(query, (table,)).fetchone()[0])
 
     def identify(self) -> tuple[int, int, int]:
-        """(application_id, user_version, number of tables): what kind of file this is."""
+        """(application_id, user_version, number of schema objects). They identify the kind of database."""
         queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         first, second, third = (int(self._connection.execute(query).fetchone()[0]) for query in queries)
         return first, second, third
 
     def check_schema(self) -> None:
-        """Called before any table is read. Raises GalleryDamaged where the database holds a trigger, a view or a table that this program
-        does not make: a trigger or a view would run another author's SQL."""
+        """Called before any table is read. Raises GalleryDamaged if the database holds a table, view or trigger that this program does not
+        create: a view or a trigger would run foreign SQL."""
         expected, found = _schema(self.tables), set()
         for kind, name, table, sql in self._connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"):
             if (kind, name, sql) == ("index", f"sqlite_autoindex_{table}_1", None) and ("table", table) in expected:
-                continue  # of a key that is a text
+                continue  # SQLite makes this index for a text primary key
             if sql is None or expected.get((kind, name)) != sql:
                 raise GalleryDamaged(
-                    f"the database holds a {kind} {name!r:.60} that is not as this program makes it; restore it from a backup"
+                    f"the database holds a {kind} {name!r:.60} that this program does not create; restore it from a backup"
                 )
             found.add((kind, name))
         if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(ADDED))]:
             raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
 
     def has_own(self, table: str) -> bool:
-        """Whether a table is there as we make it."""
+        """Whether a table exists with exactly our schema."""
         query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
         return bool(self._connection.execute(query, (table,)).fetchone() == (_schema([table])["table", table],))
 
     # rows with checksums ----------------------------------------------------------------------------------------
 
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Inserts rows with their checksums; in `meta`, `review_case` and `encounter`, replaces them."""
         marks = ",".join("?" * (self.tables[table].count(",") + 2))
         verb = "REPLACE" if table in REPLACED else "INSERT"
         if table in REPLACED and table not in CHAIN_COLUMNS:
@@ -828,21 +834,21 @@ class SqliteCatalogue(CatalogueTables):
         self._connection.executemany(f"{verb} INTO {table} VALUES ({marks})", self._noted(table, rows))
 
     def _noted(self, table: str, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-        """Rows with their checksums, noted for the chain."""
+        """Rows with their checksums; each is added to the chain's changes."""
         for row in rows:
             packed = pack_row(row)
             self.chain.put(table, row, packed)
             yield (*row, _checksum(packed))
 
     def _note_dropped(self, which: str, values: Iterable[tuple[Any, ...]]) -> None:
-        """As `_delete` deletes them."""
+        """Adds the rows that a deletion will remove to the chain's changes. which, values: as in `_delete`."""
         table = which.partition(" ")[0]
         for some in values:
             for *row, _ in self._connection.execute(f"SELECT * FROM {which}", some):
                 self.chain.drop(table, row)
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
-        """Every row of a table, without its checksum, in the order in which they were put. Raises GalleryDamaged."""
+        """All rows of a table without their checksums, in the order of insertion. Raises GalleryDamaged."""
         return self._all(table, "rowid")
 
     def _all(
@@ -860,7 +866,7 @@ class SqliteCatalogue(CatalogueTables):
     def _checked(
         self, table: str, query: str, which: tuple[Any, ...] = (), rows: Sum | None = None
     ) -> Iterator[tuple[Any, ...]]:
-        """rows: sums them up for the chain."""
+        """Rows whose types and checksums are right. rows: collects them for the comparison with the chain. Raises GalleryDamaged."""
         for *values, checksum in self._connection.execute(query, which):
             packed = pack_row(values) if has_types_of(table, values) else b""
             if not packed or _checksum(packed) != checksum:
@@ -872,7 +878,7 @@ class SqliteCatalogue(CatalogueTables):
             self.chain.was_read(table, rows)
 
     def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
-        """The only way to delete rows: it marks the rollback journal to be wiped."""
+        """Every deletion goes through here: `erased` tells the gallery to wipe SQLite's rollback journal, which may hold old content."""
         values = list(values)
         if which in JOURNAL:
             self.chain.changes.empty(which)
@@ -902,12 +908,15 @@ class SqliteCatalogue(CatalogueTables):
 def paired(
     pairs: Iterable[tuple[int, int]], known: Mapping[int, tuple[int, ...]] | None = None
 ) -> dict[int, tuple[int, ...]]:
-    """row -> its partners, in both directions; added to those known."""
+    """row -> its partners, in both directions, added to `known`."""
     found = dict(known or {})
     for pair in pairs:
         for row, other in (pair, pair[::-1]):
             if other not in found.get(row, ()):
-                found[row] = (*found.get(row, ()), other)  # most have one: a set would take four times as much memory
+                found[row] = (
+                    *found.get(row, ()),
+                    other,
+                )  # a tuple: most rows have one partner, and a set takes four times the memory
     return found
 
 
@@ -916,7 +925,7 @@ def _is_counter(value: Any, default: Any) -> bool:
 
 
 def _schema(tables: Iterable[str]) -> dict[tuple[str, str], str]:
-    """(type, name) -> how it is made."""
+    """(type, name) -> the SQL statement that creates it."""
     made = {}
     for table in tables:
         made["table", table] = f"CREATE TABLE {table} ({_EVERY[table]}, checksum INTEGER NOT NULL)"
@@ -953,7 +962,7 @@ def table_columns(table: str) -> list[tuple[str, type]]:
 
 
 def has_types_of(table: str, values: Sequence[Any]) -> bool:
-    """Whether values have the types of the table's columns, which SQLite does not enforce."""
+    """Whether values have the types of the table's columns. SQLite itself does not enforce types."""
     types = _TYPES_OF[table]
     return len(values) == len(types) and all(
         type(value) is kind or (value is None and nullable)

@@ -1,7 +1,7 @@
-"""Converts galleries of format 1 (release 0.1.0), which kept everything in SQLite, to the current format.
+"""Converts a gallery of format 1 (release 0.1.0), which stored everything in SQLite, to the current format.
 
-Owns the reading of the old tables. The new database is written beside the old one and takes its name when it is complete, so that a
-gallery has one format or the other at every moment.
+Owns the names of the old tables. The new database is written beside the old one, which it replaces once it is complete. So the gallery has
+one complete database at every moment.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ OLD_FORMAT = 1
 
 
 def upgrade(storage: Storage, old: sqlite3.Connection, new_path: Path) -> None:
-    """Writes the tables of an open database of format 1 into a new one, all of it in the journal."""
+    """Writes all rows of an open database of format 1 into the journal of a new one. Raises GalleryDamaged for unknown views or
+    triggers."""
     query = "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
     if old.execute(query).fetchone()[0]:
         raise GalleryDamaged(
-            "the database holds views or triggers, which this program never makes; restore it from a backup"
+            "the database holds views or triggers, which this program never creates; restore it from a backup"
         )
     meta = dict(old.execute("SELECT key, value FROM meta"))
     catalogue = SqliteCatalogue(storage.connect(new_path, read_only=False))

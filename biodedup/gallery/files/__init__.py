@@ -1,1 +1,1 @@
-"""Files of a gallery: the file system, column files, vector codes, private permissions."""
+"""The files of a gallery: file-system access, column files, vector codes, encryption, permissions."""

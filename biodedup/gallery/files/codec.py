@@ -1,12 +1,13 @@
-"""Compresses a column's vectors to eight-bit codes, and states how exact an estimate from their high nibbles is.
+"""Compresses embeddings to eight-bit codes, and measures the error of similarities that are estimated from the high nibbles of the codes.
 
-Owns the rotation, its training, and the measurement of the error. Never reads files. Every segment stores the codec that wrote it, so
-that segments with one codec are merged without encoding a vector again.
+Owns the rotation, its training, and the measurement of the error. Never reads files. Each segment stores its codec, so that segments with
+the same codec are merged without encoding again.
 
-Method: random rotation before scalar quantisation, as in RaBitQ (Gao and Long, SIGMOD 2024). After a random rotation no number of a
-vector stands out: one step size suits all of them, and the errors of many numbers add up to a normal error, whatever the model.
-Special here: of a vector with many numbers only the principal axes are scanned, as many as make a search cheapest; the rotation is then
-trained. No mean is subtracted: it is the first of the principal axes.
+Method: random rotation before scalar quantisation, as in RaBitQ (Gao and Long, SIGMOD 2024). After a random rotation all components of a
+vector have a similar size. So one step size suits all components, and the error of an estimate is approximately normal, for any model.
+
+Differences from RaBitQ: for long vectors, a scan reads only the first principal axes, as many as make the search cheapest, and the rotation
+is trained (principal component analysis). No mean is subtracted: the first principal axis covers it.
 """
 
 from __future__ import annotations
@@ -24,25 +25,28 @@ from scipy.special import ndtr, ndtri
 
 from biodedup.common.intervals import upper_bound
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, dequantise, product, quantise
-from biodedup.gallery.files.encryption.turning import ColumnTurn
+from biodedup.gallery.files.encryption.transform import ColumnTransform
 from biodedup.values import Float32
 
 SCAN_WHOLE = 128
-"""Vectors of up to this many numbers are scanned with all of them: their rotation needs no training."""
+"""Up to this dimension a scan reads all components, and the rotation needs no training."""
 TRAINING_ROWS_MIN, TRAINING_ROWS_MAX = 8_192, 32_768
 LEVELS = tuple(round(0.1 * i, 1) for i in range(11))
-"""Similarities at which the error is measured."""
-_PAIRS, _LOWEST = 8_000, 64  # pairs at each of them, half to fit and half to check; of these, how many are remembered
+"""The similarities at which the error is measured."""
+_PAIRS, _LOWEST = (
+    8_000,
+    64,
+)  # pairs at each similarity, half to fit and half to check; the number of lowest errors that are stored
 _SEED = 20_261
 
 
 @dataclass(frozen=True)
 class ErrorLaw:
-    """What the scan's estimate is for pairs of a given similarity.
+    """The distribution of the scan's estimate for pairs of a given similarity.
 
-    similarity, mean, sd: of one half of the pairs. checked, lowest: how many pairs the other half has, and the lowest of their
-    estimates, as standard deviations from the mean that the first half gave them, ascending. source: `sample` of the column, or
-    `isotropic` where there were too few vectors.
+    similarity, mean, sd: mean and standard deviation of the estimates at each similarity, from one half of the pairs; checked: the number
+    of pairs in the other half; lowest: the lowest estimates of the other half, in standard deviations from that mean, ascending; source:
+    `sample` if the pairs are from the column, `isotropic` if the column had too few vectors.
     """
 
     similarity: tuple[float, ...]
@@ -52,12 +56,13 @@ class ErrorLaw:
     lowest: tuple[float, ...]
     source: str
 
-    @cache  # noqa: B019 - a gallery has a handful of laws, and asks them with every search
+    @cache  # noqa: B019 - a gallery has few laws, and every search asks them
     def margin(self, miss_risk: float) -> tuple[float, bool]:
-        """(z, measured): a pair's estimate is more than z deviations too low with at most this probability.
+        """(z, measured): with at most the probability `miss_risk`, an estimate is more than z standard deviations below the mean.
 
-        Measured: z is an order statistic of the pairs that were set aside, so that no law is assumed; with 95 % confidence
-        (Clopper and Pearson, 1934) the probability is below the risk. Where they are too few to say so, z is the normal law's.
+        Measured: z is an order statistic of the held-out pairs, without an assumption about the distribution; the probability is below
+        the risk with 95 % confidence (Clopper and Pearson, 1934). If there are too few pairs for this, z is that of the normal
+        distribution.
         """
         allowed = -1
         while allowed + 1 < len(self.lowest) and self.risk_bound(allowed + 1) <= miss_risk:
@@ -67,42 +72,43 @@ class ErrorLaw:
         return -self.lowest[allowed], True
 
     def bound(self, miss_risk: float) -> float | None:
-        """Below what the probability of a miss is, with the margin for this risk; None where that was not measured."""
+        """An upper bound of the probability of a miss, with the margin for this risk; None if it was not measured."""
         z, measured = self.margin(miss_risk)
         return self.risk_bound(sum(value < -z for value in self.lowest)) if measured else None
 
     def risk_bound(self, misses: int) -> float:
-        """The upper end of the one-sided 95 % interval for the probability of a miss, of which so many were counted."""
+        """The upper end of the one-sided 95 % interval for the probability of a miss. misses: how many were counted."""
         return float(upper_bound(misses, self.checked))
 
     def cut(self, similarity: Float32, z: float) -> Float32:
-        """The estimate that all but a normal tail of z of the pairs at this similarity reach."""
+        """The cut-off for estimates: the mean estimate at this similarity, minus z standard deviations."""
         at = np.asarray(similarity, np.float64)
         mean = np.interp(at, self.similarity, self.mean) + self._outside(at)
         return (mean - z * np.interp(at, self.similarity, self.sd)).astype(np.float32)
 
     def similarity_at(self, cut: Float32, z: float) -> Float32:
-        """The least similarity of which all but a normal tail of z reaches a cut; the inverse of `cut`."""
+        """The inverse of `cut`: the least similarity whose cut-off reaches this value."""
         grid = np.linspace(-1, 1, 2001, dtype=np.float32)
         reached = np.maximum.accumulate(self.cut(grid, z))
         found = np.interp(cut, reached, grid, left=-1, right=2)
         return np.asarray(found, np.float32)
 
     def share_reaching(self, cuts: Float32, mean: Float32, sd: Float32) -> NDArray[np.float64]:
-        """The share of rows whose estimates reach cuts, (q,), if their similarities are normal with this mean and deviation."""
+        """The share of rows whose estimates reach the cut-offs, (q,), if the similarities are normal with this mean and standard
+        deviation."""
         middle = np.asarray(self.cut(mean, 0), np.float64)
         slope = np.asarray(self.cut(mean + sd, 0), np.float64) - middle
         error = np.interp(mean, self.similarity, self.sd)
         return np.asarray(ndtr((middle - cuts) / np.sqrt(slope**2 + error**2)), np.float64)
 
     def _outside(self, at: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Below the measured similarities the line goes on."""
+        """Linear extrapolation below the measured similarities."""
         slope = (self.mean[1] - self.mean[0]) / (self.similarity[1] - self.similarity[0])
         return np.minimum(at - self.similarity[0], 0) * slope
 
 
 def law_from_card(card: dict[str, Any]) -> ErrorLaw:
-    """The law that `vars` wrote. Raises ValueError, TypeError or KeyError for one that was never measured."""
+    """The law from its `vars`. Raises ValueError, TypeError or KeyError for invalid values."""
     similarity, mean, sd, lowest = (tuple(card[name]) for name in ("similarity", "mean", "sd", "lowest"))
     numbers = np.array([*similarity, *mean, *sd, *lowest], np.float64)
     if not (
@@ -113,26 +119,26 @@ def law_from_card(card: dict[str, Any]) -> ErrorLaw:
         and min(sd) > 0
         and np.isfinite(numbers).all()
     ):
-        raise ValueError("a law that was never measured")
+        raise ValueError("the values of an error law are invalid")
     return ErrorLaw(similarity, mean, sd, card["checked"], lowest, card["source"])
 
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """rotation: float32 (D, d), columns orthonormal; scanned: how many of the D numbers the scan reads.
+    """Encodes the vectors of a column. rotation: float32 (D, d), orthonormal columns; scanned: the number of components that a scan reads.
 
-    In a gallery of renewable templates, a file holds the rotation S of turned vectors R x (encryption/turning.py). In memory, `rotation` is
-    S R: it takes vectors as they are, so that a turn costs a search nothing.
+    In a gallery of renewable templates, a file holds the rotation S of transformed vectors R x (encryption/transform.py). In memory,
+    `rotation` is the product S R, which takes plain vectors, so that the transform adds no cost to a search.
     """
 
     rotation: Float32
     scanned: int
     law: ErrorLaw
     training_rows: int = 0
-    """Vectors that the rotation was trained on; 0 where it is random."""
-    turn: ColumnTurn | None = None
-    of_turned: Float32 | None = None
-    """S; None without a turn."""
+    """The number of vectors that the rotation was trained on; 0 for a random rotation."""
+    transform: ColumnTransform | None = None
+    of_transformed: Float32 | None = None
+    """S, the rotation of transformed vectors; None without a transform."""
 
     @cached_property
     def codec_id(self) -> str:
@@ -140,40 +146,40 @@ class Codec:
 
     @property
     def dimension(self) -> int:
-        """Of the vectors."""
+        """The dimension of the vectors, d."""
         return int(self.rotation.shape[1])
 
     @property
     def rest_bytes(self) -> int:
-        """Bytes of a code that the scan does not read."""
+        """The number of bytes of a code that a scan does not read."""
         return int(self.rotation.shape[0]) - self.scanned // 2
 
     @property
     def provisional(self) -> bool:
-        """There were too few vectors to train it."""
+        """Whether the rotation should be trained, but there were too few vectors."""
         return self.dimension > SCAN_WHOLE and not self.training_rows
 
     @property
     def stored_rotation(self) -> Float32:
-        """What a file holds."""
-        return self.rotation if self.of_turned is None else self.of_turned
+        """The rotation that files hold: S with a transform, else `rotation`."""
+        return self.rotation if self.of_transformed is None else self.of_transformed
 
     def card(self) -> dict[str, Any]:
-        """The codec's entry in the `about` of a file, JSON-ready."""
+        """The codec's entry in the `about` of a file, for JSON."""
         card: dict[str, Any] = {
             "id": self.codec_id,
             "scanned": self.scanned,
             "training_rows": self.training_rows,
             "law": vars(self.law),
         }
-        return card if self.turn is None else card | {"turn": self.turn.turn_id}
+        return card if self.transform is None else card | {"turn": self.transform.transform_id}
 
     def in_the_clear(self) -> Codec:
-        """The same codec for a file whose reader has no secret, such as an export."""
-        return replace(self, turn=None, of_turned=None)
+        """The same codec without the transform, for a file whose reader has no secret, such as an export."""
+        return replace(self, transform=None, of_transformed=None)
 
     @classmethod
-    def from_card(cls, card: dict[str, Any], rotation: Float32, turn: ColumnTurn | None = None) -> Codec:
+    def from_card(cls, card: dict[str, Any], rotation: Float32, transform: ColumnTransform | None = None) -> Codec:
         measured = law_from_card(card["law"])
         scanned, counts = card["scanned"], (card["scanned"], card["training_rows"])
         if not (
@@ -182,16 +188,16 @@ class Codec:
             and STEP <= scanned <= len(rotation)
             and np.isfinite(rotation).all()
         ):
-            raise ValueError("a codec that was never made")
+            raise ValueError("the values of a codec are invalid")
         codec = cls(np.array(rotation), scanned, measured, card["training_rows"])
-        return codec if turn is None else _turned(codec, turn)
+        return codec if transform is None else _for_plain_vectors(codec, transform)
 
     def rotate(self, vectors: Float32) -> Float32:
-        """float32 (n, D): what the codes stand for; lengths and similarities stay."""
+        """float32 (n, D): the vectors that are quantised. Lengths and similarities do not change."""
         return np.asarray(vectors @ self.rotation.T, np.float32)
 
     def rotate_probes(self, probes: Float32) -> Float32:
-        """As `rotate`, for a few probes before a scan, without BLAS."""
+        """As `rotate`, without BLAS, for the few probes of a search."""
         return product(probes, self._axes)
 
     @cached_property
@@ -208,23 +214,23 @@ class Codec:
 
 
 Estimate = Callable[[Float32, Float32], Float32]
-"""Of pairs, float32 (n, d) each -> float32 (n,)."""
+"""Estimates the similarities of pairs: float32 (n, d), float32 (n, d) -> float32 (n,)."""
 
 
-def make_codec(dimension: int, samples: Sequence[Float32], turn: ColumnTurn | None = None) -> Codec:
-    """A codec for vectors of this dimension; samples: unit rows of the column, float32 (n, d), any number of them; turn: of the gallery's
-    stored vectors."""
+def make_codec(dimension: int, samples: Sequence[Float32], transform: ColumnTransform | None = None) -> Codec:
+    """A codec for vectors of this dimension. samples: unit rows of the column, float32 (n, d), any number of them; transform: of the stored
+    vectors."""
     vectors = np.concatenate([np.zeros((0, dimension), np.float32), *samples])[:TRAINING_ROWS_MAX]
-    if turn is None:
+    if transform is None:
         return _made(dimension, vectors, _SEED)
-    # of a trained rotation the random part is secret, too: principal axes are nearly the same in every gallery, so that they undo a turn
-    return _turned(_made(dimension, turn.turned(vectors), turn.seed), turn)
+    # The random part of a trained rotation is secret as well: galleries have similar principal axes, which would reveal the transform.
+    return _for_plain_vectors(_made(dimension, transform.apply(vectors), transform.seed), transform)
 
 
-def _turned(codec: Codec, turn: ColumnTurn) -> Codec:
-    """A codec of turned vectors, for vectors as they are."""
-    rotation = np.asarray(codec.rotation @ turn.matrix(codec.dimension), np.float32)
-    return replace(codec, rotation=rotation, turn=turn, of_turned=codec.rotation)
+def _for_plain_vectors(codec: Codec, transform: ColumnTransform) -> Codec:
+    """The codec for plain vectors, from a codec for transformed vectors."""
+    rotation = np.asarray(codec.rotation @ transform.matrix(codec.dimension), np.float32)
+    return replace(codec, rotation=rotation, transform=transform, of_transformed=codec.rotation)
 
 
 def _made(dimension: int, vectors: Float32, seed: int) -> Codec:
@@ -238,17 +244,17 @@ def _made(dimension: int, vectors: Float32, seed: int) -> Codec:
     if dimension <= SCAN_WHOLE or len(vectors) < TRAINING_ROWS_MIN:
         rotation = _random_rotation(padded, rng)[:, :dimension]
         return Codec(rotation, padded, _law(rotation, padded, measured, source, rng))
-    trained, measured = vectors[::2], vectors[1::2]  # what axes say of the vectors that they were made of flatters them
+    trained, measured = vectors[::2], vectors[1::2]  # the error on the training vectors would be too small
     _, axes = np.linalg.eigh(trained.T.astype(np.float64) @ trained)
     principal = np.zeros((padded, dimension))
     principal[:dimension] = axes.T[::-1]
     options = []
     for scanned in [*range(64, padded, 32), padded]:
-        turn = np.zeros((padded, padded))  # within the scanned axes, and within the others
-        turn[:scanned, :scanned] = _random_rotation(scanned, rng)
+        mixing = np.zeros((padded, padded))  # rotates the scanned axes among themselves, and the other axes
+        mixing[:scanned, :scanned] = _random_rotation(scanned, rng)
         if scanned < padded:
-            turn[scanned:, scanned:] = _random_rotation(padded - scanned, rng)
-        rotation = (turn @ principal).astype(np.float32)
+            mixing[scanned:, scanned:] = _random_rotation(padded - scanned, rng)
+        rotation = (mixing @ principal).astype(np.float32)
         law = _law(rotation, scanned, measured, source, rng, pairs=500)
         options.append((_cost(law, rotation, scanned, measured), scanned, rotation))
     _, scanned, rotation = min(options, key=lambda option: option[:2])
@@ -261,13 +267,13 @@ def _random_rotation(size: int, rng: np.random.Generator) -> Float32:
 
 
 _REFERENCE, _NEAREST, _KEPT = 0.5, 1e-5, 0.999
-"""The search whose cost decides: all but a thousandth of the mates at this similarity; and this share of all rows, the nearest
-impostors, where these are less alike than that, as they are in many dimensions."""
-_RESCORING = 200_000  # what the exact comparison of one row costs, in scanned numbers, to an order of magnitude
+"""The search whose cost is minimised keeps 99.9 % of the mates at this similarity. If the nearest impostors (this share of all rows) are
+less similar than that, their similarity is used instead."""
+_RESCORING = 200_000  # the cost of an exact comparison of one row, in scanned components, by order of magnitude
 
 
 def _cost(law: ErrorLaw, rotation: Float32, scanned: int, vectors: Float32) -> float:
-    """Of a search, a row of the gallery: numbers scanned, and exact comparisons of the non-mates that survive."""
+    """The cost of a search for each row of the gallery: scanned components, and exact comparisons of non-mates that pass the cut-off."""
     half = len(vectors[:2_000]) // 2
     one, other = vectors[:half], vectors[half : 2 * half]
     similarity = one @ other.T
@@ -286,7 +292,7 @@ def _law(
 def measured_law(
     estimate: Estimate, vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
 ) -> ErrorLaw:
-    """Measures an estimate on pairs at given similarities: one vector of a sample, and itself mixed with another one.
+    """Measures an estimate on pairs of given similarities. A pair is a vector of the sample, and the same vector mixed with another one.
 
     vectors: unit rows float32 (m, d).
     """
@@ -296,7 +302,8 @@ def measured_law(
 def measured_laws(
     several: Sequence[Estimate], vectors: Float32, source: str, rng: np.random.Generator, pairs: int = _PAIRS
 ) -> tuple[ErrorLaw, ...]:
-    """Of several estimates that a pair has to pass one after another: their margins are the same, and lose so many pairs in all."""
+    """Measures several estimates that a pair must pass one after another. They share one margin, whose risk is that of all of them
+    together."""
     means = [[0.0] * len(LEVELS) for _ in several]
     sds = [[0.0] * len(LEVELS) for _ in several]
     residuals = []
@@ -307,7 +314,7 @@ def measured_laws(
         length = np.linalg.norm(other, axis=1)
         one, other = one[length > 1e-3], other[length > 1e-3] / length[length > 1e-3, None]
         mates = (level * one + sqrt(max(1 - level**2, 0)) * other).astype(np.float32)
-        if len(mates) < 4:  # vectors of one number, or all the same
+        if len(mates) < 4:  # vectors of dimension one, or all the same
             mates = one = np.repeat(vectors[:1].astype(np.float64), 4, axis=0)
         off = level - np.einsum("ij,ij->i", one, mates)
         lowest = np.full(len(mates) // 2, np.inf)
@@ -333,4 +340,4 @@ def estimates(rotation: Float32, scanned: int, probes: Float32, vectors: Float32
     return np.asarray(np.einsum("ij,ij->i", rotated, seen) / norms, np.float32)
 
 
-assert BLOCK_ROWS * STEP == 512  # 64 rows of 8 numbers, half a byte each: 256 bytes, four registers
+assert BLOCK_ROWS * STEP == 512  # 64 rows of 8 components, half a byte each: 256 bytes, four registers of 512 bits

@@ -1,16 +1,15 @@
-"""Scalar quantisation of vectors to eight bits a number, stored as high nibbles, low nibbles and two planes of bits.
+"""Scalar quantisation of vectors to eight bits per component, stored as high nibbles, low nibbles and two bit planes.
 
-Owns quantisation and the memory layout of codes. Never chooses a rotation (`codec.py`) and never compares
-(`search/native`).
+Owns quantisation and the memory layout of codes. Never chooses a rotation (`codec.py`) and never compares (`search/native`).
 
-A search reads two bits of each number of all rows: its sign, and whether it is an outer number of its row. These lie in
-blocks of 64 rows. It reads the high nibbles, four bits a number, of rows that are like the probe by these, and the low
-nibbles of the few rows that are compared exactly. Nibbles lie row by row.
+A search reads in three stages. It reads two bits of each component of all rows: the sign bit and the outer bit. They are stored in blocks
+of 64 rows. It reads the high nibbles (four bits per component) of the rows whose two bits are similar to the probe. It reads the low
+nibbles of the few rows that are compared exactly. Nibbles are stored row by row.
 
-Invariants: codes are uint8, the number plus 128, 1 to 255; a high nibble is code >> 4, a low nibble is code & 15. A
-sign is set where code >= 128. An outer bit is set where the number is more than 0.98 times the root mean square of its
-row's scanned numbers: the two classes of either sign tell most of a normal number (Max, 1960). In files these are the
-arrays `high`, `rest`, `sign` and `outer` (FORMAT.md).
+Invariants: a code is uint8, the component plus 128, from 1 to 255. The high nibble is code >> 4, the low nibble is code & 15. The sign bit
+is code >= 128. The outer bit is set if the component is larger in size than 0.98 times the root mean square of the row's scanned
+components. Sign and outer bit are the optimal two-bit quantiser of a normal variable (Max, 1960). In files these are the arrays `high`,
+`rest`, `sign` and `outer` (FORMAT.md).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from biodedup.values import Float32
 
 BLOCK_ROWS = 64
-"""Rows of one block of high nibbles."""
+"""The number of rows in a block of bits."""
 STEP = 8
 """The number of scanned dimensions is a multiple of this."""
 
@@ -34,16 +33,14 @@ _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
 def _compiled(function: _Function) -> _Function:
-    """Compiles with numba; the machine code is cached on disk for each kind of processor."""
+    """Compiles a function with numba. The machine code is cached on disk for each kind of processor."""
     return cast(_Function, numba.njit(cache=True, nogil=True)(function))
 
 
 def quantise(vectors: Float32) -> tuple[Codes, Float32]:
-    """Vectors float32 (n, d), no row zero -> codes uint8 (n, d) and norms float32 (n,): vector = (code - 128) / norm *
-    length.
+    """Vectors float32 (n, d) without zero rows -> codes uint8 (n, d), norms float32 (n,): vector = (code - 128) / norm * length.
 
-    The largest number of a vector becomes +-127. For d = 128 a cosine changes by a standard deviation of 0.0006
-    (benchmarks/storage.py).
+    The largest component of each vector becomes +-127. For d = 128 a cosine changes by 0.0006 (standard deviation, benchmarks/storage.py).
     """
     codes = np.empty(vectors.shape, np.uint8)
     norms = np.empty(len(vectors), np.float32)
@@ -59,41 +56,40 @@ def dequantise(codes: Codes, norms: Float32) -> Float32:
 
 
 def blocks_of(count: int) -> int:
-    """How many blocks so many rows take."""
+    """The number of blocks for `count` rows."""
     return -(-count // BLOCK_ROWS)
 
 
 def high_nibbles(codes: Codes, scanned: int) -> Codes:
-    """uint8 (n, scanned / 2): byte 4 h + t holds the high nibble of number 8 h + t, and above it that of number
-    8 h + 4 + t. scanned: how many dimensions, the first ones, a multiple of STEP."""
+    """uint8 (n, scanned / 2): the low half of byte 4 h + t is the high nibble of component 8 h + t, its high half that of component 8 h + 4
+    + t. scanned: the number of leading components, a multiple of STEP."""
     high = np.empty((len(codes), scanned // 2), np.uint8)
     _split_high(codes, high)
     return high
 
 
 def low_nibbles(codes: Codes, scanned: int) -> Codes:
-    """uint8 (n, scanned / 2 + d - scanned): the low nibbles, then whole codes of the dimensions that are not
-    scanned."""
+    """uint8 (n, scanned / 2 + d - scanned): the low nibbles, then the whole codes of components that are not scanned."""
     low = np.empty((len(codes), codes.shape[1] - scanned // 2), np.uint8)
     _split_low(codes, scanned, low)
     return low
 
 
 def sign_bits(codes: Codes, scanned: int) -> Codes:
-    """uint8 (n, scanned / 8): bit i of octet j is set where number 8 j + i is positive."""
+    """uint8 (n, scanned / 8): bit i of byte j is set if component 8 j + i is not negative."""
     return np.packbits(codes[:, :scanned] >= 128, axis=1, bitorder="little")
 
 
 def outer_bits(codes: Codes, scanned: int) -> Codes:
-    """As `sign_bits`, set where a number is an outer one."""
+    """As `sign_bits`, for the outer bits."""
     outer = np.empty((len(codes), scanned), np.bool_)
     _find_outer(codes, outer)
     return np.packbits(outer, axis=1, bitorder="little")
 
 
 def bit_blocks(pieces: Iterable[Codes]) -> Iterator[Codes]:
-    """Bits of successive rows, uint8 (n, octets), in whole blocks uint8 (b, octets, 64): row 64 b + r is [b, :, r]. The
-    last block is padded with 0."""
+    """The bits of successive rows, uint8 (n, bytes), as whole blocks uint8 (b, bytes, 64): row 64 b + r is [b, :, r]. The last block is
+    padded with 0."""
     held: Codes | None = None
     for piece in pieces:
         held = piece if held is None else np.concatenate([held, piece])
@@ -109,14 +105,14 @@ def _blocks(bits: Codes) -> Codes:
 
 
 def join_nibbles(high: Codes, low: Codes) -> Codes:
-    """The codes of some rows, uint8 (n, d), from their high nibbles and `low_nibbles`."""
+    """The codes uint8 (n, d), from `high_nibbles` and `low_nibbles`."""
     codes = np.empty((len(high), low.shape[1] + high.shape[1]), np.uint8)
     _join(high, low, codes)
     return codes
 
 
 def product(vectors: Float32, matrix: Float32) -> Float32:
-    """vectors @ matrix, for a few vectors before a scan. Without BLAS, whose threads go on spinning beside the scan's."""
+    """vectors @ matrix, for a few vectors. Without BLAS, whose threads would continue to spin beside the scan's threads."""
     found = np.zeros((len(vectors), matrix.shape[1]), np.float32)
     _multiply(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(matrix, np.float32), found)
     return found

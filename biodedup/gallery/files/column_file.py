@@ -1,15 +1,15 @@
 """A column file: named arrays in one immutable, checksummed, memory-mapped file.
 
-Owns this container (FORMAT.md describes it byte by byte). Never knows what the arrays mean.
+Owns this container format (FORMAT.md describes it byte by byte). Never interprets the arrays.
 
-1. A checksum covers every byte of a file, and a block is checked when it is first read.
-2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. Checksums do not protect against an attacker,
-   who can compute them again: sizes, offsets and counts are checked against the file before they are used.
-3. Reading behind the end of a mapped file would end the process (SIGBUS), so the size is checked before a read. A file that is cut
-   between this check and the read is not noticed.
-4. The digest of a file covers its content. The manifest keeps it, so that no file can be taken for another.
-5. Of a sealed file (encryption/sealed_file.py) a block is decrypted before it is first checked. Its arrays lie in memory of this process,
-   and what is read of single rows is a copy, so that the memory can be given back.
+1. Every byte of a file is covered by a checksum. A block is verified when it is first read.
+2. Headers and arrays are little-endian; the table of contents is JSON; nothing is pickled. An attacker can compute the checksums again, so
+   sizes, offsets and counts are validated before they are used.
+3. A read beyond the end of a mapped file would end the process (SIGBUS). So the size is checked before each read. A file that is truncated
+   between this check and the read is not detected.
+4. The manifest stores the digest of each file's content, so that one file cannot replace another.
+5. A block of an encrypted file (encryption/sealed_file.py) is decrypted before its checksum is verified. Its arrays are in the memory of
+   this process. Single rows are read as copies, so that this memory can be released.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from numpy.typing import NDArray
 
 from biodedup.errors import BiodedupError, EngineClosed, GalleryBusy, GalleryDamaged, KeyMismatch
 from biodedup.gallery.files.encryption.sealed_file import NotAuthentic, SealedMap
-from biodedup.gallery.files.encryption.turning import Turn
-from biodedup.gallery.files.filesystem import ODD_CONTENT, NewFile, Storage
+from biodedup.gallery.files.encryption.transform import Transform
+from biodedup.gallery.files.filesystem import MALFORMED, NewFile, Storage
 from biodedup.gallery.files.names import NEW_SUFFIX
 
 MAGIC = b"BIODEDUP"
 VERSION, VERSION_OF_SMALL_BLOCKS = 1, 2
 BLOCK_BYTES = 1 << 16
-"""What a checksum covers, and what a first read verifies; a file whose rows are read singly has smaller ones."""
+"""The bytes that a checksum covers. Files whose rows are read one by one have smaller blocks."""
 _READ_OVER_BYTES = 1 << 16
-_ADVISED_SECONDS = 60.0  # after which the system may have dropped what was read
-"""Between single rows that are wanted so much is read, too, sooner than the disk is asked once more: that takes a slow one as long."""
+"""A gap up to this size between two wanted rows is read as well: on a slow disk this takes no longer than a second request."""
+_ADVISED_SECONDS = 60.0  # after this time the system may have dropped pages from its cache
 _ASKED_BYTES = 1 << 17
-"""Linux reads no more of a span that it is told will be wanted than it would read ahead, 128 kB by default."""
+"""The size of one MADV_WILLNEED request: Linux reads at most its read-ahead size for a request, 128 kB by default."""
 _ALIGN_BYTES, _PAGE = 64, mmap.PAGESIZE
-_HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that arrays begin on a page
+_HEADER_BYTES = 4096  # the header is padded to a multiple of this, so that the arrays begin on a page
 _FIXED = struct.Struct(
     "<8sIIQQ"
 )  # magic, version, header bytes, file bytes, checksum of the header with this field zero
 _CHECKSUM_AT = _FIXED.size - 8
 _HEADER_BYTES_MAX = 1 << 26
 READ_ONCE = "index"
-"""An array that is read as a whole and then given back: a FAISS index (segments/stored_index.py)."""
+"""The name of an array that is read completely and then released: a FAISS index (segments/stored_index.py)."""
 _DTYPE = re.compile(r"\|[iu]1|<[iu][248]|<f[48]")
 
 
 @dataclass(frozen=True)
 class Stream:
-    """An array to be written, in pieces along its first axis. dtype: as numpy spells it, with its byte order."""
+    """An array to be written, in pieces along its first axis. dtype: numpy's name with the byte order, for example `<f4`."""
 
     name: str
     dtype: str
@@ -82,9 +82,9 @@ def write_column_file(
     *,
     replaces: bool = False,
 ) -> str:
-    """Writes a file under its final name, synced (the folder is the caller's to sync). Returns the file's digest.
+    """Writes a file and syncs it (the caller syncs the folder). Returns the file's digest.
 
-    replaces: what has the name loses it; otherwise raises GalleryBusy where it is taken.
+    about: metadata, for JSON; replaces: replace an existing file; otherwise raises GalleryBusy if the name is taken.
     """
     arrays, offset = {}, 0
     for stream in streams:
@@ -104,7 +104,7 @@ def write_column_file(
                 body.write(np.ascontiguousarray(piece, dtype=stream.dtype).reshape(-1).view(np.uint8).data)
             if body.count - start != stream.byte_count:
                 raise GalleryDamaged(
-                    f"{stream.name} of {path.name} has another size than announced: what it is made from contradicts itself; "
+                    f"{stream.name} of {path.name} has {body.count - start} bytes, wanted {stream.byte_count}: its source is damaged; "
                     "run `biodedup doctor`"
                 )
         table = body.table()
@@ -121,7 +121,7 @@ def write_column_file(
         storage.claim(new, path)
     except FileExistsError:
         raise GalleryBusy(
-            f"{path.name} is there already: another process writes segments here; try again, or close this engine and open the "
+            f"{path.name} exists already: another process writes segments here; try again, or close this engine and open the "
             "gallery again"
         ) from None
     return _digest(header, table)
@@ -147,7 +147,7 @@ def _digest(header: bytes, table: bytes) -> str:
 
 
 class _Body:
-    """Writes the arrays and sums every block up."""
+    """Writes the arrays, and computes the checksum of every block."""
 
     def __init__(self, file: NewFile, block_bytes: int) -> None:
         self.count = 0
@@ -181,14 +181,14 @@ _madvise: Any = numba.types.ExternalFunction("madvise", _int(_uint, _uint, _int)
 
 
 def _advise_each(address: int, starts: Any, sizes: Any, advice: int) -> None:
-    """madvise for many spans. Each takes microseconds where the disk is asked, and mmap's own holds up every other thread."""
+    """Calls madvise for many spans, without the GIL. mmap.madvise holds the GIL for microseconds per span when the disk is read."""
     for i in range(starts.shape[0]):
         for at in range(0, sizes[i], _ASKED_BYTES):
             _madvise(address + starts[i] + at, min(_ASKED_BYTES, sizes[i] - at), advice)
 
 
 def _touch_each(content: Any, starts: Any, size: int) -> int:
-    """Waits until pages are there, while other threads go on: a checksum would hold them up."""
+    """Reads one byte of each page, without the GIL, until all pages are in memory. A checksum would wait for the disk with the GIL held."""
     total = 0
     for i in range(starts.shape[0]):
         for at in range(starts[i], min(starts[i] + size, content.shape[0]), _PAGE):
@@ -210,19 +210,22 @@ def _closed_map() -> mmap.mmap:
 
 
 class _Closed(dict[str, NDArray[Any]]):
-    """The arrays of a file that was closed."""
+    """Replaces the arrays of a closed file: every look-up raises EngineClosed."""
 
     def __missing__(self, name: str) -> NDArray[Any]:
         raise EngineClosed(_CLOSED)
 
 
 class ColumnFile:
-    """An open column file. Thread-safe. Raises GalleryDamaged, naming the file and the array, for content that is not as written."""
+    """An open column file. Thread-safe. For damaged content it raises GalleryDamaged, which names the file and the array."""
 
-    def __init__(self, content: mmap.mmap, name: str, forget: Callable[[], None], turns: Callable[[str], Turn]) -> None:
-        """turns: the transform of stored embeddings by its id."""
+    def __init__(
+        self, content: mmap.mmap, name: str, forget: Callable[[], None], transforms: Callable[[str], Transform]
+    ) -> None:
+        """content: the mapped file; name: for errors; forget: tells the system to drop the file from its cache; transforms: id -> the
+        secret transform of stored embeddings."""
         self.name = name
-        self.turns = turns
+        self.transforms = transforms
         self._forget = forget
         self._content = content
         self._sealed = content if isinstance(content, SealedMap) else None
@@ -249,14 +252,14 @@ class ColumnFile:
             self.about: dict[str, Any] = contents["about"]
             self._block_bytes: int = contents.get("block_bytes", BLOCK_BYTES)
             arrays: dict[str, Any] = dict(contents["arrays"])
-        except ODD_CONTENT:
+        except MALFORMED:
             raise self.damaged("its table of contents") from None
         self._start = header_bytes
         if type(self.about) is not dict or self._block_bytes not in {1 << n for n in range(9, 17)}:
             raise self.damaged("its table of contents")
         self._singly = self._block_bytes < BLOCK_BYTES
         if self._singly and self._sealed is None:
-            content.madvise(mmap.MADV_RANDOM)  # reading ahead would read sixteen times as much as is wanted
+            content.madvise(mmap.MADV_RANDOM)  # without it, read-ahead reads sixteen times as much as is needed
         blocks = -(-(file_bytes - header_bytes - 8) // (self._block_bytes + 8))
         self._decrypt(file_bytes - 8 - 8 * blocks, file_bytes)
         table = content[file_bytes - 8 - 8 * blocks : file_bytes - 8]
@@ -279,7 +282,7 @@ class ColumnFile:
         self._copied = self._sealed is not None and (self._singly or READ_ONCE in self._arrays)
 
     def _decrypt(self, start: int, end: int) -> None:
-        """Of a sealed file, what lies there; nothing of another one. Raises GalleryDamaged."""
+        """Decrypts the bytes [start, end) of an encrypted file; does nothing for another file. Raises GalleryDamaged."""
         if (sealed := self._sealed) is not None:
             try:
                 sealed.need(start, end)
@@ -287,19 +290,19 @@ class ColumnFile:
                 raise self.damaged(str(error)) from None
 
     def _specified(self, name: str, spec: Any) -> tuple[str, tuple[int, ...], int]:
-        """(dtype, shape, offset) of an array that lies within the file."""
+        """(dtype, shape, offset) of an array, validated: the array lies within the file."""
         try:
             dtype, shape, offset = spec["dtype"], tuple(spec["shape"]), spec["offset"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, offset))
-            if whole and 1 <= len(shape) <= 3 and _DTYPE.fullmatch(dtype) and offset % _ALIGN_BYTES == 0:
+            are_counts = all(type(number) is int and number >= 0 for number in (*shape, offset))
+            if are_counts and 1 <= len(shape) <= 3 and _DTYPE.fullmatch(dtype) and offset % _ALIGN_BYTES == 0:
                 if offset + np.dtype(dtype).itemsize * prod(shape) <= self._end - self._start:
                     return dtype, shape, offset
-        except ODD_CONTENT:
+        except MALFORMED:
             pass
-        raise self.damaged(f"the place of its array {name!r:.40}")
+        raise self.damaged(f"the type, shape or position of its array {name!r:.40}")
 
     def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        """Raises GalleryDamaged where an array is absent, or of another type or shape."""
+        """Raises GalleryDamaged if an array is absent, or has another type or shape."""
         if isinstance(self._arrays, _Closed):
             raise EngineClosed(_CLOSED)
         array = self._arrays.get(name)
@@ -307,33 +310,35 @@ class ColumnFile:
             raise self.damaged(f"its array {name}, wanted {dtype} {shape}")
 
     def check_size(self) -> None:
-        """Raises GalleryDamaged where the file was cut short since it was opened."""
+        """Raises GalleryDamaged if the file was truncated since it was opened."""
         sealed = self._sealed
         if self._content.size() < self.byte_count if sealed is None else not sealed.check_size():
-            raise self.damaged("it was cut short while it was open")
+            raise self.damaged("it was truncated while it was open")
 
     def _check_inside(self, name: str, indices: NDArray[Any]) -> None:
         self.check_size()
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._arrays[name]):
-            raise self.damaged(f"its array {name} is asked for what it has not; another file points outside")
+            raise self.damaged(
+                f"its array {name} has {len(self._arrays[name])} elements, and another file refers to one beyond them"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
     @property
     def names(self) -> list[str]:
-        """Of its arrays."""
+        """The names of the arrays."""
         return list(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._arrays[name].shape
 
     def size_of(self, name: str) -> int:
-        """In bytes."""
+        """The size of an array, in bytes."""
         return self._arrays[name].nbytes
 
     def read(self, name: str, low: int = 0, high: int | None = None) -> NDArray[Any]:
-        """Elements [low, high) along the first axis: a view of the map, checked; a copy of what `release` may take back."""
+        """The verified elements [low, high) along the first axis: a view of the map, or a copy if `release` may free the memory."""
         if self._copied and (sealed := self._sealed) is not None:
             with sealed.guard:
                 return self._read(name, low, high).copy()
@@ -359,9 +364,8 @@ class ColumnFile:
         return part
 
     def _advise_again(self, first: int, last: int) -> bool:
-        """Whether the system is asked to read these blocks as a whole, not page by page as they are touched. It looks
-        for every page when it is asked, in memory or not: some 25 ms for what a probe among ten million rows scans. So
-        the same blocks are asked for once a minute."""
+        """Whether to advise the system to read these blocks at once, instead of page by page. At most once a minute for the same blocks:
+        the system then looks at every page, even if it is in memory, which takes some 25 ms for a scan of ten million rows."""
         now = time.monotonic()
         due = bool(self._advised[first : last + 1].min() <= now - _ADVISED_SECONDS)
         if due:
@@ -369,7 +373,7 @@ class ColumnFile:
         return due
 
     def take(self, name: str, indices: NDArray[Any]) -> NDArray[Any]:
-        """Some elements along the first axis: a copy, checked. Ascending indices read the disk in order."""
+        """A verified copy of some elements along the first axis. With ascending indices the disk is read in order."""
         if self._copied and (sealed := self._sealed) is not None:
             with sealed.guard:
                 return self._take(name, indices)
@@ -385,7 +389,7 @@ class ColumnFile:
         return taken
 
     def check_rows(self, name: str, indices: NDArray[np.int64]) -> None:
-        """Checks some elements along the first axis, before `unchecked` reads them; the disk is asked for all of them at once."""
+        """Verifies some elements along the first axis, before `unchecked` reads them. The disk gets one request for all of them."""
         self._check_inside(name, indices)
         if len(indices):
             array = self._arrays[name]
@@ -398,10 +402,10 @@ class ColumnFile:
             self._check(np.unique(np.concatenate([first, last[last != first]])))
 
     def check_spans(self, name: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """Checks the spans [start, end) of a one-dimensional array of bytes, before `unchecked` reads them."""
+        """Verifies the spans [start, end) of a one-dimensional array of bytes, before `unchecked` reads them."""
         self.check_size()
         if not ((starts >= 0) & (starts <= ends) & (ends <= len(self._arrays[name]))).all():
-            raise self.damaged(f"places in its array {name} that are not there")
+            raise self.damaged(f"positions outside of its array {name}")
         some = ends > starts
         first = (self._offsets[name] + starts[some]) // self._block_bytes
         last = (self._offsets[name] + ends[some] - 1) // self._block_bytes
@@ -414,13 +418,14 @@ class ColumnFile:
         self._check(np.unique(np.concatenate(blocks)))
 
     def unchecked(self, name: str) -> NDArray[Any]:
-        """A whole array as it is mapped, unchecked; the caller checks what it reads."""
+        """A whole array as it is mapped, not verified. The caller verifies the elements that it reads, with `check_rows` or
+        `check_spans`."""
         return self._arrays[name]
 
     def release(self, *, forget: bool) -> None:
-        """Gives back the memory that single rows have taken up so far; they stay in the system's cache while there is room, unless
-        it shall forget them. What was decrypted is given back only then: there is no cache of it but this memory."""
-        with suppress(ValueError):  # closed meanwhile
+        """Releases the memory of the rows that were read. forget: also drop them from the system's cache. Decrypted content is released
+        only with `forget`, because it is in no cache but this memory."""
+        with suppress(ValueError):  # the file was closed meanwhile
             if (sealed := self._sealed) is None:
                 self._content.madvise(mmap.MADV_DONTNEED)
             elif self._copied and forget:
@@ -431,16 +436,16 @@ class ColumnFile:
             self._forget()
 
     def close(self) -> None:
-        """Gives the file back to the system at once. What was read before stays valid, and keeps the map until it is dropped; a later
-        read raises EngineClosed. Closing twice does nothing."""
+        """Closes the file at once. Arrays that were read stay valid, and keep the map until they are deleted. A later read raises
+        EngineClosed. Closing again does nothing."""
         self._arrays = _Closed()
         self._octets = np.zeros(0, np.uint8)
         content, self._content = self._content, _closed_map()
-        with suppress(BufferError):  # a view of it is in use somewhere, and is its last owner now
+        with suppress(BufferError):  # an array still uses the map, which is closed with it
             content.close()
 
     def content(self, piece_bytes: int) -> Iterator[bytes]:
-        """The whole file, unchecked."""
+        """The whole file in pieces, not verified."""
         for start in range(0, self.byte_count, piece_bytes):
             self.check_size()
             if (sealed := self._sealed) is None:
@@ -452,7 +457,7 @@ class ColumnFile:
             yield piece
 
     def problems(self) -> list[str]:
-        """What a check of every block finds: nothing, or one line."""
+        """Verifies every block. Returns an empty list, or one line that names the damaged blocks."""
         try:
             self.check_size()
         except GalleryDamaged as error:
@@ -467,7 +472,7 @@ class ColumnFile:
     def _check(self, blocks: NDArray[np.int64]) -> None:
         todo = blocks[~self._checked[blocks]]
         wanted = blocks if self._singly else todo
-        if len(wanted) > 1:  # let the disk work on all of them at once
+        if len(wanted) > 1:  # so that the disk reads all of them at the same time
             gap = _READ_OVER_BYTES // self._block_bytes if self._singly else 0
             breaks = np.flatnonzero(np.diff(wanted) > 1 + gap)
             starts = self._start + wanted[np.concatenate([[0], breaks + 1])] * self._block_bytes
@@ -488,7 +493,7 @@ class ColumnFile:
         return [name for name, offset in self._offsets.items() if offset < end and ends[name] > start]
 
     def _damaged_of(self, blocks: NDArray[np.int64]) -> Iterator[int]:
-        """One after another, while other threads wait: there is nothing in this loop but the checksum."""
+        """The damaged ones of some blocks. The loop only computes checksums, because it holds the GIL."""
         try:
             content, digest = memoryview(self._content)[: self._end], xxhash.xxh3_64_intdigest
         except ValueError:
@@ -503,7 +508,7 @@ class ColumnFile:
                 yield block
 
     def _is_authentic(self, start: int, end: int) -> bool:
-        """Of a sealed file, whether the key proves these bytes, which are decrypted; True of another one."""
+        """Decrypts the bytes [start, end) of an encrypted file. False if they were changed. True for an unencrypted file."""
         try:
             if (sealed := self._sealed) is not None:
                 sealed.need(start, end)
@@ -512,12 +517,12 @@ class ColumnFile:
         return True
 
     def damaged(self, what: str) -> GalleryDamaged:
-        """The error that names this file."""
+        """An error that names this file."""
         return GalleryDamaged(f"segment file {self.name} is damaged: {what}; run `biodedup doctor`")
 
 
 def open_column_file(storage: Storage, path: Path) -> ColumnFile:
-    """Raises GalleryDamaged where the file is absent or damaged, OSError where the disk refuses."""
+    """Opens a column file. Raises GalleryDamaged if it is absent or damaged, OSError for a failed disk operation."""
     try:
         content = storage.map(path)
     except FileNotFoundError:
@@ -526,13 +531,13 @@ def open_column_file(storage: Storage, path: Path) -> ColumnFile:
         raise GalleryDamaged(f"segment file {path.name} is damaged: {error}; run `biodedup doctor`") from None
     except KeyMismatch:
         raise
-    except ValueError:  # an empty file cannot be mapped, nor a pipe or a folder
+    except ValueError:  # an empty file, a pipe or a folder cannot be mapped
         raise GalleryDamaged(
-            f"segment file {path.name} is damaged: it is empty, or no file; run `biodedup doctor`"
+            f"segment file {path.name} is damaged: it is empty, or not a regular file; run `biodedup doctor`"
         ) from None
     try:
-        return ColumnFile(content, path.name, partial(storage.forget, path), partial(storage.turn, path))
-    except ODD_CONTENT as error:
+        return ColumnFile(content, path.name, partial(storage.forget, path), partial(storage.transform, path))
+    except MALFORMED as error:
         if isinstance(error, BiodedupError):
             raise
         raise GalleryDamaged(

@@ -1,4 +1,7 @@
-"""Turns errors of SQLite and of the file system into errors of this library."""
+"""Converts errors of SQLite and of the file system into errors of this library.
+
+Owns the mapping of error codes to exceptions and remedies. Never retries.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,15 @@ _DISK_TROUBLE = {
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_READONLY,
-}  # primary result codes after which the same call may succeed; others speak of damage
+}  # primary result codes after which the same call may succeed; other codes mean damage
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Turns what SQLite and the file system raise into the error tree."""
+    """Inside the context, converts errors. doing: what the program does, for the message. Raises StorageUnavailable, NotAGallery,
+    GalleryDamaged."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -44,7 +48,7 @@ def translated(doing: str) -> Iterator[None]:
 
 
 def _unavailable(error: Exception, doing: str) -> StorageUnavailable:
-    """The retryable error for a disk that refused."""
+    """The retryable error for a failed disk operation, with a remedy."""
     number = getattr(error, "errno", None)
     if number in _FULL or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
         remedy = "free the disk and send it again"

@@ -1,18 +1,18 @@
 """All access of the gallery to the file system: folders, files, the writer's lock and the SQLite connection.
 
-Owns folders, files, the writer's lock and the SQLite connection with its durability settings. Never knows what is stored, and
-never follows a symbolic link to a file that it writes. A test hands in a double that fails the nth call.
+Owns the interface `Storage`, and its implementation for a POSIX file system with the durability settings of SQLite. Never interprets
+content, and never follows a symbolic link to a file that it writes. Tests pass in a double that fails the nth call.
 
-1. A connection commits durably: rollback journal in PERSIST mode with synchronous=FULL, which syncs the journal, the
-   database and then the journal's zeroed header. (SQLite before 3.51.3 can lose commits when a write-ahead log is reset;
-   DELETE mode needs a further sync of the folder for the same promise.)
-2. One process writes. The lock belongs to the open file, so that a killed writer leaves none behind.
-3. A file other than the database is written once, under another name, synced, renamed, and never changed again.
-4. What is created is for its owner alone, whatever the umask: folders 0700, files 0600 (private.py).
-5. The rollback journal keeps old pages after a commit. `wipe` overwrites it once they hold what was erased.
-6. A child of a fork can use none of this (forks.py).
-7. Where a gallery's folder holds `gallery.key`, every file is sealed and every database encrypted (encryption/), and what is not is
-   refused. Nothing above this module knows whether it is so.
+1. A connection commits durably: rollback journal in PERSIST mode with synchronous=FULL. SQLite then syncs the journal, the database, and
+   the journal's zeroed header. (SQLite before 3.51.3 can lose commits when a write-ahead log is reset; DELETE mode would also need a sync
+   of the folder.)
+2. One process writes. Its lock belongs to the open file, so that a killed writer leaves no lock behind.
+3. A file other than the database is written once, under a temporary name, synced and renamed. It is never changed afterwards.
+4. Only the owner can access new files (0600) and folders (0700), whatever the umask (private.py).
+5. SQLite's rollback journal keeps old pages after a commit. `wipe` overwrites it when these pages hold erased content.
+6. A child of a fork cannot use open locks, files and connections (handles.py).
+7. If the gallery's folder holds `gallery.key`, all files and databases are encrypted (encryption/), and unencrypted ones are refused.
+   Modules above this one do not depend on it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, cast
+from typing import Protocol, cast
 
-from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, KeyMismatch, NotAGallery
-from biodedup.gallery.files import forks
+from biodedup.errors import GalleryBusy, GalleryDamaged, InvalidInput, KeyMismatch
 from biodedup.gallery.files.encryption.keyring import Key, KeyFile, key_file, new_key_file, register_key
 from biodedup.gallery.files.encryption.sealed_file import (
     BLOCK_BYTES,
@@ -44,7 +42,8 @@ from biodedup.gallery.files.encryption.sealed_file import (
     SealedMap,
     SealedWriter,
 )
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
+from biodedup.gallery.files.handles import BUFFER_BYTES, Connection, FileLock, LocalFile, write_all
 from biodedup.gallery.files.names import DATABASE_NAME, KEY_NAME, NEW_SUFFIX, SEGMENT_FOLDER, finished
 from biodedup.gallery.files.private import (
     create_private,
@@ -55,10 +54,9 @@ from biodedup.gallery.files.private import (
 )
 from biodedup.keys import KEY_BYTES, KeySource
 
-_BUFFER_BYTES = 1 << 20
 _WIPED_BYTES_KEPT = 1 << 18
-"""A wiped journal keeps its space up to this size: the next commit then needs no new blocks of the disk."""
-ODD_CONTENT = (
+"""A wiped journal up to this size keeps its space, so that the next commit needs no new disk blocks."""
+MALFORMED = (
     AttributeError,
     IndexError,
     KeyError,
@@ -70,9 +68,9 @@ ODD_CONTENT = (
     struct.error,
     zlib.error,
 )
-"""Exceptions of Python for stored content that no writer wrote; the reader reports them as GalleryDamaged."""
-_BUSY_S = 10.0  # that a connection waits for another one's lock
-_READ_SINGLY = ".rest"  # the end of the name of a file whose rows are read singly (segments/layout.py)
+"""Python exceptions that malformed stored content can cause. Readers report them as GalleryDamaged."""
+_BUSY_S = 10.0  # the longest time that a connection waits for another connection's lock
+_READ_SINGLY = ".rest"  # suffix of files whose rows are read one by one (segments/layout.py)
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
@@ -80,250 +78,104 @@ class Lock(Protocol):
     def release(self) -> None: ...
 
     def is_held(self) -> bool:
-        """Whether its file is still there: without it, another process can hold a lock of the same name."""
+        """Whether the lock file still exists. Without it, another process could take a lock with the same name."""
 
 
 class NewFile(Protocol):
-    """A file in the making."""
+    """A file that is being written."""
 
     def write(self, data: bytes | memoryview) -> None: ...
 
     def finish(self) -> None:
-        """Syncs and closes: what was written is on the disk."""
+        """Syncs and closes the file; its content is durable then."""
 
     def discard(self) -> None:
         """Closes and removes; never fails."""
 
 
 class Storage(Protocol):
-    """What the gallery needs of a file system."""
+    """The file-system operations that a gallery uses."""
 
     def list_names(self, folder: Path) -> list[str] | None:
-        """Names in a folder; None where the folder does not exist."""
+        """The names in a folder, sorted; None if the folder does not exist."""
 
     def make_folder(self, folder: Path) -> None: ...
 
     def lock(self, path: Path) -> Lock:
-        """The exclusive writer's lock. Raises GalleryBusy, naming the holder."""
+        """Takes the exclusive writer's lock. Raises GalleryBusy, which names the holder."""
 
     def unlock(self, folder: Path, *, new: bool) -> str | None:
-        """Called before anything in a gallery is read. Returns the id of the register's key; None for a gallery in the clear. new: a
-        gallery is created, and gets a key if this storage has one. Raises KeyMismatch, GalleryDamaged."""
+        """Called before anything in a gallery is read. Returns the id of the register's key; None for a gallery in the clear. new: the
+        gallery is being created; it gets a key file if this storage has a key. Raises KeyMismatch, GalleryDamaged."""
 
     def register_chain_key(self, folder: Path) -> bytes | None:
         """Of the hash chain in PostgreSQL; folder: has the register's key file. None for a register in the clear. Raises KeyMismatch,
         GalleryDamaged."""
 
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
-        """Before a gallery is copied: the target gets the source's key, or stays in the clear as the source. lost: the target had this
-        key, and holds files of it. Raises InvalidInput, KeyMismatch."""
+        """Called before a gallery is copied: gives the target the source's key file, if there is one. lost: the target has files under this
+        key, and has lost its key file. Raises InvalidInput, KeyMismatch."""
 
-    def share_turns(self, source: Path, target: Path, needed: Collection[str] | None) -> None:
-        """After a gallery was copied: the target knows the transforms of the source, and of its own the needed ones. None: all of its own.
-        Raises GalleryBusy where the source has lost a needed one meanwhile."""
+    def share_transforms(self, source: Path, target: Path, needed: Collection[str] | None) -> None:
+        """Called after a gallery was copied: adds the source's transform secrets to the target. Of its own secrets the target keeps those
+        in `needed`, or all if it is None. Raises GalleryBusy if a needed secret was destroyed in the source meanwhile."""
 
-    def turn(self, path: Path, turn_id: str) -> Turn:
-        """The transform that embeddings in a file of a gallery are turned by. Raises GalleryDamaged where its secret is not there,
-        KeyMismatch."""
+    def transform(self, path: Path, transform_id: str) -> Transform:
+        """The secret transform of embeddings in a gallery's file. Raises GalleryDamaged if its secret is missing, KeyMismatch."""
 
-    def turn_ids(self, folder: Path) -> list[str]:
-        """Of the transforms whose secrets a gallery has, the newest last. Raises GalleryDamaged."""
+    def transform_ids(self, folder: Path) -> list[str]:
+        """The transforms whose secrets a gallery has, newest last. Raises GalleryDamaged."""
 
-    def add_turn(self, folder: Path) -> str:
-        """Makes the secret of a new transform, and returns its id. Raises InvalidInput where the gallery is not encrypted, KeyMismatch."""
+    def add_transform(self, folder: Path) -> str:
+        """Creates the secret of a new transform. Returns its id. Raises InvalidInput if the gallery is not encrypted, KeyMismatch."""
 
-    def keep_turns(self, folder: Path, turn_ids: Collection[str]) -> None:
+    def keep_transforms(self, folder: Path, transform_ids: Collection[str]) -> None:
         """Destroys the secrets of all other transforms. Raises KeyMismatch."""
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection: ...
 
     def create(self, path: Path) -> NewFile:
-        """Opens a file for writing, emptied if it was there."""
+        """Opens a new file for writing. An existing file with the name is removed."""
 
     def map(self, path: Path) -> mmap.mmap:
-        """The content of a file, read-only, in memory as far as it is touched. Raises ValueError where it is empty or no file."""
+        """The content of a file, memory-mapped, read-only. Raises ValueError if it is empty or not a regular file."""
 
     def forget(self, path: Path) -> None:
-        """The system need not keep a file in memory. Never raises."""
+        """Tells the system that it need not cache a file. Never raises."""
 
     def replace(self, source: Path, target: Path) -> None:
         """Renames a file over another."""
 
     def claim(self, source: Path, target: Path) -> None:
-        """Renames a file. Raises FileExistsError where the name is taken."""
+        """Renames a file. Raises FileExistsError if the name is taken."""
 
     def wipe(self, path: Path) -> None:
-        """Overwrites a file by zeros, synced; it may become shorter. Does nothing where it is absent."""
+        """Overwrites a file with zeros and syncs it; it may become shorter. Does nothing if the file is absent."""
 
     def sync_folder(self, folder: Path) -> None:
         """Makes the names in a folder durable."""
 
     def remove(self, path: Path) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file, if it exists."""
 
 
 def needs_key(folder: Path) -> InvalidInput:
-    """The error of renewable templates in a gallery in the clear."""
+    """The error for renewable templates in a gallery in the clear."""
     return InvalidInput(
         f"renewable templates need an encrypted gallery; state its key (Config.keys), or run `biodedup encrypt {folder}`"
     )
 
 
-class FileLock:
-    """An advisory lock on an open file, holding the process id of its owner."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._process = forks.Process()
-        self._file = -1
-        while not self.is_held():  # its file was removed by another process while it was opened here
-            self.release()
-            self._file = _open_lock(path)
-            self._identity = _identity(os.fstat(self._file))
-        forks.drop_in_child(self)
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
-
-    def is_held(self) -> bool:
-        try:
-            return self._file >= 0 and _identity(os.lstat(self._path)) == self._identity
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        if self._file >= 0 and self._process.is_this:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a child that was just forked may not have closed its copy yet
-            os.close(self._file)
-        self._file = -1
-
-    def drop(self) -> None:
-        """In a child: the lock stays with the parent, whose file it is."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
-
-
-def _open_lock(path: Path) -> int:
-    """Locked. Raises GalleryBusy, naming the holder; NotAGallery where the file is not one that `FileLock` wrote."""
-    refuse_link(path)
-    refuse_no_file(path)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        about, content = os.fstat(file), os.pread(file, 64, 0)
-        if about.st_nlink > 1 or len(content) > 32 or content.strip(b"0123456789\n"):
-            raise NotAGallery(f"{path} is not a lock of this program; name another folder, or move that file away")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        holder = content.decode("ascii", "replace").strip() or "unknown"
-        raise GalleryBusy(
-            f"{path.parent} is held for writing by process {holder}; wait until it ends; what only reads works meanwhile: "
-            "Engine.open(..., read_only=True), and commands such as identify and info"
-        ) from None
-    except BaseException:
-        os.close(file)
-        raise
-    return file
-
-
-def _identity(about: os.stat_result) -> tuple[int, int]:
-    return about.st_dev, about.st_ino
-
-
-class LocalFile:
-    """A file in the making, on a POSIX file system. Its buffer is its own: a child of a fork would write out one of Python's."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = create_private(path)
-        self._buffer = bytearray()
-
-    def write(self, data: bytes | memoryview) -> None:
-        if len(data) < _BUFFER_BYTES:
-            self._buffer += data
-            if len(self._buffer) >= _BUFFER_BYTES:
-                self._flush()
-        else:
-            self._flush()
-            _write_all(self._file, data)
-
-    def finish(self) -> None:
-        self._flush()
-        os.fsync(self._file)
-        self._close()
-
-    def discard(self) -> None:
-        with suppress(OSError):
-            self._close()
-        with suppress(OSError):  # the next writer removes what no manifest names
-            self._path.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        _write_all(self._file, self._buffer)
-        self._buffer = bytearray()
-
-    def _close(self) -> None:
-        file, self._file = self._file, -1
-        if file >= 0:
-            os.close(file)
-
-
-def _write_all(file: int, data: bytes | bytearray | memoryview) -> None:
-    rest = memoryview(data).cast("B")
-    while len(rest):
-        rest = rest[os.write(file, rest) :]
-
-
-class Connection(sqlite3.Connection):
-    """A connection that refuses to work in a child of a fork (forks.py)."""
-
-    def __init__(self, *given: Any, **more: Any) -> None:
-        super().__init__(*given, **more)
-        self._process = forks.Process()
-        forks.drop_in_child(self)
-
-    def execute(self, *given: Any) -> sqlite3.Cursor:
-        self._process.check()
-        try:
-            return super().execute(*given)
-        except UnicodeDecodeError as error:  # of SQLite's own message, which quotes what is damaged
-            raise sqlite3.DatabaseError("malformed database schema: a name is not UTF-8") from error
-
-    def executemany(self, *given: Any) -> sqlite3.Cursor:
-        self._process.check()
-        return super().executemany(*given)
-
-    def executescript(self, *given: Any) -> sqlite3.Cursor:
-        self._process.check()
-        return super().executescript(*given)
-
-    def backup(self, *given: Any, **more: Any) -> None:
-        self._process.check()
-        super().backup(*given, **more)
-
-    def close(self) -> None:
-        if self._process.is_this:
-            super().close()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> Literal[False]:
-        return super().__exit__(kind, error, trace) if self._process.is_this else False
-
-    def drop(self) -> None:
-        forks.keep_for_ever(self)
-
-
 class LocalStorage:
-    """A POSIX file system. keys: where the register's key comes from, which is fetched here."""
+    """A POSIX file system. keys: the source of the register's key, which the constructor fetches."""
 
     _register: Key | None = None
     _known: Key | None = None
-    """The gallery key that was unwrapped last. A rotation, which leaves it, disturbs no process that has it."""
+    """The gallery key that was unwrapped last. It stays valid when the register's key is rotated."""
 
     def __init__(self, keys: KeySource | None = None) -> None:
-        self._turns: dict[str, Turn] = {}
-        """Those of each key file that was read, so that a reader knows a transform that was replaced since."""
+        self._transforms: dict[str, Transform] = {}
+        """The transforms of all key files that were read. A reader needs a transform even after it was replaced."""
         if keys is not None:
             self._register = register_key(keys)
 
@@ -332,11 +184,11 @@ class LocalStorage:
         if key is None and self._register is not None:
             if not new and _is_encrypted(folder / DATABASE_NAME):
                 raise GalleryDamaged(
-                    f"{folder / KEY_NAME} is missing; copy it from a backup of this gallery: nothing else opens it"
+                    f"{folder / KEY_NAME} is missing; copy it from a backup: the gallery cannot be opened without it"
                 )
             if not new:
                 raise KeyMismatch(
-                    f"{folder} is not encrypted, and a key was stated; leave the key out, or run `biodedup encrypt {folder}`"
+                    f"{folder} is not encrypted, got a key; leave the key out, or run `biodedup encrypt {folder}`"
                 )
             replace_private(folder / KEY_NAME, new_key_file(self._register))
             self.sync_folder(folder)
@@ -347,91 +199,99 @@ class LocalStorage:
         return None if key is None else key.derived("chain of a register")
 
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
-        mine, there = stored_key(source), stored_key(target)
-        if mine is None and there is None:
+        source_key, target_key = stored_key(source), stored_key(target)
+        if source_key is None and target_key is None:
             return
         names = self.list_names(target) or ()
-        others = there is None and (DATABASE_NAME in names or self.list_names(target / SEGMENT_FOLDER))
-        if mine is not None and there is not None and there.gallery_key_id != mine.gallery_key_id:
+        has_plain_files = target_key is None and (DATABASE_NAME in names or self.list_names(target / SEGMENT_FOLDER))
+        if source_key is not None and target_key is not None and target_key.gallery_key_id != source_key.gallery_key_id:
             raise InvalidInput(f"{target} is another gallery or its backup; name an empty folder")
-        if mine is None or (others and not lost):
+        if source_key is None or (has_plain_files and not lost):
             raise KeyMismatch(f"{target} and {source} are not both encrypted; name an empty folder")
-        with key_file_lock(target):  # what the target holds stays readable
-            self._put_key_file(target, mine, _turns_beside(mine, there))
+        with key_file_lock(target):  # the target keeps its transforms, so that its files stay readable
+            self._put_key_file(target, source_key, _transforms_of_both(source_key, target_key))
 
-    def share_turns(self, source: Path, target: Path, needed: Collection[str] | None) -> None:
-        if (mine := stored_key(source)) is None:
+    def share_transforms(self, source: Path, target: Path, needed: Collection[str] | None) -> None:
+        if (source_key := stored_key(source)) is None:
             return
         with key_file_lock(target):
-            there = stored_key(target)
-            assert there is not None, "it was shared before"
+            target_key = stored_key(target)
+            assert target_key is not None, "share_key has written it"
             if needed is None:
-                self._put_key_file(target, there, _turns_beside(there, mine))
+                self._put_key_file(target, target_key, _transforms_of_both(target_key, source_key))
                 return
-            turns = _turns_beside(mine, there)
-            if not set(needed) <= turns.keys():
-                raise GalleryBusy(f"the embeddings of {source} were turned while it was copied; run the backup again")
-            self._put_key_file(target, mine, {n: w for n, w in turns.items() if n in mine.turns or n in needed})
+            transforms = _transforms_of_both(source_key, target_key)
+            if not set(needed) <= transforms.keys():
+                raise GalleryBusy(
+                    f"the embeddings of {source} got a new transform while it was copied; run the backup again"
+                )
+            kept = {name: secret for name, secret in transforms.items() if name in {*source_key.transforms, *needed}}
+            self._put_key_file(target, source_key, kept)
 
-    def _put_key_file(self, folder: Path, stored: KeyFile, turns: Mapping[str, bytes]) -> None:
-        there, content = folder / KEY_NAME, stored.content(turns)
-        if not there.exists() or _read_whole(there) != content:
-            replace_private(there, content)
+    def _put_key_file(self, folder: Path, stored: KeyFile, transforms: Mapping[str, bytes]) -> None:
+        path, content = folder / KEY_NAME, stored.content(transforms)
+        if not path.exists() or _read_whole(path) != content:
+            replace_private(path, content)
             self.sync_folder(folder)
 
     def _key_in(self, folder: Path) -> Key | None:
-        """The key of a gallery; None where it has none. Raises KeyMismatch, GalleryDamaged."""
+        """The key of a gallery; None if it is in the clear. Raises KeyMismatch, GalleryDamaged."""
         stored = stored_key(folder)
         if stored is None:
             return None
         known = self._known
         if known is None or known.key_id != stored.gallery_key_id:
             self._known = known = stored.opened(self._register)
-            self._learn_turns(stored)
+            self._learn_transforms(stored)
         return known
 
-    def turn(self, path: Path, turn_id: str) -> Turn:
-        if turn_id not in self._turns:
+    def transform(self, path: Path, transform_id: str) -> Transform:
+        if transform_id not in self._transforms:
             stored = stored_key(path.parent) or stored_key(path.parent.parent)
             if stored is not None:
-                self._learn_turns(stored)
-        if turn_id not in self._turns:
+                self._learn_transforms(stored)
+        if transform_id not in self._transforms:
             raise GalleryDamaged(
-                f"{KEY_NAME} lacks the transform {turn_id} of {path.name}; restore {KEY_NAME} from a backup of this gallery"
+                f"{KEY_NAME} lacks the transform {transform_id} of {path.name}; restore {KEY_NAME} from a backup of this gallery"
             )
-        return self._turns[turn_id]
+        return self._transforms[transform_id]
 
-    def _learn_turns(self, stored: KeyFile) -> None:
-        if self._register is not None and not stored.turns.keys() <= self._turns.keys():
-            self._turns |= {name: Turn(secret) for name, secret in stored.turn_secrets(self._register).items()}
+    def _learn_transforms(self, stored: KeyFile) -> None:
+        if self._register is not None and not stored.transforms.keys() <= self._transforms.keys():
+            self._transforms |= {
+                name: Transform(secret) for name, secret in stored.transform_secrets(self._register).items()
+            }
 
-    def turn_ids(self, folder: Path) -> list[str]:
+    def transform_ids(self, folder: Path) -> list[str]:
         stored = stored_key(folder)
-        return [] if stored is None else list(stored.turns)
+        return [] if stored is None else list(stored.transforms)
 
-    def add_turn(self, folder: Path) -> str:
-        turn = secrets.token_bytes(KEY_BYTES)
-        self._change_turns(folder, lambda before: [*before.values(), turn])
-        return Key(turn).key_id
+    def add_transform(self, folder: Path) -> str:
+        transform = secrets.token_bytes(KEY_BYTES)
+        self._change_transforms(folder, lambda before: [*before.values(), transform])
+        return Key(transform).key_id
 
-    def keep_turns(self, folder: Path, turn_ids: Collection[str]) -> None:
-        self._change_turns(folder, lambda before: [secret for name, secret in before.items() if name in turn_ids])
+    def keep_transforms(self, folder: Path, transform_ids: Collection[str]) -> None:
+        self._change_transforms(
+            folder, lambda before: [secret for name, secret in before.items() if name in transform_ids]
+        )
 
-    def _change_turns(self, folder: Path, change: Callable[[dict[str, bytes]], list[bytes]]) -> None:
+    def _change_transforms(self, folder: Path, change: Callable[[dict[str, bytes]], list[bytes]]) -> None:
+        """Rewrites the key file with other transform secrets. change: id -> secret before, to the secrets afterwards."""
         with key_file_lock(folder):
             stored, register = stored_key(folder), self._register
             if stored is None or register is None:
                 raise needs_key(folder)
-            key, before = stored.opened(register), stored.turn_secrets(register)
-            self._learn_turns(stored)
+            key, before = stored.opened(register), stored.transform_secrets(register)
+            self._learn_transforms(stored)
             after = change(before)
             if {Key(secret).key_id for secret in after} != before.keys():
                 replace_private(folder / KEY_NAME, key_file(register, key.secret, after))
                 self.sync_folder(folder)
-                self._turns |= {Key(secret).key_id: Turn(secret) for secret in after}
+                self._transforms |= {Key(secret).key_id: Transform(secret) for secret in after}
 
     def _key_of(self, path: Path) -> Key | None:
-        """The key of a file in a gallery, or of one outside that a job writes."""
+        """The key for a file: that of the gallery it is in, else the register's key (for a file of a job)."""
         return self._key_in(path.parent) or self._key_in(path.parent.parent) or self._register
 
     def list_names(self, folder: Path) -> list[str] | None:
@@ -448,22 +308,20 @@ class LocalStorage:
         return FileLock(path)
 
     def connect(self, path: Path, *, read_only: bool) -> sqlite3.Connection:
-        # A reader may have to roll back what a killed writer left half-done, so it opens the file for writing if it can.
+        # A reader may have to roll back the transaction of a killed writer, so it opens the file for writing if it can.
         for name in (path.name, f"{path.name}-journal", f"{path.name}-wal"):
             refuse_no_file(path.with_name(name))
         mode = "rwc" if not read_only else "rw" if os.access(path, os.W_OK) and not path.is_symlink() else "ro"
         if not read_only:
             refuse_link(path)
-            if (
-                not path.exists()
-            ):  # never opened here if it does: closing it would release SQLite's locks of this process
+            if not path.exists():  # an existing file is not opened here: closing it would release SQLite's locks
                 os.close(create_private(path))
         uri = f"{path.absolute().as_uri()}?mode={mode}"
         connection = self._connected(uri, path)
         try:
             connection.execute(
                 "PRAGMA trusted_schema=OFF"
-            )  # the file may be another's: its schema runs no functions here
+            )  # the file may be foreign: its schema must not run functions
             connection.execute("PRAGMA cell_size_check=ON")
             connection.execute("PRAGMA temp_store=MEMORY")
             connection.execute("PRAGMA cache_size=-65536")  # KiB
@@ -477,8 +335,8 @@ class LocalStorage:
             connection.close()
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB and (path.parent / KEY_NAME).exists():
                 raise GalleryDamaged(
-                    f"{path} does not open with the key in {KEY_NAME}: one of the two is damaged, or another gallery's; restore both from a "
-                    "backup"
+                    f"{path} cannot be decrypted with the key in {KEY_NAME}: one of the two is damaged, or belongs to another gallery; "
+                    "restore both from a backup"
                 ) from error
             raise
         return connection
@@ -492,7 +350,7 @@ class LocalStorage:
         from biodedup.gallery.files.encryption.database import EncryptedConnection
 
         connection = EncryptedConnection(uri, database_secret(key, path), _BUSY_S)
-        connection.turns = partial(self.turn, path)
+        connection.transforms = partial(self.transform, path)
         return cast(sqlite3.Connection, connection)
 
     def _database_key(self, path: Path) -> Key | None:
@@ -511,7 +369,7 @@ class LocalStorage:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise ValueError(f"{path} is no regular file")
+                raise ValueError(f"{path} is not a regular file")
             if key is not None:
                 return _sealed_map(file, key, path)
             if os.pread(file, len(MAGIC), 0) == MAGIC:
@@ -521,7 +379,7 @@ class LocalStorage:
             os.close(file)
 
     def forget(self, path: Path) -> None:
-        with suppress(OSError):  # it was only a hint
+        with suppress(OSError):  # only a hint
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -550,8 +408,8 @@ class LocalStorage:
             return
         try:
             size = os.fstat(file).st_size
-            for start in range(0, size, _BUFFER_BYTES):
-                _write_all(file, bytes(min(_BUFFER_BYTES, size - start)))
+            for start in range(0, size, BUFFER_BYTES):
+                write_all(file, bytes(min(BUFFER_BYTES, size - start)))
             if size:
                 os.fsync(file)
             if size > _WIPED_BYTES_KEPT:
@@ -571,15 +429,15 @@ class LocalStorage:
         path.unlink(missing_ok=True)
 
 
-def _turns_beside(stored: KeyFile, other: KeyFile | None) -> dict[str, bytes]:
-    """The turn secrets of two key files of one register's key; those of the first one last."""
-    more = other.turns if other is not None and other.register_key_id == stored.register_key_id else {}
-    return {**{name: secret for name, secret in more.items() if name not in stored.turns}, **stored.turns}
+def _transforms_of_both(stored: KeyFile, other: KeyFile | None) -> dict[str, bytes]:
+    """id -> wrapped transform secret, of two key files under the same register's key; those of `stored` come last."""
+    more = other.transforms if other is not None and other.register_key_id == stored.register_key_id else {}
+    return {**{name: secret for name, secret in more.items() if name not in stored.transforms}, **stored.transforms}
 
 
 @contextmanager
 def key_file_lock(folder: Path) -> Iterator[None]:
-    """Held while `gallery.key` is read and replaced: a rotation and a new transform do not lose each other's change."""
+    """Held while `gallery.key` is read and replaced, so that concurrent changes do not overwrite each other."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -589,7 +447,7 @@ def key_file_lock(folder: Path) -> Iterator[None]:
 
 
 def stored_key(folder: Path) -> KeyFile | None:
-    """The key file of a gallery, still locked; None where it has none. Raises GalleryDamaged."""
+    """The key file of a gallery, with its wrapped keys; None if there is none. Raises GalleryDamaged."""
     path = folder / KEY_NAME
     try:
         content = _read_whole(path)
@@ -599,12 +457,12 @@ def stored_key(folder: Path) -> KeyFile | None:
 
 
 def database_secret(key: Key, path: Path) -> bytes:
-    """The key of a database, from the gallery's key."""
+    """The key of a database, derived from the gallery's key."""
     return key.derived(f"database {_bound_name(path)}")
 
 
 def whole(storage: Storage, path: Path) -> mmap.mmap:
-    """The content of a file, all of it. Raises as `Storage.map`, OSError, and GalleryDamaged where the key does not prove it."""
+    """The complete content of a file, decrypted. Raises as `Storage.map`, OSError, and GalleryDamaged if decryption fails."""
     content = storage.map(path)
     if isinstance(content, SealedMap):
         try:
@@ -615,7 +473,7 @@ def whole(storage: Storage, path: Path) -> mmap.mmap:
 
 
 def write_whole(storage: Storage, path: Path, content: bytes | memoryview) -> None:
-    """Writes a file whole: under another name, synced, renamed. Raises OSError."""
+    """Writes a file under a temporary name, syncs it, and renames it. Raises OSError."""
     new = path.with_name(path.name + NEW_SUFFIX)
     file = storage.create(new)
     try:
@@ -635,7 +493,7 @@ def _sealed_map(file: int, key: Key, path: Path) -> SealedMap:
 
 
 def _is_encrypted(database: Path) -> bool:
-    """Whether it is no database of SQLite's own format."""
+    """Whether a file is readable and does not begin as an unencrypted SQLite database."""
     try:
         return not _read_whole(database).startswith(b"SQLite format 3\0")
     except OSError:
@@ -643,7 +501,7 @@ def _is_encrypted(database: Path) -> bool:
 
 
 def _bound_name(path: Path) -> str:
-    """What a file's content is bound to: its name, also while it is written."""
+    """The name that a file's encryption is bound to: its final name, even while it is written under a temporary one."""
     return finished(path.name)
 
 
@@ -656,7 +514,7 @@ def _read_whole(path: Path) -> bytes:
 
 
 def memory_bytes() -> int:
-    """Of this machine, or as much as its control group grants."""
+    """The memory of this machine, or the limit of its control group if that is lower."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         granted = Path("/sys/fs/cgroup/memory.max").read_text().strip()

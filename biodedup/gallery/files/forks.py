@@ -1,14 +1,14 @@
-"""Makes connections, locks and files that a parent process opened unusable in a child of `os.fork`.
+"""Makes connections, locks and files that a parent process has opened unusable in a child of `os.fork`.
 
-Owns the check of the process id, and what happens to open connections and locks in a child. Never closes anything of the parent's.
+Owns the check of the process id, and the treatment of open connections and locks in a child. Never closes anything of the parent's.
 
-1. A file-system lock belongs to the open file, which parent and child share. The child closes its copy at once, which releases nothing,
-   so that a child that outlives its parent does not hold the gallery.
-2. SQLite must not close a connection in a child: that would roll back what the parent is writing. The child keeps it until it ends.
-3. No fork happens in the middle of a transaction: it waits for the locks in `hold`, for five seconds at most.
+1. A file lock belongs to the open file, which parent and child share. The child closes its copy at once. This does not release the lock,
+   and a child that outlives its parent does not hold it.
+2. A child must not close an SQLite connection, because that would roll back the parent's transaction. The child keeps it until it ends.
+3. A fork does not happen in the middle of a transaction: it waits for the locks registered by `hold`, for at most five seconds.
 
-What no rule here can prevent: OpenBLAS, under numpy, ends its threads before a fork, and hangs if another thread of the process is in a
-matrix product then. A process that forks while its engine works sets OPENBLAS_NUM_THREADS=1, or starts children by `spawn`.
+Known limit: OpenBLAS (used by numpy) stops its threads before a fork, and hangs if another thread is in a matrix product at that time. A
+process that forks while its engine works must set OPENBLAS_NUM_THREADS=1, or start children with `spawn`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from weakref import WeakSet
 from biodedup.errors import EngineClosed
 
 _WAIT_S_MAX = 5.0
-"""A fork goes ahead without a lock that is held for longer."""
+"""The longest time that a fork waits for locks; then it continues without them."""
 
 
 class Inherited(Protocol):
+    """An open resource that a child of a fork inherits."""
+
     def drop(self) -> None:
-        """In a child: gives up the child's copy, and changes nothing of the parent's."""
+        """Called in the child: gives up the child's copy, and changes nothing of the parent's."""
 
 
 class Process:
-    """The process that opened something."""
+    """Remembers the process that has opened a resource."""
 
     def __init__(self) -> None:
         self._id = os.getpid()
@@ -42,7 +44,7 @@ class Process:
         return os.getpid() == self._id
 
     def check(self) -> None:
-        """Raises EngineClosed in a process that was forked since."""
+        """Raises EngineClosed in a child of a fork."""
         if not self.is_this:
             raise EngineClosed(
                 f"the gallery was opened by process {self._id} before a fork, and this is process {os.getpid()}; "
@@ -51,18 +53,19 @@ class Process:
 
 
 def hold(lock: Any) -> None:
-    """lock: a threading.RLock that a fork waits for."""
+    """Registers a threading.RLock that a fork waits for."""
     with _registry:
         _locks.add(lock)
 
 
 def drop_in_child(inherited: Inherited) -> None:
+    """Registers a resource that a child drops."""
     with _registry:
         _inherited.add(inherited)
 
 
 def keep_for_ever(something: object) -> None:
-    """Its reference count never becomes 0 in this process."""
+    """Prevents that an object is ever deleted in this process, by an extra reference."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(something))
 
 

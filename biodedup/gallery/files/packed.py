@@ -1,7 +1,7 @@
-"""Stores many byte strings in two arrays (offsets and bytes), and hashes them: ids, minutiae records, answers.
+"""Stores many byte strings (ids, minutiae records, answers) as two arrays, offsets and bytes, and hashes them.
 
-Owns the conversion between Arrow's arrays (which slice, filter and take in C++) and the plain numpy arrays of a column file.
-Never loops over strings.
+Owns the conversion between Arrow arrays (which slice, filter and take in C++) and the numpy arrays of a column file. Never loops over
+strings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 Packed: TypeAlias = Any
-"""pyarrow.LargeBinaryArray without nulls: n byte strings."""
+"""A pyarrow.LargeBinaryArray without nulls: n byte strings."""
 
 
 def pack(values: Sequence[bytes]) -> Packed:
@@ -22,12 +22,12 @@ def pack(values: Sequence[bytes]) -> Packed:
 
 
 def empties(count: int) -> Packed:
-    """So many empty strings."""
+    """`count` empty strings."""
     return from_whole(np.zeros(count + 1, np.int64), np.zeros(0, np.uint8))
 
 
 def pack_text(values: Sequence[str] | Any) -> Packed:
-    """values: strings, or an Arrow array of strings; stored as UTF-8."""
+    """Packs texts as UTF-8. values: strings, or an Arrow array of strings."""
     if not isinstance(values, pa.Array):
         values = pa.array(values, pa.large_string())
     return values.cast(pa.large_string()).cast(pa.large_binary())
@@ -39,7 +39,7 @@ def text(packed: Packed) -> list[str]:
 
 
 def is_text(packed: Packed) -> bool:
-    """Whether all of it is UTF-8."""
+    """Whether all strings are valid UTF-8."""
     try:
         packed.cast(pa.large_string())
     except pa.ArrowInvalid:
@@ -48,7 +48,7 @@ def is_text(packed: Packed) -> bool:
 
 
 def to_arrays(packed: Packed) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """(offsets int64 (n + 1,) from 0, bytes uint8)."""
+    """(offsets int64 (n + 1,), beginning at 0; all bytes, uint8)."""
     count = len(packed)
     if not count:
         return np.zeros(1, np.int64), np.zeros(0, np.uint8)
@@ -59,12 +59,12 @@ def to_arrays(packed: Packed) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
 
 
 def from_arrays(offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> Packed:
-    """offsets int64 (n + 1,), from any start; data: the bytes from offsets[0] on."""
+    """The strings of two arrays. offsets: int64 (n + 1,), beginning at any value; data: the bytes from offsets[0] on."""
     return from_whole(np.ascontiguousarray(offsets - offsets[0]), data)
 
 
 def from_whole(offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> Packed:
-    """As `from_arrays`, of offsets from 0; copies nothing."""
+    """As `from_arrays`, for offsets that begin at 0. Copies nothing."""
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
 
@@ -77,11 +77,11 @@ _MIX_1, _MIX_2 = (
 
 
 def hashes(packed: Packed) -> NDArray[np.uint64]:
-    """uint64 (n,): spreads strings over all 64 bits. Not secret: look-ups compare the strings as well."""
+    """A 64-bit hash of each string, uint64 (n,). It is not cryptographic: look-ups compare the strings as well."""
     offsets, data = to_arrays(packed)
     starts, lengths = offsets[:-1], np.diff(offsets)
     padded = np.concatenate([data, np.zeros(8, np.uint8)])
-    words = np.ndarray(len(data) + 1, "<u8", padded, strides=(1,))  # the eight bytes from every byte on
+    words = np.ndarray(len(data) + 1, "<u8", padded, strides=(1,))  # overlapping: eight bytes from each position on
     state = lengths.astype(np.uint64) * _ODD
     rest = np.flatnonzero(lengths)
     for done in range(0, int(lengths.max(initial=0)), 8):
@@ -93,8 +93,8 @@ def hashes(packed: Packed) -> NDArray[np.uint64]:
 
 
 def hash_of(string: str) -> np.uint64:
-    """Of one string, the same."""
-    data = string.encode("utf-8", "surrogatepass")  # an undecodable file name is looked for, and not found
+    """The hash of one string, equal to that of `hashes`."""
+    data = string.encode("utf-8", "surrogatepass")  # an undecodable file name must not raise; it is not found
     state = len(data) * int(_ODD) % 2**64
     for start in range(0, len(data), 8):
         state = _mixed_int(state ^ int.from_bytes(data[start : start + 8], "little"))

@@ -20,7 +20,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import BLOCK_ROWS, STEP, Codes, blocks_of, join_nibbles
 from biodedup.gallery.files.column_file import ColumnFile, open_column_file
-from biodedup.gallery.files.filesystem import ODD_CONTENT, Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, REST, SUBJECT, SegmentEntry, file_name, index_of
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64, ScannedRows
@@ -266,15 +266,15 @@ class SegmentColumn:
         if card is None:
             return None
         try:
-            turn = None if "turn" not in card else self._file.turns(card["turn"]).of(self._file.about["kind"])
-            return Codec.from_card(card, self._file.read("rotation"), turn)
-        except ODD_CONTENT as error:
+            transform = None if "turn" not in card else self._file.transforms(card["turn"]).of(self._file.about["kind"])
+            return Codec.from_card(card, self._file.read("rotation"), transform)
+        except MALFORMED as error:
             if isinstance(error, BiodedupError):
                 raise
             raise self._file.damaged("what it says of its codec") from error
 
     @property
-    def turn_id(self) -> str | None:
+    def transform_id(self) -> str | None:
         """Of the transform that its vectors are stored with, "" without one; None where it has no vectors. Needs no key."""
         return None if self.dimension is None else str((self._file.about.get("codec") or {}).get("turn", ""))
 

@@ -30,7 +30,7 @@ from biodedup.gallery.files.codes import (
     sign_bits,
 )
 from biodedup.gallery.files.column_file import BLOCK_BYTES, ColumnFile, Stream, write_column_file
-from biodedup.gallery.files.encryption.turning import ColumnTurn, Turn, turn_id_of
+from biodedup.gallery.files.encryption.transform import ColumnTransform, Transform, transform_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.segments.layout import ENCOUNTER, LOOKUP, REST, SUBJECT, SegmentEntry, file_name
@@ -80,7 +80,7 @@ def write_segment(
     go_on: Callable[[], bool] = lambda: True,
     *,
     threads: int = 1,
-    turn: Turn | None = None,
+    transform: Transform | None = None,
 ) -> SegmentEntry:
     """Writes adjacent parts as one segment, synced, and returns its entry for the manifest.
 
@@ -106,7 +106,7 @@ def write_segment(
     write(SUBJECT + LOOKUP, {}, _lookup_streams([(s.part.lookup(), s) for s in sources], base))
 
     def write_column(name: str) -> None:
-        codec = _codec_for(name, parts, [*others, *parts], None if turn is None else turn.of(name))
+        codec = _codec_for(name, parts, [*others, *parts], None if transform is None else transform.of(name))
         more, streams, rest = _column_streams(name, sources, base, codec)
         if more["cells"]:
             write(name, more, streams)
@@ -196,14 +196,20 @@ def _subject_streams(sources: Sequence[_Source], count: int, first_row: int, end
     return streams
 
 
-def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows], turn: ColumnTurn | None = None) -> Codec | None:
+def _codec_for(
+    name: str, parts: Sequence[Rows], known: Sequence[Rows], transform: ColumnTransform | None = None
+) -> Codec | None:
     """The codec that a column has where it has most cells; a new one where it has none, one that was made from too little, or one of another
     turn."""
     columns = [part.columns[name] for part in parts if name in part.columns]
     if columns[0].dimension is None:
         return None
     columns_of_all = [part.columns[name] for part in known if name in part.columns]
-    coded = [c for c in columns_of_all if c.codec is not None and turn_id_of(c.codec.turn) == turn_id_of(turn)]
+    coded = [
+        c
+        for c in columns_of_all
+        if c.codec is not None and transform_id_of(c.codec.transform) == transform_id_of(transform)
+    ]
     codec = max(coded, key=lambda column: column.count).codec if coded else None
     if codec is not None and not (codec.provisional and sum(c.count for c in columns) >= TRAINING_ROWS_MIN):
         return codec
@@ -211,7 +217,7 @@ def _codec_for(name: str, parts: Sequence[Rows], known: Sequence[Rows], turn: Co
     for column in columns:
         samples.append(column.vectors(0, min(wanted, column.count)))
         wanted -= len(samples[-1])
-    return make_codec(columns[0].dimension, samples, turn)
+    return make_codec(columns[0].dimension, samples, transform)
 
 
 def _column_streams(
@@ -244,10 +250,10 @@ def _column_streams(
     about: dict[str, Any] = {"cells": cells, "dimension": dimension}
     rest = []
     if codec is not None:
-        scanned, turn = codec.scanned, codec
+        scanned, rotating = codec.scanned, codec
         about["codec"] = codec.card()
-        codes = each(lambda c, low, high: c.coded(turn, low, high)[0])
-        norms = each(lambda c, low, high: c.coded(turn, low, high)[1])
+        codes = each(lambda c, low, high: c.coded(rotating, low, high)[0])
+        norms = each(lambda c, low, high: c.coded(rotating, low, high)[1])
         blocks = blocks_of(cells)
         filler = np.zeros(blocks * BLOCK_ROWS - cells, np.float32)
         streams.append(Stream("rotation", "<f4", codec.rotation.shape, [codec.stored_rotation]))

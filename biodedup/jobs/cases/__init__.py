@@ -1,1 +1,1 @@
-"""Open cases for the people who judge them: lists, pages, exports."""
+"""Lists, pages and exports of cases, for the people who judge them."""

@@ -1,10 +1,10 @@
-"""Lists and shows cases for adjudication, and exports their verdicts.
+"""Lists cases and shows them for adjudication, and exports their verdicts. A case is an encounter that a person has to judge.
 
 Owns the tables and pages of cases. Never decides: `Engine.adjudicate` records a verdict.
 
-1. A table has one row for each case and candidate; a case without candidates has one row.
-2. Every file is replaced whole; the same gallery and moment give the same bytes.
-3. Pages and tables hold ids, scores and reasons, no captures and no templates.
+1. A table has one row for each case and candidate. A case without candidates has one row.
+2. Every file is replaced as a whole. The same gallery and time give the same bytes.
+3. Pages and tables hold ids, scores and reasons, but no captures and no templates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.match.judgement import texts_of
 from biodedup.values import Candidate, Case, Decision, Evidence, Verdict, strong
 
-CASES_ON_A_PAGE = 200
+PAGE_CASES_MAX = 200
 _DAY_S = 86_400.0
 
 CASE_SCHEMA = pa.schema(
@@ -68,13 +68,13 @@ PAIR_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CasesResult(Described):
-    """cases: oldest first; now: the moment that ages are of, in seconds."""
+    """The cases of a gallery. cases: oldest first; now: the time at which their ages are computed, in seconds since 1970."""
 
     cases: tuple[Case, ...]
     now: float
 
     def summary(self) -> dict[str, Any]:
-        """Counts, JSON-ready."""
+        """The counts, JSON-ready."""
         waiting = [case for case in self.cases if not case.closed]
         ages = [(self.now - case.opened_at) / _DAY_S for case in waiting]
         return {
@@ -87,7 +87,8 @@ class CasesResult(Described):
 
 @dataclass(frozen=True)
 class ExportResult(Described):
-    """Outcomes as pairs. cases: with a verdict on a candidate; pairs: rows, one a capture that was compared."""
+    """The export of verdicts as pairs of captures. cases: cases with a verdict on a candidate; pairs: rows, one for each compared capture; same,
+    different: verdicts; without_evidence: verdicts whose candidate has no compared capture."""
 
     cases: int
     pairs: int
@@ -105,9 +106,10 @@ def list_cases(
     clock: Callable[[], float] = time.time,
     progress: Progress = silent,
 ) -> CasesResult:
-    """The open cases, oldest first, as a table (`out`, .parquet or .csv) and a page. closed: those that were judged, too.
+    """Lists the open cases, oldest first, and writes them as a table and an HTML page if paths are given.
 
-    Raises InvalidInput, GalleryDamaged, StorageUnavailable.
+    out: the table (.parquet or .csv); page: the page; closed: closed cases that have a verdict are included. Raises InvalidInput,
+    GalleryDamaged, StorageUnavailable.
     """
     if out is not None:
         check_table_name(out)
@@ -120,11 +122,11 @@ def list_cases(
     result = CasesResult(tuple(cases), clock())
     progress("reading cases", len(cases), len(cases))
     if out is not None:
-        _made_for(out)
+        make_private_folder(out.parent)
         write_table(pa.Table.from_pylist(list(_rows(result, engine.config.labels)), CASE_SCHEMA), out)
     if page is not None:
-        _made_for(page)
-        shown = [_shown(case, result.now) for case in cases[:CASES_ON_A_PAGE]]
+        make_private_folder(page.parent)
+        shown = [_page_entry(case, result.now) for case in cases[:PAGE_CASES_MAX]]
         write_page(page, "cases.html", label=engine.config.labels.of, title="Cases to judge", cases=shown, summary=result.summary(), more=len(cases) - len(shown))  # fmt: skip
     return result
 
@@ -137,15 +139,15 @@ def show_case(
     explained: bool = True,
     clock: Callable[[], float] = time.time,
 ) -> Case:
-    """Writes the page of one case. explained: and beside it, while the case is open, a page that explains each candidate.
+    """Writes the HTML page of one case. explained: for an open case, also writes a page for each candidate that explains the comparison.
 
-    Raises InvalidInput for an encounter that is no case, GalleryDamaged, StorageUnavailable.
+    Raises InvalidInput if the encounter is not a case, GalleryDamaged, StorageUnavailable.
     """
     case = engine.case(encounter_id)
     result = CasesResult((case,), clock())
-    _made_for(page)
-    links = _explained(engine, case, page) if explained else {}
-    shown = _shown(case, result.now, links)
+    make_private_folder(page.parent)
+    links = _explain_candidates(engine, case, page) if explained else {}
+    shown = _page_entry(case, result.now, links)
     write_page(
         page,
         "cases.html",
@@ -159,36 +161,36 @@ def show_case(
 
 
 def export_outcomes(engine: Engine, out: Path, *, progress: Progress = silent) -> ExportResult:
-    """Writes what was judged `same` (mated) and `different` (not) as pairs of captures with their raw scores, for `calibrate`.
+    """Writes the verdicts as labelled pairs of captures with their raw scores, for `calibrate`: `same` is mated, `different` is non-mated.
 
-    Raises InvalidInput, GalleryDamaged, StorageUnavailable.
+    out: the table (.parquet or .csv). Raises InvalidInput, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
     verdicts = [v for v in engine.verdicts() if v.candidate is not None and v.ruling != "recapture"]
     rows: list[dict[str, Any]] = []
-    bare = 0
+    without_evidence = 0
     for done, verdict in enumerate(verdicts, start=1):
         evidence = _evidence(engine.case(verdict.encounter_id), verdict)
-        bare += not evidence
+        without_evidence += not evidence
         rows += [_pair(verdict, part) for part in evidence]
         progress("reading verdicts", done, len(verdicts))
-    _made_for(out)
+    make_private_folder(out.parent)
     write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA), out)
     same = sum(verdict.ruling == "same" for verdict in verdicts)
     cases = len({verdict.encounter_id for verdict in verdicts})
-    return ExportResult(cases, len(rows), same, len(verdicts) - same, bare)
+    return ExportResult(cases, len(rows), same, len(verdicts) - same, without_evidence)
 
 
 def reasons_of(decision: Decision) -> tuple[str, ...]:
-    """Why a person has to look, in words."""
+    """The reasons why a person has to judge a decision, as sentences."""
     if decision.reasons:
         return texts_of(decision)
-    found = []
+    reasons = []
     if any(candidate.score_db >= decision.review_db for candidate in strong(decision)):
-        found.append("an enrolled person looks alike, but not enough to be sure")
+        reasons.append("an enrolled person is similar, but not certainly the same person")
     if decision.incomplete:
-        found.append("part of the gallery could not be searched")
-    return tuple(found)
+        reasons.append("part of the gallery could not be searched")
+    return tuple(reasons)
 
 
 def _rows(result: CasesResult, labels: LabelConfig) -> Iterator[dict[str, Any]]:
@@ -197,7 +199,7 @@ def _rows(result: CasesResult, labels: LabelConfig) -> Iterator[dict[str, Any]]:
         about = {
             "encounter_id": case.encounter_id,
             "subject_id": case.subject_id,
-            "asks": _asks(case),
+            "asks": _requested_action(case),
             "outcome": decision.outcome,
             "label": labels.of(decision.outcome),
             "opened_at": _microseconds(case.opened_at),
@@ -228,21 +230,23 @@ def _rows(result: CasesResult, labels: LabelConfig) -> Iterator[dict[str, Any]]:
 
 
 def _candidates(case: Case) -> list[tuple[Candidate | None, Verdict | None]]:
-    """Candidates to be judged, then those that were; one of each pair may be lacking."""
+    """The candidates without a verdict, then the verdicts with their candidates. A verdict on the whole case, or on a former candidate, has no
+    candidate here."""
     known = {candidate.key: candidate for candidate in (*case.decision.candidates, *case.decision.cleared)}
     waiting: list[tuple[Candidate | None, Verdict | None]] = [(candidate, None) for candidate in case.undecided]
     judged = [(known.get(verdict.candidate or ""), verdict) for verdict in case.verdicts]
     return waiting + judged or [(None, None)]
 
 
-def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[str, Any]:
+def _page_entry(case: Case, now: float, links: dict[str, str] | None = None) -> dict[str, Any]:
+    """The values of a case for the template `cases.html`. links: candidate -> name of the page that explains it."""
     decision = case.decision
     listed = _candidates(case)
     names = {candidate.key for candidate, _ in listed if candidate is not None}
     return {
         "case": case,
         "decision": decision,
-        "asks": _asks(case),
+        "asks": _requested_action(case),
         "disputed": any(verdict.own for verdict in case.verdicts) or case.subject_id in names,
         "age_days": (now - case.opened_at) / _DAY_S,
         "reasons": reasons_of(decision),
@@ -263,7 +267,7 @@ def _shown(case: Case, now: float, links: dict[str, str] | None = None) -> dict[
     }
 
 
-def _asks(case: Case) -> str:
+def _requested_action(case: Case) -> str:
     return "update" if case.replaces else "enrol"
 
 
@@ -271,11 +275,11 @@ def _microseconds(seconds: float) -> int:
     return round(seconds * 1e6)
 
 
-def _explained(engine: Engine, case: Case, page: Path) -> dict[str, str]:
-    """candidate -> the name of the page that explains it."""
+def _explain_candidates(engine: Engine, case: Case, page: Path) -> dict[str, str]:
+    """Writes a page for each undecided candidate. Returns candidate -> name of its page."""
     links = {}
-    there = [candidate for candidate in case.undecided if candidate.case or candidate.subject_id in engine]
-    for number, candidate in enumerate(there, start=1):
+    existing = [candidate for candidate in case.undecided if candidate.case or candidate.subject_id in engine]
+    for number, candidate in enumerate(existing, start=1):
         path = page.with_name(f"{page.stem}.{number}.html")
         names = (case.subject_id, candidate.subject_id)
         templates = engine.case(candidate.case).templates if candidate.case else engine.templates(candidate.subject_id)
@@ -295,11 +299,7 @@ def _pair(verdict: Verdict, part: Evidence) -> dict[str, Any]:
         "minutiae": part.minutiae,
         "mated": verdict.ruling == "same",
         "position": part.column,
-        # the subject of a disputed encounter is unknown, if it is not the stated one
+        # if a disputed encounter is not of its stated subject, the person is unknown: the encounter_id stands for the subject
         "subject_a": verdict.encounter_id if verdict.own and verdict.ruling == "different" else verdict.subject_id,
         "subject_b": verdict.candidate,
     }
-
-
-def _made_for(path: Path) -> None:
-    make_private_folder(path.parent)

@@ -1,1 +1,1 @@
-"""Duplicates in a folder of images or in a gallery, and audits of a roll."""
+"""Finds duplicates in a folder of images or in a gallery, and audits a roll (an office's list of people)."""

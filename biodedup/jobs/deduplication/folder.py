@@ -1,12 +1,12 @@
-"""`dedup`: finds the images of a folder, or the subjects of a manifest, that are the same person.
+"""`dedup`: finds images of a folder, or subjects of a manifest, that belong to the same person.
 
-Owns the job from a folder to a result file. Never extracts or compares itself: it fills a working gallery beside the result, so that an
-interrupted job resumes, and asks the engine for the clusters.
+Owns the job from a folder to a result file. Never extracts or compares: it fills a working gallery beside the result, so that an interrupted
+job resumes, and asks the engine for clusters.
 
-1. A *unit* is what is compared: an image of a folder, or a subject of a manifest with all its captures.
-2. A unit whose files changed (size or time) since the last run is extracted again; a unit whose files are gone is removed.
-3. Results are replaced, never half-written.
-4. A row of a manifest that cannot be used is refused with its number, and the others are compared.
+1. The job compares *units*: a unit is an image of a folder, or a subject of a manifest with all its captures.
+2. A unit whose files changed (size or time) since the last run is extracted again. A unit whose files are gone is removed.
+3. Results are replaced as a whole, never half-written.
+4. A row of a manifest that cannot be used is refused with its number. The other rows are compared.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from biodedup.values import CAPTURES_MAX, Capture, Cluster, Encounter, Face, Fin
 
 @dataclass(frozen=True)
 class Unit:
-    """unit_id: unique; label: the subject it is filed under, None where unknown. refused: its rows that cannot be used;
-    rows: of a manifest, the row of each capture."""
+    """An image of a folder, or a subject of a manifest. unit_id: unique; label: the subject in whose folder the image is, None if unknown;
+    refused: the rows of the subject that cannot be used; rows: the manifest's row of each capture."""
 
     unit_id: str
     label: str | None
@@ -57,14 +57,14 @@ class Unit:
 
     @property
     def encounter_id(self) -> str:
-        """Changes when a file's size or time does, so that a resumed job knows what is done already."""
+        """A digest that changes with the size or time of a file, so that a resumed job knows which units are finished."""
         return mark_of(self.unit_id, self.captures)
 
 
 @dataclass(frozen=True)
 class DedupResult(Described):
-    """What was found. refusals: unit_id -> why it could not be compared; left_out: files and rows that were not looked at;
-    impostor_pairs: how many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
+    """The clusters of units that belong to the same person. refusals: unit_id -> why the unit was not compared; left_out: skipped files and
+    rows; impostor_pairs: expected number of pairs of different people that reach the threshold, N(N - 1)/2 times FMR."""
 
     units: tuple[Unit, ...]
     clusters: tuple[Cluster, ...]
@@ -74,8 +74,8 @@ class DedupResult(Described):
     impostor_pairs: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and pairwise precision and recall against the labels where units of one label repeat; JSON-ready. A pair with a unit of
-        unknown label counts for neither."""
+        """The counts, JSON-ready. If several units have the same label, also the pairwise precision and recall against the labels; pairs with
+        an unlabelled unit are ignored there."""
         label_of = {unit.unit_id: unit.label for unit in self.units}
         links = [link for cluster in self.clusters for link in cluster.links]
         summary: dict[str, Any] = {
@@ -105,7 +105,8 @@ class DedupResult(Described):
         return summary | (self.left_out.to_dict() if self.left_out else {})
 
     def _labelled_pairs(self, label_of: Mapping[str, str | None]) -> tuple[int, int]:
-        """(pairs of one label, pairs of labelled units). Where links of a cluster were left out, all of its pairs count."""
+        """(number of linked pairs with the same label, number of linked pairs with two labels). If links of a cluster were left out, all pairs
+        of its units count."""
         same = labelled = 0
         for cluster in self.clusters:
             if cluster.links_left_out:
@@ -120,9 +121,9 @@ class DedupResult(Described):
         return same, labelled
 
     def refused_sentences(self, units_max: int = 20) -> list[str]:
-        """Why captures of whole units could not be compared, with the row and the path; rows that could not be read are in `left_out`."""
+        """The refused units, as sentences with row, path and reason. Rows that could not be read are in `left_out`."""
         refused = [unit for unit in self.units if unit.unit_id in self.refusals and unit.captures]
-        told = []
+        report = []
         for unit in refused[:units_max]:
             for number, capture in enumerate(unit.captures):
                 row = f"row {unit.rows[number]}: " if unit.rows else ""
@@ -136,17 +137,19 @@ class DedupResult(Described):
                     if isinstance(capture, (Face, Finger)) and isinstance(capture.data, Path)
                     else ""
                 )
-                told.append(f"{row}{unit.unit_id}{path} refused: {', '.join(dict.fromkeys(reasons)) or 'not compared'}")
+                report.append(
+                    f"{row}{unit.unit_id}{path} refused: {', '.join(dict.fromkeys(reasons)) or 'not compared'}"
+                )
         if len(refused) > units_max:
-            told.append(f"... and {len(refused) - units_max:,} more")
-        return told
+            report.append(f"... and {len(refused) - units_max:,} more")
+        return report
 
 
 def units_of(source: Path, options: TableOptions = DEFAULT_OPTIONS) -> tuple[list[Unit], LeftOut]:
-    """The units of a folder (an image each, filed under its first-level folder) or of a CSV or Parquet manifest.
+    """Reads the units of a folder or a manifest. Returns (units, skipped files or rows).
 
-    A manifest has the columns subject_id and path (relative to the manifest), and may have position (`face`, or a
-    finger's position) and dpi. Raises InvalidInput.
+    In a folder, each image is a unit, and its first-level folder is its label. A CSV or Parquet manifest has the columns subject_id and path
+    (relative to the manifest), and optionally position (`face`, or the position of a finger) and dpi. Raises InvalidInput.
     """
     if source.is_dir():
         images, left_out = images_of(source)
@@ -168,21 +171,22 @@ def dedup(
     options: TableOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
 ) -> DedupResult:
-    """Finds the units that are one person and writes `out` (.parquet or .csv), its pairs and its summary beside it. options: of a manifest.
+    """Finds units that belong to the same person. Writes the units to `out` (.parquet or .csv), and the pairs and a summary beside it.
 
-    Raises InvalidInput, GalleryBusy (another job has this result), StorageUnavailable.
+    threshold_db: None takes the policy's duplicate threshold for the number of units; options: how a manifest is read. Raises InvalidInput,
+    GalleryBusy (another job writes this result), StorageUnavailable.
     """
     check_table_name(out)
     for suffix in {".csv", ".parquet"} - {out.suffix}:
         other = out.with_suffix(suffix)
-        if other.exists() and _work_of(other).exists():
+        if other.exists() and _working_folder(other).exists():
             raise InvalidInput(
-                f"{other} is a result, whose summary {_summary_of(out)} would be replaced; give this one another name"
+                f"{other} is a result, and its summary {_summary_of(out)} would be overwritten; name the new result differently"
             )
     config = (config or Config(isolation=IsolationConfig())).with_policy()
     units, left_out = units_of(source, options)
     make_private_folder(out.parent)
-    with Engine.open(_work_of(out), config, override_policy=True) as engine:
+    with Engine.open(_working_folder(out), config, override_policy=True) as engine:
         refusals = _fill(engine, units, config.batch_size, progress)
         if threshold_db is None:
             threshold_db = engine.policy.link_db(len(engine))
@@ -197,16 +201,16 @@ def dedup(
 
 
 def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit], LeftOut]:
-    """A unit for each subject, and for each row that names none; in the order in which they begin."""
+    """A unit for each subject, and for each row without a subject_id; in the order of their first rows."""
     captures: dict[str, list[Capture]] = {}
     numbers: dict[str, list[int]] = {}
     refused = list(left_out.rows)
     first: dict[str, int] = {}
     for row in rows:
         first.setdefault(row.subject_id, row.number)
-        some = captures.setdefault(row.subject_id, [])
-        if len(some) < CAPTURES_MAX:
-            some.append(row.capture)
+        of_subject = captures.setdefault(row.subject_id, [])
+        if len(of_subject) < CAPTURES_MAX:
+            of_subject.append(row.capture)
             numbers.setdefault(row.subject_id, []).append(row.number)
         else:
             detail = f"the subject has more than {CAPTURES_MAX} captures; name the best ones"
@@ -228,6 +232,7 @@ def _manifest_units(rows: Sequence[Row], left_out: LeftOut) -> tuple[list[Unit],
 
 
 def _fill(engine: Engine, units: Sequence[Unit], batch_size: int, progress: Progress) -> dict[str, tuple[Refusal, ...]]:
+    """Brings the working gallery up to date with the units. Returns unit_id -> its refusals."""
     for gone in set(engine.subject_ids()) - {unit.unit_id for unit in units if unit.captures}:
         engine.remove(gone)
     refusals = {unit.unit_id: tuple(row.refusal for row in unit.refused) for unit in units if not unit.captures}
@@ -235,7 +240,7 @@ def _fill(engine: Engine, units: Sequence[Unit], batch_size: int, progress: Prog
     stream = iter(units)
     done = 0
     while batch := list(islice(stream, batch_size)):
-        # a file's name is a unit's name whatever is in it
+        # a file name may hold characters that other ids may not have
         encounters = [Encounter(KnownId(u.unit_id), u.captures, encounter_id=u.encounter_id) for u in batch]
         for decision in engine.import_captures(encounters):
             assert decision.subject_id is not None, "every unit has an id"
@@ -286,7 +291,7 @@ def _write(result: DedupResult, out: Path) -> None:
     write_json(result.summary(), _summary_of(out))
 
 
-def _work_of(out: Path) -> Path:
+def _working_folder(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
@@ -295,4 +300,5 @@ def _summary_of(out: Path) -> Path:
 
 
 def _counted(items: Iterable[str | None]) -> dict[str | None, int]:
+    """item -> its number of occurrences, the most frequent first."""
     return dict(sorted(Counter(items).items(), key=lambda entry: (-entry[1], str(entry[0]))))

@@ -1,10 +1,10 @@
-"""`dedup` of a gallery: joins all subjects with all subjects, and resumes after an interruption.
+"""`dedup` of a gallery: compares all subjects with all subjects (a self-join), and resumes after an interruption.
 
-Owns the notes of an interrupted join, and the result files. Never compares itself.
+Owns the checkpoint file and the result file. Never compares templates.
 
-The links of each tile are appended to the notes, one line a tile, and synced before the next tile begins. A join of the same gallery,
-version, threshold and method resumes after the last whole line. If the gallery was sealed meanwhile the join begins anew: a tile leaves
-rows of the journal to a later tile, which would then never come.
+The join is done in tiles. The links of a tile are one line of the checkpoint file, synced before the next tile begins. A join of the same
+gallery version with the same threshold and method resumes after the last complete line. If rows were sealed into a segment meanwhile, the
+join starts again, because the order of its tiles has changed.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from biodedup.values import Cluster, Evidence, Kind, Link
 
 @dataclass(frozen=True)
 class JoinResult(Described):
-    """The subjects of a gallery that are one person. subjects: how many were compared; plan: how, and what that may miss, in words."""
+    """The clusters of subjects that are the same person. subjects: number of subjects compared; plan: the method of the join and what it may
+    miss, as a sentence."""
 
     clusters: tuple[Cluster, ...]
     subjects: int
     threshold_db: float
     plan: str
     impostor_pairs: float = 0.0
-    """How many pairs of different people are expected to reach the threshold, N(N - 1)/2 times FMR."""
+    """Expected number of pairs of different people that reach the threshold, N(N - 1)/2 times FMR."""
 
     def summary(self) -> dict[str, Any]:
-        """Counts, JSON-ready."""
+        """The counts, JSON-ready."""
         return {
             "subjects": self.subjects,
             "threshold_db": round(self.threshold_db, 2),
@@ -59,6 +60,7 @@ class JoinResult(Described):
 
 
 def is_gallery(folder: Path) -> bool:
+    """Whether a folder holds a gallery."""
     return (folder / DATABASE_NAME).is_file()
 
 
@@ -70,20 +72,20 @@ def find_duplicates(
     progress: Progress = silent,
     executor: Executor = LOCAL,
 ) -> JoinResult:
-    """Joins a gallery with itself and writes `out` (.parquet or .csv): a row for each pair, with its cluster and that
-    cluster's weakest link. Interrupted, it goes on where it was (`out`.notes). Of a cluster with more than 1,000 links some are
-    written (`Cluster.links_left_out`). executor: where tiles are compared (`jobs.ray_executor`).
+    """Joins a gallery with itself and writes `out` (.parquet or .csv): a row for each pair, with its cluster and the cluster's weakest score.
 
+    An interrupted join resumes (`out`.notes). A cluster with more than 1,000 links is written in part (`Cluster.links_left_out`).
+    threshold_db: None takes the policy's duplicate threshold for the gallery's size; executor: where tiles are compared (`jobs.ray_executor`).
     Raises InvalidInput, GalleryDamaged, StorageUnavailable.
     """
     check_table_name(out)
     if threshold_db is None:
         threshold_db = engine.policy.link_db(len(engine))
     make_private_folder(out.parent)
-    with join_notes(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
+    with join_checkpoint(engine, out.with_name(out.name + ".notes"), threshold_db) as notes:
         plan = engine.plan_join(threshold_db)
         warn(progress, plan.estimate.warnings(), len(engine))
-        links = linked(engine, notes, threshold_db, progress, executor)
+        links = join_links(engine, notes, threshold_db, progress, executor)
         impostor_pairs = plan.estimate.impostor_pairs
         result = JoinResult(tuple(links.clusters()), len(engine), threshold_db, plan.explain(), impostor_pairs)
         _write(result, out)
@@ -91,8 +93,8 @@ def find_duplicates(
     return result
 
 
-def join_notes(engine: Engine, path: Path, threshold_db: float) -> CheckpointFile:
-    """The notes of a join of this gallery, as it is now."""
+def join_checkpoint(engine: Engine, path: Path, threshold_db: float) -> CheckpointFile:
+    """The checkpoint file of a join of the gallery's current version."""
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "threshold_db": threshold_db}
     key["sealed_rows"] = info["sealed_rows"]
@@ -103,13 +105,13 @@ def join_notes(engine: Engine, path: Path, threshold_db: float) -> CheckpointFil
     return CheckpointFile(path, key, engine.config.keys)
 
 
-def linked(
+def join_links(
     engine: Engine, notes: CheckpointFile, threshold_db: float, progress: Progress, executor: Executor = LOCAL
 ) -> Links:
-    """The links of a gallery with itself, those of the notes included."""
+    """The links of a gallery's join with itself. Tiles of the checkpoint file are not compared again."""
     links = Links()
     for tile in notes.entries:
-        links.add((_link(*one) for one in tile["links"]), tile.get("left_out"))
+        links.add((_link(*values) for values in tile["links"]), tile.get("left_out"))
     done = notes.entries[-1]["done"] if notes.entries else 0
     for tile in joined_tiles(engine, threshold_db, done, executor, progress):
         evidence = [[asdict(part) for part in link.evidence] for link in tile.links]

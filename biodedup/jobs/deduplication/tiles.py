@@ -1,6 +1,6 @@
-"""The steps of an N:N join as pieces of work, which other processes can do: each opens the gallery for itself.
+"""Divides the join of a gallery with itself (N:N) into pieces of work for other processes. Each process opens the gallery itself.
 
-Owns what such a process needs to know, and how it sees that it has another version of the gallery. Never compares itself.
+Owns the description of the work, and the check that a process has the same version of the gallery. Never compares templates.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from biodedup.jobs.shared.progress import Progress, warn
 from biodedup.keys import KeyProvider
 
 _State = tuple[str, int, int]
-"""gallery_id, version, sealed rows: a process that has the same has the same snapshot."""
+"""(gallery_id, version, sealed rows). Two processes with the same state have the same snapshot."""
 
 
 class JoinWork(Work[JoinStep, JoinedTile | None]):
-    """The join of a gallery with itself, as the gallery is now."""
+    """The join of a gallery's current version with itself."""
 
     def __init__(self, engine: Engine, threshold_db: float) -> None:
         self._engine, self._threshold_db = engine, threshold_db
@@ -36,11 +36,11 @@ class JoinWork(Work[JoinStep, JoinedTile | None]):
         config, folder = self._engine.config, self._engine.folder
         if folder is None:
             raise InvalidInput(
-                "a register's join runs in this process; leave the executor out, or export the register to a folder"
+                "the join of a register cannot use an executor; omit the executor, or export the register to a folder"
             )
         if config.keys is not None and not isinstance(config.keys, KeyProvider):
             raise InvalidInput(
-                "keys is a function, which is not sent to other machines; pass a KeyProvider, and set the key up on each node"
+                "keys is a function, which cannot be sent to other machines; pass a KeyProvider, and set up the key on each node"
             )
         return JoinRecipe(
             folder.absolute(), config, _state_of(self._engine.info()["gallery_id"], self.joining), self._threshold_db
@@ -49,7 +49,7 @@ class JoinWork(Work[JoinStep, JoinedTile | None]):
 
 @dataclass(frozen=True)
 class JoinRecipe:
-    """A `Recipe`. config: with the policy in force."""
+    """Describes the join, so that a process on another machine can start it (a `Recipe`). config: has the policy in force."""
 
     folder: Path
     config: Config
@@ -62,7 +62,7 @@ class JoinRecipe:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[JoinStep], JoinedTile | None]]:
-        """The function returns None where this process has another version of the gallery."""
+        """Yields the function that compares a tile. It returns None if this process has another version of the gallery."""
         try:
             engine = Engine.open(
                 self.folder,
@@ -77,11 +77,7 @@ class JoinRecipe:
         with engine:
             joining = engine.joining(threshold_db=self.threshold_db)
             same = _state_of(engine.info()["gallery_id"], joining) == self.state
-            yield joining.tile if same else _nothing
-
-
-def _nothing(step: JoinStep) -> None:
-    return None
+            yield joining.tile if same else lambda step: None
 
 
 def _state_of(gallery_id: str, joining: Joining) -> _State:
@@ -91,17 +87,19 @@ def _state_of(gallery_id: str, joining: Joining) -> _State:
 def joined_tiles(
     engine: Engine, threshold_db: float, skip: int, executor: Executor, progress: Progress
 ) -> Iterator[JoinedTile]:
-    """The tiles of a join, in order. skip: rows that are done already."""
+    """The tiles of a join, in order. skip: number of rows that are finished."""
     work = JoinWork(engine, threshold_db)
-    steps, told = list(work.joining.steps(skip)), False
+    steps, warned = list(work.joining.steps(skip)), False
     for step, tile in zip(steps, in_order(executor, work, steps), strict=True):
         if tile is None:
-            if not told:
+            if not warned:
                 warn(
                     progress,
-                    ["the gallery changed since the job began; what other machines cannot see any more is done here"],
+                    [
+                        "the gallery changed since the job began; this machine compares the tiles that other machines cannot"
+                    ],
                     step.done,
                 )
-            told, tile = True, work.joining.tile(step)
+            warned, tile = True, work.joining.tile(step)
         yield tile
         engine.check_open()

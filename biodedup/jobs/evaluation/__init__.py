@@ -1,1 +1,1 @@
-"""Error rates on labelled data, and calibration."""
+"""Measures error rates on labelled data, and fits calibrations."""

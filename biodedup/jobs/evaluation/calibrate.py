@@ -1,13 +1,14 @@
-"""`calibrate`: fits a model card on labelled pairs, or on the impostor pairs of a gallery.
+"""`calibrate`: fits the calibration of a model on labelled pairs of captures, or on the impostor pairs of a gallery.
 
-The card is of a shipped model, or of a model that runs elsewhere; the latter has no weights. Owns the table of pairs that is read and the
-card that is written. Never extracts: `evaluate` writes such a table.
+The result is a model card: of a shipped model, or of an external model, which has no weights here. Owns the table of pairs that it reads and
+the card that it writes. Never extracts templates: `evaluate` writes such a table.
 
-Pairs are Parquet or CSV, one a row: `similarity`, `minutiae` or both (raw scores), `mated`; if known, `subject_a` and `subject_b`; and
-`position`. With the subjects the interval accounts for pairs that share a subject, and the held-out half has other people. The report is
-measured on subjects that were not fitted; the card is then fitted on all.
+A table of pairs (Parquet or CSV) has the raw scores `similarity`, `minutiae` or both, and `mated`; and if known `subject_a`, `subject_b` and
+`position`.
 
-Without mated pairs, as in a gallery, only the non-mated distribution is fitted, and the likelihood ratio follows from it.
+1. The reported error rates are measured on held-out pairs. Then the card is fitted on all pairs.
+2. If subjects are stated, the held-out pairs are of other subjects, and intervals account for pairs that share a subject.
+3. Without mated pairs, as from a gallery, only the non-mated distribution is fitted, and the likelihood ratio is derived from it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Labelled pairs. scores: raw, by column, float64 (n,); mated: bool (n,); a, b: subjects, int64 (n,), or None; position: str (n,),
-    or None."""
+    """Labelled pairs of captures. scores: name of the raw score -> float64 (n,); mated: bool (n,); a, b: numbers of the subjects, int64 (n,),
+    or None; position: str (n,), or None."""
 
     scores: Mapping[str, Float64] = field(repr=False)
     mated: NDArray[np.bool_] = field(repr=False)
@@ -65,11 +66,12 @@ class Pairs:
         return len(self.mated)
 
     def of(self, rows: NDArray[Any]) -> Pairs:
-        a, b, position = (None if one is None else one[rows] for one in (self.a, self.b, self.position))
+        """Some of the pairs. rows: indices, or bool (n,)."""
+        a, b, position = (None if each is None else each[rows] for each in (self.a, self.b, self.position))
         return Pairs({name: values[rows] for name, values in self.scores.items()}, self.mated[rows], a, b, position)
 
     def halves(self, rng: np.random.Generator) -> tuple[Pairs, Pairs]:
-        """No subject is in both; without subjects, no pair."""
+        """Two disjoint random parts. No subject is in both parts; if subjects are unknown, no pair is."""
         if self.a is None or self.b is None:
             first = rng.random(len(self)) < 0.5
             return self.of(first), self.of(~first)
@@ -79,8 +81,9 @@ class Pairs:
 
 @dataclass(frozen=True)
 class CalibrateResult(Described):
-    """What a fit was made of and how it does. held_out: by what was fitted, nominal FMR -> measured, before and after.
-    positions: the same after the fit, of all pairs, by position; differs: beyond a factor of two, and not by chance."""
+    """The result of a fit. mated, nonmated: numbers of pairs; subjects: their number, None if unknown. held_out: fitted table -> rows with the
+    nominal and the measured FMR on held-out pairs, before and after the fit. positions: the same rows after the fit for all pairs, by position.
+    `differs` in a row: nominal and measured FMR differ by more than a factor of two, and not by chance."""
 
     card: str
     mated: int
@@ -90,7 +93,7 @@ class CalibrateResult(Described):
     positions: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The result, JSON-ready."""
         return {
             "card": self.card,
             "mated_pairs": self.mated,
@@ -112,14 +115,15 @@ def calibrate(
     config: Config | None = None,
     executor: Executor = LOCAL,
 ) -> CalibrateResult:
-    """Writes `out` (.toml): the card of this model with the tables fitted on these pairs, for
-    `FaceConfig(model=...)`, `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`. pairs: a table, or a gallery's folder;
-    model_id: a shipped model's, its card's name, or the path of a card; `finger256-3+mindtct-1` fits the embedding and what it
-    says with minutiae. Any other model_id gets a card without weights, for embeddings that come with this model_id. dimension: how
-    many numbers these have; None takes a gallery's, and leaves it open otherwise. config: needed for the key of an encrypted gallery. executor: where a gallery's minutiae
-    are compared (`jobs.ray_executor`).
+    """Fits the calibration of a model on pairs, and writes the model's card to `out` (.toml). The card is used in `FaceConfig(model=...)`,
+    `FingerConfig(model=...)` or `FingerConfig(minutiae_model=...)`.
 
-    Raises InvalidInput for a table that lacks columns or pairs, ModelCardError, StorageUnavailable.
+    pairs: a table of pairs, or the folder of a gallery. model_id: a shipped model, the name of its card, or the path of a card;
+    `finger256-3+mindtct-1` fits the embedding, and its combination with minutiae; any other model_id is an external model, whose card has no
+    weights. dimension: dimension of an external model's embeddings; None takes it from a gallery, or does not state it. config: needed for the
+    key of an encrypted gallery. executor: where the minutiae of a gallery are compared (`jobs.ray_executor`).
+
+    Raises InvalidInput for a table without the needed columns or pairs, ModelCardError, StorageUnavailable.
     """
     if out.suffix != ".toml":
         raise InvalidInput(f"the card cannot be named {out.name}; end the name with .toml")
@@ -160,15 +164,15 @@ def calibrate(
 
 
 def _check_enough(name: str, mates: int, nonmates: int, card: ModelCard, minutiae: ModelCard | None) -> None:
-    """Raises InvalidInput if the pairs are too few for a calibration. name: of their file."""
+    """Raises InvalidInput if there are too few pairs for a calibration. name: of their file, for the message."""
     if 0 < mates < MATED_MIN or nonmates < NONMATED_MIN:
         raise InvalidInput(
-            f"{name} has {mates} mated and {nonmates} non-mated pairs with a score; a calibration needs {NONMATED_MIN} non-mated "
-            f"ones at least, 10 / FMR to measure an FMR (1,000,000 for 1e-5), and no mated ones or {MATED_MIN}"
+            f"{name} has {mates} mated and {nonmates} non-mated pairs with a score; a calibration needs at least {NONMATED_MIN} non-mated "
+            f"pairs, 10 / FMR of them to measure an FMR (1,000,000 for 1e-5), and either no mated pairs or at least {MATED_MIN}"
         )
     if not mates and not (card.calibration and (minutiae is None or minutiae.model_id in card.both)):
         raise InvalidInput(
-            f"{name} has no mated pairs, and there is no calibration of {card.model_id} to begin with; pass mated pairs"
+            f"{name} has no mated pairs, and {card.model_id} has no earlier calibration to start from; pass mated pairs"
         )
 
 
@@ -184,10 +188,12 @@ def pairs_of_gallery(
 ) -> Pairs:
     """Impostor pairs of a gallery (`impostors.py`). Raises InvalidInput."""
     models = {card.model_id}
-    if card.kind == "minutiae":  # with whatever embedding they came
-        models |= {joint_id(one, card) for one in shipped_cards() if one.kind == "finger-embedding"}
+    if card.kind == "minutiae":  # with any embedding beside them
+        models |= {joint_id(other, card) for other in shipped_cards() if other.kind == "finger-embedding"}
     elif card.kind == "finger-embedding":
-        models = {joint_id(card, one) for one in shipped_cards() if one.kind == "minutiae" and minutiae in (None, one)}
+        models = {
+            joint_id(card, other) for other in shipped_cards() if other.kind == "minutiae" and minutiae in (None, other)
+        }
         models |= {card.model_id} if minutiae is None else set()
     columns = _columns(card, minutiae)
     scores, a, b, position = impostor_pairs(
@@ -201,12 +207,12 @@ def pairs_of_gallery(
     )
     scores = {name: scores[name] for name in columns}
     whole = np.isfinite(np.array(list(scores.values()))).all(axis=0)
-    a, b = np.unique(np.stack([a, b]), return_inverse=True)[1].reshape(2, -1)  # numbered from 0, as people
+    a, b = np.unique(np.stack([a, b]), return_inverse=True)[1].reshape(2, -1)  # subjects are numbered from 0
     return Pairs(scores, np.zeros(len(a), bool), a, b, position).of(whole)
 
 
 def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
-    """Rows without one of the scores are left out. Raises InvalidInput."""
+    """Reads a table of pairs. columns: the raw scores that it must have; rows without one of them are skipped. Raises InvalidInput."""
     try:
         table = _read_csv(path) if path.suffix.lower() in CSV_SUFFIXES else pa.parquet.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
@@ -240,7 +246,7 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> Pairs:
 
 def _read_csv(path: Path) -> pa.Table:
     form = text_form(path)
-    names = dict.fromkeys(("subject_a", "subject_b", "position"), pa.string())  # ids are no numbers
+    names = dict.fromkeys(("subject_a", "subject_b", "position"), pa.string())  # ids are texts, not numbers
     return pa.csv.read_csv(
         path if form.is_utf8 else open_utf8(path, form),
         read_options=pa.csv.ReadOptions(skip_rows=form.lines_before),
@@ -250,7 +256,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _refuse_rounded(table: pa.Table, path: Path) -> None:
-    """Raises InvalidInput for an id that several subjects would share."""
+    """Raises InvalidInput if a spreadsheet rounded an id, so that several subjects share it."""
     for name in {"subject_a", "subject_b"} & set(table.column_names):
         rounded = np.flatnonzero(were_rounded(table[name].cast(pa.string())))
         if len(rounded):
@@ -262,13 +268,13 @@ def _refuse_rounded(table: pa.Table, path: Path) -> None:
 def _document(
     card: ModelCard, pairs: Path, dimension: int | None, found: Pairs, keys: KeySource | None
 ) -> dict[str, Any]:
-    """What the new card says, but for its tables: what the old one does, or as much as is known of a model that runs elsewhere."""
+    """The content of the new card without its tables: the content of the old card, or the known facts about an external model."""
     if card.path.exists():
         return tomllib.loads(card.path.read_text(encoding="utf-8"))
     if is_gallery(pairs):
         with closing(Gallery.open_to_read(pairs, LocalStorage(keys), Config().gallery)) as opened:
             models = opened.snapshot().models.values()
-        dimension = next(one.dimension for one in models if one.model_id == card.model_id)
+        dimension = next(model.dimension for model in models if model.model_id == card.model_id)
     fingers = found.position is not None and len(found.position) and "face" not in found.position
     kind = "finger-embedding" if fingers else "face-embedding"
     known = {"name": card.name, "model_id": card.model_id, "kind": kind, "licence": "", "source": "runs elsewhere"}
@@ -276,7 +282,7 @@ def _document(
 
 
 def _cards(model_id: str, out: Path) -> tuple[ModelCard, ModelCard | None]:
-    """(the model's card, that of the minutiae which are added to it). out: the path of a card that is not there yet."""
+    """(the card of the model, the card of the minutiae that are combined with it or None). out: the path of the new card."""
     if model_id.endswith(".toml"):
         return load_card(model_id), None
     known = {name: card for card in shipped_cards() for name in (card.name, card.model_id)}
@@ -288,12 +294,12 @@ def _cards(model_id: str, out: Path) -> tuple[ModelCard, ModelCard | None]:
             return card, minutiae
     if not any(parts):
         check_id(model_id, "model_id")
-        elsewhere = ModelCard(model_id, model_id, "face-embedding", "", "", out.with_name(f"{out.name}.new").absolute())
-        return elsewhere, None
+        external = ModelCard(model_id, model_id, "face-embedding", "", "", out.with_name(f"{out.name}.new").absolute())
+        return external, None
     names = sorted(card.model_id for card in shipped_cards() if card.kind != "face-detector")
     raise InvalidInput(
-        f"model {model_id!r} is not known; pass one of {', '.join(names)}, two of them as embedding+minutiae, a card's path, or "
-        "the model_id of a model that runs elsewhere"
+        f"model {model_id!r} is not known; pass one of {', '.join(names)}, two of them as embedding+minutiae, the path of a card, or "
+        "the model_id of an external model"
     )
 
 
@@ -304,42 +310,43 @@ def _columns(card: ModelCard, minutiae: ModelCard | None) -> tuple[str, ...]:
 
 
 def _raw(pairs: Pairs, name: str, tables: Mapping[str, Any], minutiae: ModelCard | None) -> Float64:
-    """What a table is of: a raw score, or the sum of both llr_db."""
+    """The values that a table calibrates: a raw score (`calibration`), or the sum of two llr_db (`both`)."""
     if name == "calibration":
         return next(iter(pairs.scores.values()))
     assert minutiae is not None and minutiae.calibration is not None
-    alone, added = Calibration.from_card(tables["calibration"]), Calibration.from_card(minutiae.calibration)
-    return alone.llr_db(pairs.scores["similarity"]) + added.llr_db(pairs.scores["minutiae"])
+    embedding, records = Calibration.from_card(tables["calibration"]), Calibration.from_card(minutiae.calibration)
+    return embedding.llr_db(pairs.scores["similarity"]) + records.llr_db(pairs.scores["minutiae"])
 
 
 def _fitted(
     pairs: Pairs, card: ModelCard, minutiae: ModelCard | None, name: str, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """The tables that the card gets, at the knots that it had."""
+    """Fits the tables of the new card, at the knots of the old tables if there are any. name: of the source of the pairs."""
     tables: dict[str, dict[str, Any]] = {}
-    kept = {"calibration": card.calibration, "both": card.both.get(minutiae.model_id) if minutiae else None}
-    non = pairs.of(~pairs.mated)
-    for what in ("calibration",) if minutiae is None else ("calibration", "both"):
-        raw, old = _raw(pairs, what, tables, minutiae), kept[what]
+    earlier = {"calibration": card.calibration, "both": card.both.get(minutiae.model_id) if minutiae else None}
+    nonmated = pairs.of(~pairs.mated)
+    for table in ("calibration",) if minutiae is None else ("calibration", "both"):
+        raw, old = _raw(pairs, table, tables, minutiae), earlier[table]
         knots = np.linspace(raw.min(), raw.max(), 65) if old is None else np.array(old["score"], np.float64)
-        source = f"{name}, {len(non)} non-mated and {len(pairs) - len(non)} mated pairs"
-        nonmates = Nonmates(name, raw[~pairs.mated], non.a, non.b)
-        power = COSINE_POWER if what == "calibration" and card.kind != "minutiae" else 1.0
+        source = f"{name}, {len(nonmated)} non-mated and {len(pairs) - len(nonmated)} mated pairs"
+        nonmates = Nonmates(name, raw[~pairs.mated], nonmated.a, nonmated.b)
+        power = COSINE_POWER if table == "calibration" and card.kind != "minutiae" else 1.0
         if pairs.mated.any():
-            tables[what] = fit([raw[pairs.mated]], [nonmates], knots, source=source, power=power, seed=seed)
+            tables[table] = fit([raw[pairs.mated]], [nonmates], knots, source=source, power=power, seed=seed)
         else:
-            assert old is not None, "calibrate has seen to it"
-            tables[what] = refit(old, [nonmates], source=source, power=power, seed=seed)
+            assert old is not None, "_check_enough requires an earlier table"
+            tables[table] = refit(old, [nonmates], source=source, power=power, seed=seed)
     return tables
 
 
 def _score_db(pairs: Pairs, name: str, tables: Mapping[str, Any], minutiae: ModelCard | None) -> Float64:
-    """Of the non-mated pairs."""
+    """The score_db of the non-mated pairs."""
     raw = _raw(pairs, name, tables, minutiae)
     return Calibration.from_card(tables[name]).score_db(raw[~pairs.mated])
 
 
 def _rows(after: Float64, before: Float64 | None = None) -> list[dict[str, Any]]:
+    """The nominal and the measured FMR at each of NOMINAL_DB. after, before: score_db of non-mated pairs after and before the fit."""
     rows: list[dict[str, Any]] = []
     for nominal_db in NOMINAL_DB:
         found = measured_fmr(after, nominal_db)
@@ -357,18 +364,18 @@ def _rows(after: Float64, before: Float64 | None = None) -> list[dict[str, Any]]
 
 
 def _positions(pairs: Pairs, tables: Mapping[str, Any], minutiae: ModelCard | None) -> list[dict[str, Any]]:
-    """Of each position with pairs enough, by the law of all."""
+    """The FMR of each position that has enough pairs, with the calibration that was fitted on all positions."""
     if pairs.position is None:
         return []
     score_db = _score_db(pairs, "calibration" if minutiae is None else "both", tables, minutiae)
-    of = pairs.position[~pairs.mated]
-    names, counts = np.unique(of, return_counts=True)
+    positions = pairs.position[~pairs.mated]
+    names, counts = np.unique(positions, return_counts=True)
     enough = names[counts >= NONMATED_MIN].tolist()
-    return [{"position": name} | row for name in enough for row in _rows(score_db[of == name])]
+    return [{"position": name} | row for name in enough for row in _rows(score_db[positions == name])]
 
 
 def card_text(document: Mapping[str, Any]) -> str:
-    """A card as TOML. A number has six significant digits, one of a list five."""
+    """A card as TOML. Numbers have six significant digits, and numbers in lists five."""
     return tomli_w.dumps(_rounded(document))
 
 

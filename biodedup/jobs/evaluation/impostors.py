@@ -1,7 +1,7 @@
-"""Impostor pairs of a gallery: scores between different subjects, with this gallery's cameras and scanners.
+"""Compares a sample of a gallery's subjects with each other: these impostor scores show how the gallery's cameras and scanners behave.
 
-Owns the sample of subjects. All sampled subjects are taken for different people: in a small sample of a large gallery almost none are
-enrolled twice, and a duplicate would be one pair in millions.
+Owns the sample. It assumes that all sampled subjects are different people: in a small sample of a large gallery hardly anyone is enrolled
+twice, and one duplicate is one pair in millions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from biodedup.keys import KeySource
 from biodedup.match.prints.minutiae import CylinderMatcher
 from biodedup.values import BIT
 
-PEOPLE, PEOPLE_WITH_MINUTIAE = 2_000, 500
-"""Drawn of each column: two million pairs of embeddings, 125,000 of minutiae, which take a hundred times as long."""
-ROWS_A_PIECE = 16
+SUBJECTS, SUBJECTS_WITH_MINUTIAE = 2_000, 500
+"""Sample size in each column: two million pairs of embeddings, or 125,000 pairs of minutiae, each of which takes a hundred times as long."""
+PIECE_ROWS = 16
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
@@ -42,9 +42,11 @@ def impostor_pairs(
     keys: KeySource | None = None,
     executor: Executor = LOCAL,
 ) -> tuple[Mapping[str, Float64], Int64, Int64, NDArray[np.str_]]:
-    """(scores, a, b, position) of pairs, float64, int64 and str (n,) each; scores: `similarity`, `minutiae`, NaN where there is none.
+    """Compares sampled subjects in each column. Returns (scores, a, b, position) of all pairs.
 
-    models: the model_ids that count. minutiae: compare them, too; executor: where. Raises InvalidInput where the gallery has no template of these.
+    scores: `similarity` and `minutiae`, float64 (n,), NaN if not compared; a, b: rows, int64 (n,); position: column, str (n,).
+    models: only columns of these model_ids are compared. minutiae: minutiae are compared, too; executor: where this is done. Raises InvalidInput
+    if the gallery has no template of these models.
     """
     rng = np.random.default_rng(seed)
     with closing(Gallery.open_to_read(gallery, LocalStorage(keys), Config().gallery)) as opened:
@@ -53,7 +55,8 @@ def impostor_pairs(
         if not columns:
             known = sorted({model.model_id for model in now.models.values()})
             raise InvalidInput(
-                f"{gallery.name} has no template of {' or '.join(sorted(models))}, but of {', '.join(known) or 'nothing'}; name one of these models"
+                f"{gallery.name} has no template of {' or '.join(sorted(models))}; it has templates of {', '.join(known) or 'no model'}. Name one of "
+                "its models"
             )
         parts = []
         for number, column in enumerate(columns):
@@ -68,8 +71,8 @@ def impostor_pairs(
 def _pairs(
     now: Snapshot, column: str, minutiae: bool, rng: np.random.Generator, executor: Executor
 ) -> tuple[Float64, Float64, Int64, Int64]:
-    """(similarity, minutiae, a, b) of all pairs of the people drawn."""
-    rows = _drawn(now, column, PEOPLE_WITH_MINUTIAE if minutiae else PEOPLE, rng)
+    """(similarity, minutiae, a, b) of all pairs of the sampled rows of one column."""
+    rows = _sample(now, column, SUBJECTS_WITH_MINUTIAE if minutiae else SUBJECTS, rng)
     a, b = np.triu_indices(len(rows), 1)
     similarity, records = np.full((2, len(a)), np.nan)
     if now.models[column].dimension:
@@ -78,28 +81,30 @@ def _pairs(
     if minutiae:
         held = now.minutiae(rows, column)
         work = MinutiaeWork(tuple(held.get(row) for row in rows.tolist()))
-        pieces = [(first, min(first + ROWS_A_PIECE, len(rows))) for first in range(0, len(rows), ROWS_A_PIECE)]
+        pieces = [(first, min(first + PIECE_ROWS, len(rows))) for first in range(0, len(rows), PIECE_ROWS)]
         records = np.concatenate([np.zeros(0), *in_order(executor, work, pieces)])
     return similarity, records, rows[a], rows[b]
 
 
-def _drawn(now: Snapshot, column: str, count: int, rng: np.random.Generator) -> Int64:
-    """Up to count rows that have this column, ascending."""
-    found = [np.zeros(0, np.int64)]
+def _sample(now: Snapshot, column: str, count: int, rng: np.random.Generator) -> Int64:
+    """A random sample of at most `count` rows that have this column, ascending."""
+    candidates = [np.zeros(0, np.int64)]
     for part in now.parts:
         if column in part.columns:
-            there = (part.presence(0, part.count) & BIT[column]) > 0
+            present = (part.presence(0, part.count) & BIT[column]) > 0
             mask = now.mask(part)
-            (at,) = np.nonzero(there if mask is None else there & mask)
-            found.append(part.rows(at))
-    rows = np.concatenate(found)
+            (indices,) = np.nonzero(present if mask is None else present & mask)
+            candidates.append(part.rows(indices))
+    rows = np.concatenate(candidates)
     return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
 
 
 @dataclass(frozen=True)
 class MinutiaeWork(Work[tuple[int, int], Float64]):
-    """Compares records with all behind them. A piece is (first, last): the records from first to before last. records: None for a person
-    without minutiae. It is its own recipe: the records travel with it."""
+    """Compares each record with all later records. A piece (first, end) is the records from first up to, not including, end.
+
+    records: None for a subject without minutiae. The object is its own `Recipe`: the records are sent to the other process.
+    """
 
     records: tuple[bytes | None, ...]
     threads: int = 1
@@ -116,14 +121,14 @@ class MinutiaeWork(Work[tuple[int, int], Float64]):
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[tuple[int, int]], Float64]]:
-        """The function returns the scores of each record's pairs, NaN where there is none."""
+        """Yields a function that returns the scores of a piece's pairs, NaN if a record is missing."""
         with closing(CylinderMatcher()) as matcher:
             yield lambda piece: np.concatenate([self._scores(matcher, number) for number in range(*piece)])
 
     def _scores(self, matcher: CylinderMatcher, number: int) -> Float64:
-        own, others = self.records[number], self.records[number + 1 :]
+        record, others = self.records[number], self.records[number + 1 :]
         scores = np.full(len(others), np.nan)
-        present = [at for at, other in enumerate(others) if other is not None]
-        if own is not None and present:
-            scores[present] = matcher.compare(own, [other for other in others if other is not None])
+        present = [i for i, other in enumerate(others) if other is not None]
+        if record is not None and present:
+            scores[present] = matcher.compare(record, [other for other in others if other is not None])
         return scores

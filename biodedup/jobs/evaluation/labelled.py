@@ -1,7 +1,7 @@
-"""Reads labelled encounters and extracts their templates, for an evaluation.
+"""Reads labelled encounters (encounters whose subjects are known) and extracts their templates, for an evaluation.
 
-Owns the reading of labelled sources, and extraction that resumes: templates are kept in a working folder, one file for some encounters, named
-by a hash of their source. Never compares.
+Owns the reading of labelled sources, and an extraction that resumes: a working folder keeps the templates, in one file for each 128
+encounters, named by a hash of the captures and settings. Never compares.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,16 @@ from biodedup.jobs.shared.progress import Progress
 from biodedup.required import keep_better
 from biodedup.values import COLUMNS, Capture, Face, Finger, Refusal, Template, check_model_ids, model_of
 
-_PASSING = FAILURES | {"unreadable"}  # a missing file that comes has another mark
+_RETRIED = FAILURES | {"unreadable"}
+"""Refusals after which the next run extracts again. A missing file that arrives changes `mark_of`, and so is extracted anyway."""
 PART = 128
-"""Encounters of one file of templates: what an interruption costs at most."""
+"""Encounters in one file of templates. An interruption loses at most the extraction of so many."""
 
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """One encounter of a known subject. captures: files; templates: column -> template, given or extracted; groups: column of the
-    source -> value."""
+    """One encounter of a known subject. captures: files; templates: column -> template, read or extracted; groups: further columns of the
+    source -> values."""
 
     encounter_id: str
     subject_id: str
@@ -75,13 +76,16 @@ def read_labelled(
     model_id: str | Mapping[str, str] | None = None,
     options: TableOptions = DEFAULT_OPTIONS,
 ) -> tuple[list[Labelled], LeftOut]:
-    """The encounters of a folder (a folder per subject, an image an encounter; finger: they are fingers), of a manifest, or of a
-    Parquet file of templates. model_id: what made the vectors among these, one for all or by column.
-    Also what of it could not be used. Raises InvalidInput."""
+    """Reads the encounters of a labelled source. Returns (encounters, skipped files and rows).
+
+    source: a folder with a subfolder for each subject, where each image is an encounter; a manifest; or a Parquet file of templates. finger: the
+    images of a folder are fingers, with a resolution of `dpi`. model_id: the model of the embeddings in a Parquet file, one id for all or a
+    mapping by column. Raises InvalidInput.
+    """
     check_model_ids(model_id)
     if not source.exists():
         raise InvalidInput(
-            f"{source} does not exist; name a folder per subject, a manifest, or a Parquet file of templates"
+            f"{source} does not exist; name a folder with a subfolder for each subject, a manifest, or a Parquet file of templates"
         )
     if source.is_dir():
         found, left_out = _of_folder(source, finger, dpi)
@@ -89,15 +93,15 @@ def read_labelled(
         table = TableFile(source, options)
         ready = [name for name in table.names if name in COLUMNS]
         found, left_out = _of_templates(table, ready, config, model_id) if ready else _of_manifest(source, options)
-    subjects = {one.subject_id for one in found}
+    subjects = {encounter.subject_id for encounter in found}
     if len(subjects) < 2:
-        told = "".join(f"; {sentence}" for sentence in left_out.sentences())
-        raise InvalidInput(f"{source} has {len(subjects)} subjects; errors are measured on two or more{told}")
+        report = "".join(f"; {sentence}" for sentence in left_out.sentences())
+        raise InvalidInput(f"{source} has {len(subjects)} subjects; an evaluation needs two or more{report}")
     return found, left_out
 
 
 def extracted(found: Sequence[Labelled], config: Config, work: Path, progress: Progress) -> list[Labelled]:
-    """With the templates of their captures, or the reasons why there are none. work: a folder that keeps them; biometric data."""
+    """The encounters with the templates or refusals of their captures. work: the working folder, which keeps templates (biometric data)."""
     with Extractor(config) as extractor:
         return _extracted(found, config, extractor, work, progress)
 
@@ -112,16 +116,15 @@ def _extracted(
     storage = LocalStorage(config.keys)
     for low in range(0, len(found), PART):
         batch = found[low : low + PART]
-        if any(one.captures for one in batch):
+        if any(encounter.captures for encounter in batch):
             make_private_folder(work)
-            marks = "\n".join([settings, *(mark_of(one.encounter_id, one.captures) for one in batch)])
+            marks = "\n".join([settings, *(mark_of(encounter.encounter_id, encounter.captures) for encounter in batch)])
             part = work / f"{hashlib.sha256(marks.encode()).hexdigest()[:32]}.parquet"
             results = _read_part(storage, part)
             if results is None:
-                captures: list[Capture] = [capture for one in batch for capture in one.captures]
+                captures: list[Capture] = [capture for encounter in batch for capture in encounter.captures]
                 results = extractor.extract(captures)
-                # what failed, or was not there, is tried again by the next run
-                if not any(isinstance(one, Refusal) and one.reason in _PASSING for one in results):
+                if not any(isinstance(result, Refusal) and result.reason in _RETRIED for result in results):
                     _write_part(storage, part, _part_of(results))
             batch = _with_results(batch, iter(results))
         done += batch
@@ -135,7 +138,7 @@ def _of_folder(folder: Path, finger: bool, dpi: float | None) -> tuple[list[Labe
     for name, relative in images.items():
         subject_id = label_of(relative)
         if subject_id is None:
-            raise InvalidInput(f"{relative} lies in no subject's folder; move it into one, or write a manifest")
+            raise InvalidInput(f"{relative} is not in a subject's subfolder; move it into one, or write a manifest")
         capture = Finger(folder / relative, "unknown", dpi) if finger else Face(folder / relative)
         found.append(Labelled(name, subject_id, (capture,)))
     if not found:
@@ -147,19 +150,21 @@ def _of_manifest(manifest: Path, options: TableOptions) -> tuple[list[Labelled],
     rows: dict[tuple[str, str], list[Any]] = {}
     usable, left_out = read_rows(manifest, options, carried=True)
     for row in usable:
-        # without an encounter_id every capture is an encounter of its own
+        # without an encounter_id, each capture is an encounter
         name = row.encounter_id if row.encounter_id is not None else f"row {row.number}"
         rows.setdefault((row.subject_id, name), []).append(row)
     names = [name for _, name in rows]
-    twice = len(set(names)) < len(names)  # encounters numbered within each subject
+    repeated = len(set(names)) < len(names)  # encounters may be numbered within each subject
     found = [
         Labelled(
-            f"{subject_id}/{name}" if twice else name,
+            f"{subject_id}/{name}" if repeated else name,
             subject_id,
-            tuple(row.capture for row in some),
-            groups={key: _joined([row.other_columns[key] for row in some]) for key in some[0].other_columns},
+            tuple(row.capture for row in of_encounter),
+            groups={
+                key: _joined([row.other_columns[key] for row in of_encounter]) for key in of_encounter[0].other_columns
+            },
         )
-        for (subject_id, name), some in rows.items()
+        for (subject_id, name), of_encounter in rows.items()
     ]
     return found, left_out
 
@@ -169,44 +174,45 @@ def _of_templates(
 ) -> tuple[list[Labelled], LeftOut]:
     source = file.path
     if file.form is not None:
-        raise InvalidInput(f"{source} has columns of templates, {', '.join(columns)}; write templates as Parquet")
+        raise InvalidInput(
+            f"{source} is not Parquet, but has columns of templates, {', '.join(columns)}; write templates as Parquet"
+        )
     table = pa.parquet.read_table(source)
-    names_known = file.names
-    table = table.rename_columns(names_known)
-    file.options.check_columns(names_known, (*RESERVED, *COLUMNS), source, carried=True)
+    table = table.rename_columns(file.names)
+    file.options.check_columns(file.names, (*RESERVED, *COLUMNS), source, carried=True)
     if "subject_id" not in table.column_names:
-        raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id beside the templates")
+        raise InvalidInput(f"{source} has the columns {table.column_names}; wanted subject_id and the templates")
     cells = {
         name: _templates(table.column(name).combine_chunks(), name, config, model_of(name, model_id))
         for name in columns
     }
     other_columns = [name for name in table.column_names if name not in (*COLUMNS, *RESERVED)]
     usable, refused = _named(
-        file, [name for name in ("subject_id", "encounter_id", *other_columns) if name in names_known]
+        file, [name for name in ("subject_id", "encounter_id", *other_columns) if name in file.names]
     )
     names = [name for *_, name, _ in usable]
-    twice = len(set(names)) < len(names)
+    repeated = len(set(names)) < len(names)
     found = []
-    for i, subject_id, name, given in usable:
-        here = [(column, cells[column][i]) for column in columns]
+    for i, subject_id, name, row in usable:
+        results = [(column, cells[column][i]) for column in columns]
         found.append(
             Labelled(
-                f"{subject_id}/{name}" if twice else name,
+                f"{subject_id}/{name}" if repeated else name,
                 subject_id,
-                templates={column: one for column, one in here if isinstance(one, Template)},
-                refusals=tuple(one for _, one in here if isinstance(one, Refusal)),
-                groups={key: given.get(key) for key in other_columns},
+                templates={column: result for column, result in results if isinstance(result, Template)},
+                refusals=tuple(result for _, result in results if isinstance(result, Refusal)),
+                groups={key: row.get(key) for key in other_columns},
             )
         )
-    if len({one.encounter_id for one in found}) < len(found):
-        raise InvalidInput(f"{source} repeats an encounter_id of a subject; give each row its own")
+    if len({encounter.encounter_id for encounter in found}) < len(found):
+        raise InvalidInput(f"{source} repeats an encounter_id of a subject; give each row its own encounter_id")
     return found, LeftOut(rows=tuple(refused))
 
 
 def _named(
     file: TableFile, columns: Sequence[str]
 ) -> tuple[list[tuple[int, str, str, Mapping[str, Any]]], list[RefusedRow]]:
-    """(index of the row, subject_id, encounter's name, all cells) of rows that name a subject, and the others."""
+    """(the usable rows, the refused rows). A usable row is (index, subject_id, name of the encounter, all cells)."""
     usable: list[tuple[int, str, str, Mapping[str, Any]]] = []
     refused: list[RefusedRow] = []
     for number, cells in file.rows(columns):
@@ -219,7 +225,7 @@ def _named(
 
 
 def _templates(cells: pa.Array, column: str, config: Config, model_id: str | None) -> list[Template | Refusal | None]:
-    """Of each row; None where there is none, a refusal where it is unsound."""
+    """The template of each row; None if the cell is empty, a refusal if its content is invalid."""
     kind = cells.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [None if not cell else _of_record(cell, column, config) for cell in cells.to_pylist()]
@@ -228,10 +234,12 @@ def _templates(cells: pa.Array, column: str, config: Config, model_id: str | Non
         raise InvalidInput(f"column {column} is of type {kind}; wanted a list of float32, or binary minutiae records")
     lengths = set(pa.compute.list_value_length(cells).drop_null().unique().to_pylist())
     if len(lengths) > 1:
-        raise InvalidInput(f"column {column} holds vectors of {sorted(lengths)} numbers; one model has one dimension")
+        raise InvalidInput(
+            f"column {column} holds vectors of {sorted(lengths)} numbers; wanted one dimension, as of one model"
+        )
     dimension = lengths.pop() if lengths else 1
     if model_id is None:
-        raise InvalidInput(f"the {column} vectors do not say what made them; name it, as model_id='my-model-1'")
+        raise InvalidInput(f"the model of the {column} vectors is not stated; name it, such as model_id='my-model-1'")
     rows = iter(np.asarray(cells.drop_null().flatten(), np.float32).reshape(-1, dimension))
     found: list[Template | Refusal | None] = []
     for present in cells.is_valid().to_pylist():
@@ -254,26 +262,18 @@ def _of_record(record: bytes, column: str, config: Config) -> Template | Refusal
 
 
 def _with_results(batch: Sequence[Labelled], results: Iterable[Template | Refusal]) -> list[Labelled]:
-    each = iter(results)
+    """The encounters with the results of all their captures, in order."""
+    remaining = iter(results)
     done = []
     for encounter in batch:
         templates: dict[str, Template] = dict(encounter.templates)
         refusals = list(encounter.refusals)
-        for result in [next(each) for _ in encounter.captures]:
+        for result in [next(remaining) for _ in encounter.captures]:
             if isinstance(result, Refusal):
                 refusals.append(result)
             else:
                 keep_better(templates, result)
-        done.append(
-            Labelled(
-                encounter.encounter_id,
-                encounter.subject_id,
-                encounter.captures,
-                templates,
-                tuple(refusals),
-                encounter.groups,
-            )
-        )
+        done.append(replace(encounter, templates=templates, refusals=tuple(refusals)))
     return done
 
 
@@ -312,7 +312,7 @@ def _write_part(storage: Storage, part: Path, table: pa.Table) -> None:
 
 
 def _read_part(storage: Storage, part: Path) -> list[Template | Refusal] | None:
-    """None where it is absent or cannot be read: it is made again."""
+    """The results in a file of templates; None if it is absent or unreadable: then the captures are extracted again."""
     try:
         rows = pa.parquet.read_table(pa.BufferReader(whole(storage, part))).to_pylist()
     except (OSError, ValueError, GalleryDamaged, pa.ArrowException):
@@ -332,6 +332,6 @@ def _read_part(storage: Storage, part: Path) -> list[Template | Refusal] | None:
 
 
 def _joined(values: Sequence[Any]) -> Any:
-    """One value of an encounter's several captures; different ones side by side."""
+    """One value for the captures of an encounter. Different values are joined with ` + `."""
     kinds = list(dict.fromkeys(value for value in values if value is not None))
     return kinds[0] if len(kinds) == 1 else " + ".join(map(str, kinds)) if kinds else None

@@ -1,7 +1,7 @@
-"""Draws the figures of an evaluation's report with matplotlib.
+"""Draws the plots of an evaluation's report with matplotlib.
 
-Owns axes, scales and colours. Never counts: all numbers come from the JSON document. matplotlib is the extra `report` and is imported when a
-figure is drawn.
+Owns axes, scales and colours. Never counts: all numbers come from the JSON document. matplotlib belongs to the extra `report`, and is imported
+when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _LINES = ("#1b2733", "#1f5fa8", "#b3261e", "#1a7f4b", "#9a6700", "#6b3fa0", "#5d
 
 
 def require() -> None:
-    """Before hours of work: raises InvalidInput where nothing can be drawn."""
+    """Raises InvalidInput if matplotlib is not installed. A job calls it first, before hours of work."""
     if find_spec("matplotlib") is None:
         raise InvalidInput(
-            "a report needs matplotlib, which is not installed; pip install 'biodedup[report]', or leave the report out (--no-report)"
+            "a report needs matplotlib, which is not installed; pip install 'biodedup[report]', or write no report (--no-report)"
         )
 
 
 def histogram(found: dict[str, Any], thresholds_db: Sequence[tuple[str, float]]) -> Any:
-    """Scores of mated and non-mated pairs, counts on a logarithmic scale. thresholds_db: (name, where)."""
+    """A histogram of the scores of mated and non-mated pairs, with a logarithmic scale of counts. thresholds_db: (name, threshold)."""
     figure, axes = _figure("score_db", "pairs")
     edges = np.array(found["edges_db"])
     for name, colour in (("nonmated", NONMATED), ("mated", MATED)):
@@ -49,8 +49,11 @@ def trade_off(
     along: str,
     up: str,
 ) -> Any:
-    """DET: one error rate against the other, both axes logarithmic. curves: (name, x, y); points: pairs of rates, with their
-    intervals. A rate of zero cannot be drawn: the curve ends there."""
+    """A detection error trade-off (DET) plot: one error rate against the other, with logarithmic axes.
+
+    curves: (name, x, y); points: pairs of rates with intervals; along, up: names of the axes. A rate of zero cannot be drawn: the curve ends
+    there.
+    """
     figure, axes = _figure(along, up)
     lowest = [1e-2, 1e-2]
     for (name, x, y), colour in zip(curves, _LINES * (1 + len(curves) // len(_LINES)), strict=False):
@@ -70,7 +73,7 @@ def trade_off(
     axes.set_xlim(lowest[0], 1)
     axes.set_ylim(lowest[1], 1)
     if not any(len(line.get_xdata()) for line in axes.lines):
-        axes.text(0.5, 0.5, "no threshold has errors of both kinds", transform=axes.transAxes, ha="center", color=MARK)
+        axes.text(0.5, 0.5, "no threshold has errors of both types", transform=axes.transAxes, ha="center", color=MARK)
     axes.grid(True, which="both", color="#eef1f4", linewidth=0.6)
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False)
@@ -78,13 +81,13 @@ def trade_off(
 
 
 def ranks(cmc: dict[str, Any]) -> Any:
-    """CMC: the share of mated searches whose mate is among the first ranks."""
+    """A cumulative match characteristic (CMC) plot: the share of mated searches whose mate has this rank or a better one."""
     figure, axes = _figure("rank", "share of mated searches, mate at this rank or better")
     found = np.array(cmc["found"], float)
     lowest = 1.0
     for searches, label, colour in (
-        (cmc["searches"], "of those that could be searched", MATED),
-        (cmc["searches_with_failures"], "failures to enrol as misses", NONMATED),
+        (cmc["searches"], "without failures to enrol", MATED),
+        (cmc["searches_with_failures"], "failures to enrol count as misses", NONMATED),
     ):
         if searches:
             axes.plot(cmc["rank"], found / searches, marker="o", markersize=3, color=colour, label=label)
@@ -103,7 +106,7 @@ def _bars(rate: dict[str, Any]) -> Any:
 
 
 def _figure(along: str, up: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # pyplot would have global state and may need a display
 
     figure = Figure(figsize=(6.2, 4.2))
     axes = figure.subplots()

@@ -1,11 +1,12 @@
-"""Error rates of labelled comparisons and searches, with confidence intervals, in the terms of ISO/IEC 19795-1.
+"""Computes error rates of labelled comparisons and searches, with confidence intervals, in the terms of ISO/IEC 19795-1.
 
-Owns the arithmetic alone: arrays in, numbers out. Never compares templates and never reads a file.
+Owns only the arithmetic: arrays in, numbers out. Never compares templates, and never reads a file.
 
-1. A comparison is positive at a threshold when its score reaches it (>=).
-2. Two intervals are stated. `exact` (Clopper and Pearson, 1934) takes trials as independent. `bootstrap` draws subjects with replacement,
-   because comparisons of one subject depend on each other; an impostor pair is weighted by the product of both subjects' draws (Bolle, Ratha
-   and Pankanti, 2004). The bootstrap gives nothing where no trial or every trial was an event. `interval` takes the wider bound of both.
+1. A comparison is positive at a threshold if its score is equal or higher.
+2. `exact` is the interval of Clopper and Pearson (1934), which assumes independent trials.
+3. `bootstrap` resamples subjects with replacement, because comparisons of one subject depend on each other. An impostor pair is weighted by the
+   product of both subjects' draws (Bolle, Ratha and Pankanti, 2004). It has no width if none or all of the trials are events.
+4. `interval` takes the wider bound of both on each side.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Rate:
-    """events of trials. drawn: the rate in each replicate of the bootstrap, NaN where a replicate had no trials."""
+    """The rate of events among trials. drawn: the rate in each bootstrap replicate, NaN if a replicate has no trials."""
 
     events: int
     trials: int
@@ -55,7 +56,7 @@ class Rate:
         return _hull(self.exact, self.bootstrap)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The rate with its intervals, JSON-ready."""
         found = {"events": self.events, "trials": self.trials, "value": self.value}
         if not self.trials:
             return found | {"interval": None, "exact": None, "bootstrap": None}
@@ -68,8 +69,8 @@ class Rate:
 
 
 def difference(part: Rate, whole: Rate) -> dict[str, Any]:
-    """The difference between a group's rate and the rate of all: its value, and an interval, the wider of the bootstrap's (both rates in the same
-    replicates) and the group's exact one less the whole's rate."""
+    """The difference between a group's rate and the rate of all, JSON-ready: `value` and `interval`. The interval is the wider of two: the
+    bootstrap's, with both rates in the same replicates; and the group's exact interval minus the rate of all."""
     if part.value is None or whole.value is None:
         return {"value": None, "interval": None}
     low, high = part.exact
@@ -81,7 +82,8 @@ def difference(part: Rate, whole: Rate) -> dict[str, Any]:
 
 
 class Resampling:
-    """Subjects drawn with replacement, the same draws for every rate. subjects: their number; rng: all randomness."""
+    """A bootstrap over subjects: subjects are drawn with replacement, with the same draws for every rate. subjects: their number; rng: the only
+    source of randomness."""
 
     def __init__(self, subjects: int, replicates: int, rng: np.random.Generator) -> None:
         drawn = rng.integers(0, max(subjects, 1), (replicates, subjects))
@@ -90,7 +92,7 @@ class Resampling:
             weights += np.bincount(picks, minlength=subjects).astype(np.float32)
 
     def rate(self, events: Bool, subject: Int64) -> Rate:
-        """Trials of one subject each: mated pairs, searches, enrolments. events: bool (n,); subject: int64 (n,)."""
+        """The rate of trials that belong to one subject each: mated pairs, searches, enrolments. events: bool (n,); subject: int64 (n,)."""
         count = self._weights.shape[1]
         trials = np.bincount(subject, minlength=count).astype(np.float32)
         happened = np.bincount(subject[events], minlength=count).astype(np.float32)
@@ -101,30 +103,31 @@ class Resampling:
 
 
 class ImpostorPairs:
-    """Pairs of two subjects each, for which several rates are wanted. Trials are weighted once."""
+    """Pairs of two subjects, for several rates. The weights of the trials are computed once."""
 
     def __init__(self, weights: NDArray[np.float32], subject_a: Int64, subject_b: Int64) -> None:
         self._weights, self._a, self._b = weights, subject_a, subject_b
         self._trials = self._weighted(slice(None))
 
     def rate(self, events: Bool) -> Rate:
-        """events: bool (n,), of each pair."""
+        """The rate of pairs that are events. events: bool (n,)."""
         return Rate(int(events.sum()), len(events), _ratio(self._weighted(np.flatnonzero(events)), self._trials))
 
     def _weighted(self, some: Any) -> Float64:
-        """The sum over these pairs of the product of both subjects' draws, in each replicate."""
+        """In each replicate: the sum, over some pairs, of the product of both subjects' draws. some: indices or a slice of the pairs."""
         count = self._weights.shape[1]
         a, b = self._a[some], self._b[some]
         pairs = csr_array((np.ones(len(a), np.float32), (a, b)), shape=(count, count))
-        found = np.zeros(len(self._weights))
-        for low in range(0, len(found), 100):  # bounds the memory
+        sums = np.zeros(len(self._weights))
+        for low in range(0, len(sums), 100):  # in blocks, to limit the memory
             weights = self._weights[low : low + 100]
-            found[low : low + 100] = np.einsum("ij,ij->i", np.asarray(weights @ pairs), weights, dtype=np.float64)
-        return found
+            sums[low : low + 100] = np.einsum("ij,ij->i", np.asarray(weights @ pairs), weights, dtype=np.float64)
+        return sums
 
 
 def threshold_at(nonmated: Float64, rate: float) -> float | None:
-    """The least threshold that at most this share of the scores reach; None where not even one may: it cannot be measured."""
+    """The lowest threshold that at most this share of the scores reaches. None if the share is less than one score: then it cannot be
+    measured."""
     allowed = int(rate * len(nonmated) + 1e-9)
     if allowed < 1:
         return None
@@ -134,38 +137,40 @@ def threshold_at(nonmated: Float64, rate: float) -> float | None:
 
 
 def det(mated: Float64, nonmated: Float64, points: int = 500) -> tuple[Float64, Float64, Float64]:
-    """(threshold, FMR, FNMR) of a detection error trade-off, ascending thresholds: every score that occurs, or `points` of them, dense
-    in both tails."""
+    """(threshold, FMR, FNMR) of a detection error trade-off (DET), with ascending thresholds: all scores that occur, or `points` of them, which
+    are dense in both tails."""
     mated, nonmated = np.sort(mated), np.sort(nonmated)
     threshold = np.unique(np.concatenate([mated, nonmated]))
     fmr, fnmr = _reaching(nonmated, threshold), 1 - _reaching(mated, threshold)
     if len(threshold) > points:
         change = np.cumsum(_steps(fmr) + _steps(fnmr))
-        at = np.unique(np.searchsorted(change, np.linspace(0, change[-1], points)))
-        at = np.minimum(at, len(threshold) - 1)
-        threshold, fmr, fnmr = threshold[at], fmr[at], fnmr[at]
+        chosen = np.unique(np.searchsorted(change, np.linspace(0, change[-1], points)))
+        chosen = np.minimum(chosen, len(threshold) - 1)
+        threshold, fmr, fnmr = threshold[chosen], fmr[chosen], fnmr[chosen]
     return threshold, fmr, fnmr
 
 
 def equal_error_rate(mated: Float64, nonmated: Float64) -> tuple[float, float]:
-    """(rate, threshold) where FMR and FNMR are nearest to one another: the mean of both there."""
+    """(rate, threshold) at the threshold where FMR and FNMR are closest. The rate is the mean of both."""
     mated, nonmated = np.sort(mated), np.sort(nonmated)
     threshold = np.unique(np.concatenate([mated, nonmated]))
     fmr, fnmr = _reaching(nonmated, threshold), 1 - _reaching(mated, threshold)
-    at = int(np.argmin(np.abs(fmr - fnmr)))
-    return float(fmr[at] + fnmr[at]) / 2, float(threshold[at])
+    closest = int(np.argmin(np.abs(fmr - fnmr)))
+    return float(fmr[closest] + fnmr[closest]) / 2, float(threshold[closest])
 
 
 def cmc(ranks: Int64, searches: int, depth: int) -> list[int]:
-    """Searches whose mate is among the first 1, 2, ... depth. ranks: int64 (n,), 1 is the first, 0 where the mate was not compared;
-    searches of which the mate failed to enrol count in `searches`, which says of how many."""
+    """Cumulative match characteristic: the number of searches whose mate is among the first 1, 2, ... depth candidates.
+
+    ranks: int64 (n,), from 1; 0 if the mate was not compared. searches: the number of all searches, including those whose mate failed to enrol.
+    """
     assert searches >= len(ranks), "every rank is of a search"
     found = np.bincount(ranks[(ranks > 0) & (ranks <= depth)], minlength=depth + 1)[1:]
     return [int(n) for n in np.cumsum(found)]
 
 
 def bands_of(values: Sequence[Any]) -> list[str]:
-    """Group names from a column of a manifest: numbers of more than eight kinds become four bands of equal size."""
+    """The group of each value of a manifest's column. If a column has more than eight different numbers, they become four ranges (quartiles)."""
     values = _as_numbers(values)
     stated = [value for value in values if _is_stated(value)]
     numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
@@ -183,7 +188,7 @@ def bands_of(values: Sequence[Any]) -> list[str]:
 
 
 def _as_numbers(values: Sequence[Any]) -> Sequence[Any]:
-    """Texts of a CSV file as numbers, where all of them are; what has a leading zero is a code, and stays one."""
+    """The texts of a CSV column as numbers, if all of them are numbers. A text with a leading zero is a code, not a number."""
     texts = [value for value in values if _is_stated(value)]
     if not texts or not all(isinstance(text, str) and _NUMBER.fullmatch(text) for text in texts):
         return values
@@ -199,7 +204,7 @@ def _reaching(ordered: Float64, thresholds: Float64) -> Float64:
 
 
 def _steps(rate: Float64) -> Float64:
-    """How far a rate moves between neighbours, on a scale that has room for both small and large rates."""
+    """The change of a rate between neighbouring thresholds, on a logarithmic scale."""
     least = np.min(rate[rate > 0], initial=1.0) / 2
     return np.abs(np.diff(np.log(np.maximum(rate, least)), prepend=np.log(max(float(rate[0]), least))))
 

@@ -1,7 +1,7 @@
-"""Writes the HTML report of an evaluation: one file, readable offline, without scripts.
+"""Writes the HTML report of an evaluation: one file without scripts, which can be read offline.
 
-Owns the content and the words of the page. Never counts. The page holds captures of the worst pairs, which are biometric data, unless no
-pictures are requested.
+Owns the content of the page. Never counts. The page holds captures of the worst pairs, which are biometric data, unless no pictures are
+requested.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from biodedup.jobs.evaluation.labelled import Labelled
 from biodedup.jobs.shared.page import drawing, picture, write_page
 from biodedup.values import Refusal
 
-CAPTURES_SHOWN = 3
+CAPTURES_MAX = 3
+"""The page shows at most this many captures of an encounter."""
 
 
 def write_report(
     document: dict[str, Any], encounters: Sequence[Labelled], path: Path, config: Config, pictures: int
 ) -> None:
-    """document: as in the JSON file; pictures: pairs shown of either kind of error. Raises StorageUnavailable."""
+    """Writes the page. document: the content of the JSON file; pictures: number of worst pairs of each type of error. Raises
+    StorageUnavailable."""
     by_name = {encounter.encounter_id: encounter for encounter in encounters}
     worst = {
         kind: [
-            told | {side: _shown(by_name[told[f"encounter_{side}"]], config) for side in ("a", "b")}
-            for told in document["worst"][kind][:pictures]
+            pair | {side: _pictures(by_name[pair[f"encounter_{side}"]], config) for side in ("a", "b")}
+            for pair in document["worst"][kind][:pictures]
         ]
         for kind in ("false_matches", "misses")
     }
@@ -40,7 +42,7 @@ def write_report(
 
 
 def _figures(document: dict[str, Any]) -> dict[str, Markup]:
-    """Name -> inline SVG; those that there is something for."""
+    """name -> inline SVG, for each plot that has data."""
     verification, identification = document["verification"], document["identification"]
     figures: dict[str, Any] = {}
     if verification["det"]:
@@ -54,7 +56,7 @@ def _figures(document: dict[str, Any]) -> dict[str, Markup]:
         ]
         points = [(row["fmr"], row["fnmr"]) for row in verification["at_fmr"]]
         figures["det"] = plots.trade_off(
-            whole + alone, points, "FMR: two people taken for one", "FNMR: one person not recognised"
+            whole + alone, points, "FMR: two people accepted as one", "FNMR: one person not recognised"
         )
     if identification["det"]:
         size = identification["gallery_subjects"]
@@ -67,11 +69,11 @@ def _figures(document: dict[str, Any]) -> dict[str, Markup]:
     return {name: drawing(figure) for name, figure in figures.items()}
 
 
-def _shown(encounter: Labelled, config: Config) -> list[Markup]:
-    """Images of an encounter's captures; none of templates, and none of a file that is gone."""
-    shown = []
-    for capture in encounter.captures[:CAPTURES_SHOWN]:
+def _pictures(encounter: Labelled, config: Config) -> list[Markup]:
+    """The images of an encounter's captures. Templates, and files that no longer exist, have none."""
+    pictures = []
+    for capture in encounter.captures[:CAPTURES_MAX]:
         pixels = decode(capture.data, capture.column, config.capture)
         if not isinstance(pixels, Refusal):
-            shown.append(picture(pixels.rgb_or_grey))
-    return shown
+            pictures.append(picture(pixels.rgb_or_grey))
+    return pictures

@@ -1,1 +1,1 @@
-"""A page that explains one comparison."""
+"""Writes a page that explains one comparison of two people's captures."""

@@ -1,7 +1,7 @@
-"""`explain`: writes one page on one pair: what was captured and extracted, which features agree, and the score.
+"""`explain`: writes an HTML page about the comparison of two sides: their captures, the extracted features that agree, and the score.
 
-Owns the content of the page. Never compares itself: it extracts under a trace, asks the comparer for the evidence, and the matcher for the
-paired minutiae. The page holds biometric data; it is written to the requested file and nowhere else.
+Owns the content of the page. Never compares templates: it extracts under a trace, and takes the evidence from the comparer and the paired
+minutiae from the matcher. The page holds biometric data, and is written only to the requested file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from biodedup.embed.cards import shipped_cards
 from biodedup.embed.extractor import Extractor
 from biodedup.engine import Engine
 from biodedup.errors import InvalidInput
-from biodedup.jobs.explanation.page import Image, Shown, joined, label, panel, title, waterfall
+from biodedup.jobs.explanation.page import Image, ShownCapture, label, matched_minutiae, panel, title, waterfall
 from biodedup.jobs.manifests.captures import IMAGE_SUFFIXES, is_image
 from biodedup.jobs.shared.page import write_page
 from biodedup.match.judgement import Judgement, judge
@@ -39,16 +39,17 @@ from biodedup.trace import explain as traced
 from biodedup.values import FINGER_POSITIONS, Evidence, Face, Finger, Missing, Refusal, Template
 
 Side: TypeAlias = "str | Path | Sequence[Face | Finger | Missing] | Mapping[str, Template]"
-"""A file or folder of captures, captures, or templates without pictures."""
+"""One side of the comparison: a file or folder of captures, or captures, or templates by column (without pictures)."""
 
 _RECORDS = frozenset((".fmr", ".fmd", ".ist-fmr", ".min"))
 _SIZES = (1_000, 1_000_000, 200_000_000)
-"""Sizes of galleries whose thresholds the page shows, in addition to the one that is asked for."""
+"""The page shows the thresholds for galleries of these sizes, and of the requested size."""
 
 
 @dataclass(frozen=True, eq=False)
 class Explained(Described):
-    """What the page says. comparison: None where nothing was comparable; threshold_db: of `duplicate` at this size, or 1:1."""
+    """The result of `explain`. comparison: None if no captures could be compared; size: number of subjects of the gallery whose thresholds
+    apply, None for a 1:1 comparison; duplicate_db, review_db: these thresholds."""
 
     headline: str
     outcome: str
@@ -60,7 +61,7 @@ class Explained(Described):
     refusals: tuple[tuple[Refusal, ...], tuple[Refusal, ...]]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without biometric data."""
+        """The result, JSON-ready and without biometric data."""
         compared = None if self.comparison is None else document_of(self.comparison)
         return {
             "headline": self.headline,
@@ -88,13 +89,15 @@ def explain(
     across_positions: bool = False,
     engine: Engine | None = None,
 ) -> Explained:
-    """Compares two sides and writes a page about it.
+    """Compares two sides and writes an HTML page about the comparison.
 
-    size: subjects of the gallery whose thresholds count; None takes the engine's, and without one those of a 1:1 comparison. engine: whose
-    calibrations count. Raises InvalidInput, ModelMismatch, StorageUnavailable.
+    out: path of the page; names: names of the sides on the page. engine: its calibrations and policy apply; None takes the calibrations of the
+    models. size: the thresholds are those of a gallery with this number of subjects; None takes the engine's size, or the threshold of a 1:1
+    comparison if there is no engine. across_positions: fingers of different positions are compared, too. Raises InvalidInput, ModelMismatch,
+    StorageUnavailable.
     """
     with Extractor(config or Config(isolation=IsolationConfig())) as extractor:
-        sides = _shown(a, extractor), _shown(b, extractor)
+        sides = _extract(a, extractor), _extract(b, extractor)
         return _write(out, sides, extractor, _Request(names, size, across_positions, engine))
 
 
@@ -110,29 +113,29 @@ def explain_templates(
     across_positions: bool = False,
     engine: Engine | None = None,
 ) -> Explained:
-    """As `explain`, of templates in hand. images: column -> picture of each side, where one was kept: of fingers, grey at 500 dpi."""
+    """`explain` for templates. images: for each side, column -> picture, if pictures were kept; pictures of fingers are grey, 500 dpi."""
     extractor = Extractor(config or Config())
     kept: tuple[Mapping[str, Image], Mapping[str, Image]] = images or ({}, {})
     sides = [
-        [replace(shown, image=pictures.get(shown.column)) for shown in _shown(side, extractor)]
+        [replace(shown, image=pictures.get(shown.column)) for shown in _extract(side, extractor)]
         for side, pictures in zip((a, b), kept, strict=True)
     ]
     return _write(out, (sides[0], sides[1]), extractor, _Request(names, size, across_positions, engine))
 
 
 def captures_at(path: Path, config: Config | None = None) -> list[Face | Finger]:
-    """The captures of a file or folder. A finger's position is read from its file's name (`right_index`); what no name tells is
-    a finger where it shows ridges, else a face. Raises InvalidInput."""
+    """The captures of a file or folder. A file name such as `right_index` states the position. A file whose name states nothing is a finger if
+    it shows ridges, otherwise a face. Raises InvalidInput."""
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if _is_capture(p))
     if not files:
-        raise InvalidInput(f"{path} is no file, and no folder of captures; name an image, or a folder of them")
+        raise InvalidInput(f"{path} is neither a file nor a folder of captures; name an image, or a folder of images")
     return [_capture(file, config or Config()) for file in files]
 
 
 def _is_capture(path: Path) -> bool:
     suffix = path.suffix.lower()
     known = suffix in IMAGE_SUFFIXES | _RECORDS or is_image(path)
-    return known and not path.name.startswith("._")  # macOS leaves these beside each file
+    return known and not path.name.startswith("._")  # macOS writes such a file beside each file
 
 
 def _capture(path: Path, config: Config) -> Face | Finger:
@@ -163,10 +166,10 @@ def _shows_ridges(path: Path, config: Config) -> bool:
 # captures and templates -----------------------------------------------------------------------------------------------
 
 
-def _shown(side: Side, extractor: Extractor) -> list[Shown]:
-    """The captures of a side; the kept one of each column has its template, others a refusal."""
+def _extract(side: Side, extractor: Extractor) -> list[ShownCapture]:
+    """Extracts the captures of a side. In each column only the best capture has a template; other captures have a refusal."""
     if isinstance(side, Mapping):
-        return [Shown(column, "a stored template", template) for column, template in side.items()]
+        return [ShownCapture(column, "a stored template", template) for column, template in side.items()]
     captures = captures_at(Path(side), extractor.config) if isinstance(side, (str, Path)) else list(side)
     with traced() as steps:
         results = extractor.extract(captures)
@@ -186,7 +189,9 @@ def _shown(side: Side, extractor: Extractor) -> list[Shown]:
     ]
 
 
-def _shown_capture(capture: Face | Finger | Missing, result: Template | Refusal, steps: Trace, item: int) -> Shown:
+def _shown_capture(
+    capture: Face | Finger | Missing, result: Template | Refusal, steps: Trace, item: int
+) -> ShownCapture:
     def last(name: str) -> Step | Mapping[str, Any]:
         of_item = steps.of(name, item)
         return of_item[-1] if of_item else {}
@@ -194,7 +199,7 @@ def _shown_capture(capture: Face | Finger | Missing, result: Template | Refusal,
     face, pose, ridges = last("face"), last("pose"), last("ridges")
     image = next((step["image"] for step in (face, last("faces"), ridges, last("pixels")) if step), None)
     data = getattr(capture, "data", None)
-    return Shown(
+    return ShownCapture(
         column=result.column,
         source=Path(data).name if isinstance(data, (str, Path)) else "not captured" if data is None else "in memory",
         template=result if isinstance(result, Template) else None,
@@ -214,7 +219,7 @@ def _shown_capture(capture: Face | Finger | Missing, result: Template | Refusal,
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """names: of the two sides. size: subjects of the gallery whose thresholds count; None: as many as the engine has."""
+    """The arguments of `explain` that the page needs."""
 
     names: tuple[str, str]
     size: int | None
@@ -223,27 +228,27 @@ class _Request:
 
 
 def _write(
-    out: Path, sides: tuple[Sequence[Shown], Sequence[Shown]], extractor: Extractor, request: _Request
+    out: Path, sides: tuple[Sequence[ShownCapture], Sequence[ShownCapture]], extractor: Extractor, request: _Request
 ) -> Explained:
     engine = request.engine
     size = len(engine) if request.size is None and engine is not None else request.size
     policy = extractor.config.stated_policy if engine is None else engine.policy
     pairs = engine.pairs if engine is not None else pair_comparer([*shipped_cards(), *extractor.cards])
-    mine, theirs = (_templates(side) for side in sides)
-    comparison = pairs.compare(mine, theirs, across=request.across_positions)
-    told = _explained(comparison, sides, policy, size)
+    a, b = (_templates(side) for side in sides)
+    comparison = pairs.compare(a, b, across=request.across_positions)
+    explained = _explained(comparison, sides, policy, size)
     evidence = () if comparison is None else comparison.evidence
-    laws = [pairs.law(mine[part.column], part) for part in evidence]
+    laws = [pairs.calibration_of(a[part.column], part) for part in evidence]
     write_page(
         out,
         "explain.html",
-        told=told,
+        explained=explained,
         names=request.names,
         verify_db=_verify_db(policy),
         policy=policy,
         comparison=comparison,
         reaches=None if comparison is None else _once_in(comparison.score_db),
-        waterfall=None if comparison is None else waterfall(comparison, told.duplicate_db, told.review_db),
+        waterfall=None if comparison is None else waterfall(comparison, explained.duplicate_db, explained.review_db),
         thresholds=[
             (row, *policy.thresholds_db(row), row == size)
             for row in sorted({*_SIZES, *([] if size is None else [size])})
@@ -251,36 +256,38 @@ def _write(
         pairs=[
             {
                 "law": law,
-                "readings": pairs.readings(mine[part.column], part),
+                "readings": pairs.raw_scores(a[part.column], part),
                 **_compared_captures(part, sides),
             }
             for part, law in zip(evidence, laws, strict=True)
         ],
         measured_db=max((law.measured_db for law in laws), default=0.0),
         others=_others(request.names, sides, evidence),
-        models=sorted({(t.column, t.model_id) for side in (mine, theirs) for t in side.values()}),
+        models=sorted({(t.column, t.model_id) for side in (a, b) for t in side.values()}),
         cards=extractor.cards,
         version=biodedup.__version__,
         label=label,
         once_in=_once_in,
     )
-    return told
+    return explained
 
 
-def _templates(side: Sequence[Shown]) -> dict[str, Template]:
+def _templates(side: Sequence[ShownCapture]) -> dict[str, Template]:
     return {shown.column: shown.template for shown in side if shown.template is not None}
 
 
 def _explained(
     comparison: Comparison | None,
-    sides: tuple[Sequence[Shown], Sequence[Shown]],
+    sides: tuple[Sequence[ShownCapture], Sequence[ShownCapture]],
     policy: Policy,
     size: int | None,
 ) -> Explained:
-    """The decision by the thresholds of a gallery of this size, or of a 1:1 comparison."""
+    """Decides by the thresholds of a gallery of this size, or of a 1:1 comparison."""
     verify_db = _verify_db(policy)
     duplicate_db, review_db = (verify_db, verify_db) if size is None else policy.thresholds_db(size)
-    compared = [] if comparison is None else [comparison if size is not None else replace(comparison, sure_db=None)]
+    compared = (
+        [] if comparison is None else [comparison if size is not None else replace(comparison, worst_case_db=None)]
+    )
     verdict = judge(
         compared,
         duplicate_db,
@@ -306,19 +313,19 @@ def _verify_db(policy: Policy) -> float:
     return -10 * float(np.log10(policy.verify_fmr))
 
 
-def _compared_captures(part: Evidence, sides: tuple[Sequence[Shown], Sequence[Shown]]) -> dict[str, Any]:
-    """One comparison with the pictures of both captures."""
+def _compared_captures(part: Evidence, sides: tuple[Sequence[ShownCapture], Sequence[ShownCapture]]) -> dict[str, Any]:
+    """The values of one compared pair of captures for the template, with both pictures."""
     a, b = (
         next(shown for shown in side if shown.column == column and shown.template is not None)
         for side, column in zip(sides, (part.column, part.candidate_column), strict=True)
     )
-    return {"title": title(part), "part": part, "sides": [panel(a), panel(b)], "matched": joined(a, b, part)}
+    return {"title": title(part), "part": part, "sides": [panel(a), panel(b)], "matched": matched_minutiae(a, b, part)}
 
 
 def _others(
-    names: tuple[str, str], sides: tuple[Sequence[Shown], Sequence[Shown]], evidence: Sequence[Evidence]
+    names: tuple[str, str], sides: tuple[Sequence[ShownCapture], Sequence[ShownCapture]], evidence: Sequence[Evidence]
 ) -> list[tuple[str, Any]]:
-    """Captures that were refused, or that nothing was compared with, each with its side's name."""
+    """The captures that were refused or not compared, as (name of the side, values for the template)."""
     used = ({part.column for part in evidence}, {part.candidate_column for part in evidence})
     return [
         (name, panel(shown))
@@ -332,7 +339,7 @@ def _headline(
     comparison: Comparison | None, verdict: Judgement, duplicate_db: float, review_db: float, size: int | None
 ) -> str:
     if comparison is None:
-        return "Nothing to compare: no capture of one side has a usable counterpart on the other."
+        return "Nothing to compare: the two sides have no usable capture of the same kind."
     score, once = f"{comparison.score_db:.0f} dB", _once_in(comparison.score_db)
     where = "a 1:1 comparison" if size is None else f"a gallery of {size:,}"
     reaches = f"another person reaches this once in {once} comparisons"
@@ -344,43 +351,41 @@ def _headline(
         return f"For a person to judge: {_KINDS[kind]}; {score} in all, and {reaches}."
     if "uncalibrated" in verdict.reasons:
         return (
-            f"For a person to judge: {score}, but by a calibration that {where} has not checked with enough people of its own; "
-            f"as far as that is sure, {comparison.sure_db or 0.0:.0f} dB."
+            f"For a person to judge: {score}, but {where} has not checked the calibration with enough of its own people; "
+            f"the cautious score is {comparison.worst_case_db or 0.0:.0f} dB."
         )
     if "extrapolated" in verdict.reasons:
-        return (
-            f"For a person to judge: {score}, but beyond what was measured, which the policy does not trust; {reaches}."
-        )
+        return f"For a person to judge: {score}, but the score is extrapolated, and the policy does not trust this; {reaches}."
     if verdict.outcome == "review":
         return (
-            f"For a person to judge: {score}; {reaches}. For {where}, review begins at {review_db:.0f} dB and the same person is "
-            f"taken for granted from {duplicate_db:.0f} dB on."
+            f"For a person to judge: {score}; {reaches}. For {where}, review begins at {review_db:.0f} dB, and a pair counts as the same "
+            f"person from {duplicate_db:.0f} dB on."
         )
     threshold = "the threshold" if size is None else "review"
     return f"Not shown to be the same person: {score}; {reaches}; {threshold} for {where} begins at {review_db:.0f} dB."
 
 
 _KINDS = {
-    "look_alike": "the faces agree and the fingers do not, as twins' do",
-    "shared_finger": "one finger agrees and all else does not, as where an operator's finger got into a record",
+    "look_alike": "the faces agree but the fingers do not, as with twins",
+    "shared_finger": "only one finger agrees, as if an operator's finger was recorded by mistake",
 }
 
 
 def _once_in(score_db: float) -> str:
-    """In how many impostor comparisons one reaches the score, as a text."""
+    """The number of impostor comparisons of which one reaches the score, as a text."""
     if score_db >= SCORE_DB_MAX - 1e-6:
-        return "more than 10" + str(round(SCORE_DB_MAX / 10)).translate(_RAISED)
+        return "more than 10" + str(round(SCORE_DB_MAX / 10)).translate(_SUPERSCRIPTS)
     if score_db >= 60:
-        return "10" + str(int(score_db / 10)).translate(_RAISED)
+        return "10" + str(int(score_db / 10)).translate(_SUPERSCRIPTS)
     count = 10 ** (score_db / 10)
     return f"{count:.1f}" if count < 10 else f"{float(f'{count:.2g}'):,.0f}"
 
 
-_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def parse_side(texts: Iterable[str], config: Config | None = None) -> list[Face | Finger]:
-    """Captures from texts: paths, and `face=PATH`, `finger=PATH`, `right_index=PATH`, several in one text with commas between."""
+    """The captures that texts name. A text is a path, or `face=PATH`, `finger=PATH`, `right_index=PATH`, several of them with commas between."""
     captures: list[Face | Finger] = []
     for text in texts:
         named = [piece.partition("=") for piece in text.split(",")]

@@ -1,4 +1,4 @@
-"""Computes what the page of `explain` draws: the positions of bars, marks and lines.
+"""Computes the drawings on the page of `explain`: the positions of bars, marks and lines.
 
 Owns geometry and labels. Never extracts, compares or decides.
 """
@@ -23,9 +23,10 @@ _FACE_PX, _FINGER_PX = 640, 900
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """One capture, as the page shows it. image: of a face after its rotation, of a finger at 500 dpi; None where no picture is kept.
-    checks: (reason, what, measured, limit, missed) of the quality gate. core, angle: where the finger network takes the core to be."""
+class ShownCapture:
+    """One capture on the page. image: an upright face, or a finger at 500 dpi; None if no picture is kept. checks: of the quality gate,
+    (reason, quantity, measured value, limit, whether it failed). core, angle: position of the core and direction of the finger, as the
+    finger network estimates them."""
 
     column: str
     source: str
@@ -51,16 +52,16 @@ def title(part: Evidence) -> str:
 
 
 def waterfall(comparison: Comparison, duplicate_db: float, review_db: float) -> dict[str, Any]:
-    """Bars in dB: each capture's evidence from where the one before ended, what is charged, their sum, and the score it is worth."""
+    """A waterfall chart in dB: the evidence of each capture, added one after the other; the penalty for tried labels; their sum; the score."""
     bars: list[dict[str, Any]] = []
     total = 0.0
     steps = [(title(part), part.llr_db) for part in comparison.evidence]
     if comparison.label_penalty_db:
-        steps.append(("readings of the labels that were tried", -comparison.label_penalty_db))
+        steps.append(("penalty for trying other labels", -comparison.label_penalty_db))
     for name, value in steps:
         bars.append({"name": name, "from": total, "to": total + value, "value": value, "kind": "step"})
         total += value
-    bars.append({"name": "evidence in all", "from": 0.0, "to": total, "value": total, "kind": "sum"})
+    bars.append({"name": "sum of the evidence", "from": 0.0, "to": total, "value": total, "kind": "sum"})
     score = comparison.score_db
     bars.append({"name": "score: rarity among impostors", "from": 0.0, "to": score, "value": score, "kind": "score"})
     ends = [end for bar in bars for end in (bar["from"], bar["to"])] + [duplicate_db, review_db]
@@ -82,38 +83,38 @@ def waterfall(comparison: Comparison, duplicate_db: float, review_db: float) -> 
     }
 
 
-def panel(one: Shown) -> dict[str, Any]:
-    """One capture for the template: picture, size, marks."""
-    finger = one.column != "face"
+def panel(shown: ShownCapture) -> dict[str, Any]:
+    """The values of one capture for the template: picture, size, marks."""
+    finger = shown.column != "face"
     size, src = (300, 300), None
-    if one.image is not None:
-        size = (one.image.shape[1], one.image.shape[0])
-        src = picture(one.image, side_px_max=_FINGER_PX if finger else _FACE_PX)
-    elif one.template is not None and one.template.minutiae is not None:
-        record = read_record(one.template.minutiae)
+    if shown.image is not None:
+        size = (shown.image.shape[1], shown.image.shape[0])
+        src = picture(shown.image, side_px_max=_FINGER_PX if finger else _FACE_PX)
+    elif shown.template is not None and shown.template.minutiae is not None:
+        record = read_record(shown.template.minutiae)
         size = (record.width, record.height)
     pose = None
-    if one.core is not None:
-        (x, y), length = one.core, 45.0
-        pose = {"x": x, "y": y, "up_x": x + length * sin(one.angle), "up_y": y - length * cos(one.angle)}
+    if shown.core is not None:
+        (x, y), length = shown.core, 45.0
+        pose = {"x": x, "y": y, "up_x": x + length * sin(shown.angle), "up_y": y - length * cos(shown.angle)}
     return {
-        "shown": one,
+        "shown": shown,
         "finger": finger,
         "width": size[0],
         "height": size[1],
         "src": src,
-        "box": None if one.box is None else one.box.tolist(),
-        "landmarks": [] if one.landmarks is None else one.landmarks.tolist(),
-        "unit": max(size) / 250,  # of lines and dots in a face's picture
-        "aligned": None if one.aligned is None else picture(one.aligned),
+        "box": None if shown.box is None else shown.box.tolist(),
+        "landmarks": [] if shown.landmarks is None else shown.landmarks.tolist(),
+        "unit": max(size) / 250,  # line width in a picture of a face
+        "aligned": None if shown.aligned is None else picture(shown.aligned),
         "pose": pose,
-        "turned": degrees(one.angle),
+        "turned": degrees(shown.angle),
     }
 
 
-def joined(a: Shown, b: Shown, part: Evidence) -> dict[str, Any] | None:
-    """The minutiae of both prints and which are one, numbered from the top."""
-    records = [one.template.minutiae if one.template is not None else None for one in (a, b)]
+def matched_minutiae(a: ShownCapture, b: ShownCapture, part: Evidence) -> dict[str, Any] | None:
+    """The minutiae of two prints, and lines between matched minutiae, numbered from the top; None if minutiae were not compared."""
+    records = [shown.template.minutiae if shown.template is not None else None for shown in (a, b)]
     if part.minutiae is None or records[0] is None or records[1] is None:
         return None
     pairs, motion = matched(records[0], records[1])
@@ -127,25 +128,25 @@ def joined(a: Shown, b: Shown, part: Evidence) -> dict[str, Any] | None:
     return {
         "marks": [
             [
-                {"x": x, "y": y, "dx": dx, "dy": dy, "number": found.get(i), "hue": _hue(found.get(i, 0))}
-                for i, (x, y, dx, dy, _) in enumerate(some.tolist())
+                {"x": x, "y": y, "dx": dx, "dy": dy, "number": number_of.get(i), "hue": _hue(number_of.get(i, 0))}
+                for i, (x, y, dx, dy, _) in enumerate(of_print.tolist())
             ]
-            for some, found in zip(points, numbers, strict=True)
+            for of_print, number_of in zip(points, numbers, strict=True)
         ],
-        "qualities": [round(float(some[:, 4].mean())) if len(some) else 0 for some in points],
+        "qualities": [round(float(of_print[:, 4].mean())) if len(of_print) else 0 for of_print in points],
         "lines": lines,
         "turn": degrees(atan2(motion[1], motion[0])),
     }
 
 
 def _points(record: bytes) -> NDArray[np.float64]:
-    """float64 (n, 5): x, y, the direction as a vector of 11 pixels, quality."""
+    """The minutiae of a record, float64 (n, 5): x, y, direction as a vector of 11 pixels, quality."""
     rows = np.frombuffer(read_record(record).body, np.uint8).reshape(-1, 6)
     x, y = (((rows[:, at] & 63).astype(int) << 8) | rows[:, at + 1] for at in (0, 2))
-    angle = rows[:, 4] * (2 * pi / 256)  # ISO's: anticlockwise
+    angle = rows[:, 4] * (2 * pi / 256)  # ISO/IEC 19794-2 counts anticlockwise
     return np.column_stack([x, y, 11 * np.cos(angle), -11 * np.sin(angle), rows[:, 5]]).astype(np.float64)
 
 
 def _hue(number: int) -> int:
-    """Neighbouring numbers have hues far apart: steps of the golden angle."""
+    """A hue in degrees. Steps of the golden angle give neighbouring numbers very different hues."""
     return round(number * 137.508) % 360

@@ -32,7 +32,7 @@ from scipy.special import bdtr, bdtrc, betainc, pdtr
 from biodedup.config import Config
 from biodedup.engine import Engine
 from biodedup.errors import GalleryDamaged, StorageUnavailable
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import PIECE_ROWS, Int64
@@ -99,7 +99,7 @@ def watch(
         if not problems:
             searched = topped_up(kept, snapshot, count)
             if known is None or searched.version != known.version or searched.each != known.each:
-                is_kept = _saved(storage, gallery, searched, snapshot.turn)
+                is_kept = _saved(storage, gallery, searched, snapshot.transform)
         made = len(searched.each) - len(kept.each)
         engine.refresh()
         stored.refresh()
@@ -137,13 +137,13 @@ def forget_removed(gallery: Path, config: Config | None = None, *, storage: Stor
         removed = {*now.removed, *now.gone}
         if removed:
             left = replace(known, each=tuple(canary for canary in known.each if canary not in removed))
-            save(storage, gallery, left, stored.snapshot().turn)
+            save(storage, gallery, left, stored.snapshot().transform)
         return len(removed)
 
 
-def _saved(storage: Storage, gallery: Path, canaries: Canaries, turn: Turn | None) -> bool:
+def _saved(storage: Storage, gallery: Path, canaries: Canaries, transform: Transform | None) -> bool:
     try:
-        save(storage, gallery, canaries, turn)
+        save(storage, gallery, canaries, transform)
     except StorageUnavailable:  # a read-only copy, or a full disk: they can be searched for all the same
         return False
     return True

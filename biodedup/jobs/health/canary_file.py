@@ -32,7 +32,7 @@ from biodedup.errors import GalleryDamaged, InvalidInput
 from biodedup.gallery.care.canary_vectors import VECTOR
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.column_file import ColumnFile, Stream, open_column_file, write_column_file
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.names import CANARIES_NAME
@@ -199,14 +199,14 @@ def another_impression(content: bytes, column: str, rng: np.random.Generator) ->
     points = np.stack([(rows[:, 0] & 0x3F) << 8 | rows[:, 1], (rows[:, 2] & 0x3F) << 8 | rows[:, 3]], axis=1)
     kept = rng.random(len(rows)) >= 1 / 7
     rows, points = rows[kept], points[kept].astype(np.float64)
-    turn = np.radians(rng.uniform(-10, 10))
+    rotation = np.radians(rng.uniform(-10, 10))
     middle = points.mean(axis=0) if len(points) else np.zeros(2)
     x, y = (points - middle + rng.normal(0, 1.5, points.shape)).T
     moved = np.stack(
-        [x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)], axis=1
+        [x * np.cos(rotation) + y * np.sin(rotation), y * np.cos(rotation) - x * np.sin(rotation)], axis=1
     )  # y points down
     moved += middle + rng.uniform(-8, 8, 2)
-    angle = rows[:, 4] + np.degrees(turn) * 256 / 360 + rng.normal(0, 2 * 256 / 360, len(rows))
+    angle = rows[:, 4] + np.degrees(rotation) * 256 / 360 + rng.normal(0, 2 * 256 / 360, len(rows))
     spurious = len(rows) // 10
     low, high = (points.min(axis=0), points.max(axis=0) + 1) if len(points) else (middle, middle + 1)
     moved = np.concatenate([moved, rng.uniform(low, high, (spurious, 2))]).round().astype(np.int64)
@@ -242,8 +242,8 @@ def load(storage: Storage, folder: Path) -> Canaries | None:
             raise GalleryDamaged(f"it holds what was never written ({type(error).__name__})") from error
 
 
-def save(storage: Storage, folder: Path, canaries: Canaries, turn: Turn | None) -> None:
-    """Replaces the file. turn: the transform that the gallery stores embeddings with. Raises StorageUnavailable."""
+def save(storage: Storage, folder: Path, canaries: Canaries, transform: Transform | None) -> None:
+    """Replaces the file. transform: the one that the gallery stores embeddings with. Raises StorageUnavailable."""
     with translated(f"writing {folder / CANARIES_NAME}"):
         about = {
             "gallery": canaries.gallery_id,
@@ -251,12 +251,14 @@ def save(storage: Storage, folder: Path, canaries: Canaries, turn: Turn | None) 
             "version": canaries.version,
             "seed": canaries.seed,
         }
-        about |= {} if turn is None else {"turn": turn.turn_id}
-        write_column_file(storage, folder / CANARIES_NAME, about, list(_streams(canaries.each, turn)), replaces=True)
+        about |= {} if transform is None else {"turn": transform.transform_id}
+        write_column_file(
+            storage, folder / CANARIES_NAME, about, list(_streams(canaries.each, transform)), replaces=True
+        )
         storage.sync_folder(folder)
 
 
-def _streams(each: Sequence[Canary], turn: Turn | None) -> Iterable[Stream]:
+def _streams(each: Sequence[Canary], transform: Transform | None) -> Iterable[Stream]:
     yield _stream("row", "<i8", np.array([canary.row for canary in each], np.int64))
     yield from _strings("subject_id", [canary.subject_id.encode() for canary in each])
     for name in COLUMNS:
@@ -268,7 +270,7 @@ def _streams(each: Sequence[Canary], turn: Turn | None) -> Iterable[Stream]:
         yield _stream(f"{name}.cosine", "<f8", np.array([mate.cosine for mate in mates]))
         if mates[0].embedding is not None:
             vectors = np.array([mate.embedding for mate in mates])
-            yield _stream(f"{name}{VECTOR}", "<f4", vectors if turn is None else turn.of(name).turned(vectors))
+            yield _stream(f"{name}{VECTOR}", "<f4", vectors if transform is None else transform.of(name).apply(vectors))
         yield from _strings(f"{name}.minutiae", [mate.minutiae or b"" for mate in mates])
         yield _stream(f"{name}.record_hash", "<u8", np.array([mate.record_hash for mate in mates], np.uint64))
 
@@ -303,7 +305,7 @@ def _vectors(file: ColumnFile, column: str) -> list[Float32 | None]:
     if f"{column}{VECTOR}" not in file:
         return []
     stored = file.read(f"{column}{VECTOR}").copy()
-    return list(stored if "turn" not in file.about else file.turns(file.about["turn"]).of(column).back(stored))
+    return list(stored if "turn" not in file.about else file.transforms(file.about["turn"]).of(column).invert(stored))
 
 
 def _read_strings(file: ColumnFile, name: str) -> list[bytes]:

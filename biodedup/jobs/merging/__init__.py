@@ -1,1 +1,1 @@
-"""Merging registers into a central gallery."""
+"""Merges districts' registers into a central gallery, and undoes a merge."""

@@ -1,88 +1,51 @@
-"""Applies a merge to a central gallery, and undoes it.
+"""Applies a merge of registers to a central gallery, and undoes it.
 
-Owns the order of the steps and the log that an undo needs (`GALLERY/merges/ID.parquet`). Never decides which records are one person.
+Owns the order of the steps. `log.py` owns the log that an undo needs. Never decides which records belong to one person.
 
     log -> begun -> additions, a part at a time -> completions, a batch at a time -> removals -> applied
     undo: restore, a batch at a time -> withdraw additions -> undone
 
-1. Every step is one durable transaction that is noted in the gallery, so that a killed run resumes, and nothing is done twice.
-2. The log is on disk before anything changes: complete templates of the central gallery's subjects that will be removed or completed, and
-   the source of each template that a survivor takes over.
-3. At no time is a person in the gallery under no id: additions come before removals, restorations before withdrawals.
-4. A survivor keeps its templates. From the records that it absorbs it takes over the templates that it lacks, and their groups.
-5. Rows tell whether a subject is as a merge left it. An undo enrols anew, under other rows, and notes their subjects.
+1. Every step is one durable transaction that the gallery records, so that a killed run resumes, and no step is done twice.
+2. The log is on disk before anything changes.
+3. Each person has an id in the gallery at all times: additions come before removals, and restorations before withdrawals.
+4. A survivor keeps its templates. It takes over the groups of the records that it absorbs, and the templates that it lacks.
+5. A subject with another row number than the merge gave it was changed since. An undo enrols subjects under new rows, and records which
+   former rows they replace.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 from numpy.typing import NDArray
 
-from biodedup.common import quality as quality_scale
 from biodedup.common.described import Described
 from biodedup.config import Config
-from biodedup.errors import GalleryDamaged, InvalidInput
+from biodedup.errors import InvalidInput
 from biodedup.gallery.care.copying import copy_rows, record, steps_done
-from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import LocalStorage, Storage, whole, write_whole
-from biodedup.gallery.files.names import MERGES_FOLDER
+from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.jobs.merging.model import AbsorbedRecord, Member
+from biodedup.jobs.merging.log import log_batches, log_path, logged_merges, read_log, templates_of, write_log
+from biodedup.jobs.merging.model import AbsorbedRecord
 from biodedup.jobs.merging.registers import Origins, refuse_sealed, step_of
 from biodedup.jobs.shared.acting import NOBODY, Actor, authorised_job
 from biodedup.jobs.shared.progress import Progress, silent
-from biodedup.values import EnrolledEncounter, Template
-
-_BATCH_ROWS = 1_000
-
-_TEMPLATE = pa.struct(
-    [
-        ("column", pa.string()),
-        ("model_id", pa.string()),
-        ("embedding", pa.list_(pa.float32())),
-        ("minutiae", pa.binary()),
-        ("quality", pa.float32()),
-    ]
-)
-_ENCOUNTER = pa.struct(
-    [("encounter_id", pa.string()), ("groups", pa.list_(pa.string())), ("templates", pa.list_(_TEMPLATE))]
-)
-LOG_SCHEMA = pa.schema(
-    [
-        ("subject_id", pa.string()),
-        # removed from the central gallery; left_out: of a district, and not added; completed: a survivor
-        ("action", pa.string()),
-        ("district", pa.string()),
-        ("original_id", pa.string()),
-        ("survivor", pa.string()),
-        ("encounter_id", pa.string()),
-        ("groups", pa.list_(pa.string())),  # before
-        ("gets", pa.list_(pa.struct([("column", pa.string()), ("subject_id", pa.string())]))),  # and its giver
-        ("joins", pa.list_(pa.string())),  # groups that a survivor comes into
-        ("row", pa.int64()),  # the newest one; this, templates and older: in the central gallery, before
-        ("templates", pa.list_(_TEMPLATE)),
-        ("older", pa.list_(_ENCOUNTER)),  # the other rows, oldest first
-    ]
-)
+from biodedup.values import Template
 
 
 @dataclass(frozen=True)
 class Applied(Described):
-    """added: subjects new to the gallery; removed: those of it that another record stands for now; left_out: records of districts
-    that were not added, since another stands for them; completed: survivors that got templates or groups of these; subjects: the
-    gallery's afterwards."""
+    """The result of applying a merge. added: subjects that were added; removed: subjects of the central gallery that were absorbed by another
+    record; left_out: records of districts that were absorbed, and so not added; completed: survivors that took over templates or groups;
+    subjects: number of subjects in the gallery afterwards."""
 
     merge_id: str
     added: int
@@ -94,8 +57,9 @@ class Applied(Described):
 
 @dataclass(frozen=True)
 class Undone(Described):
-    """restored: subjects back under their ids; reverted: survivors that have only their own templates and groups again; withdrawn:
-    additions taken away; kept_changed: ids that were enrolled anew since, and were left as they are."""
+    """The result of undoing a merge. restored: removed subjects that are enrolled again; reverted: survivors that lost the templates and groups
+    that they took over; withdrawn: added subjects that were removed; kept_changed: ids that were enrolled again since the merge, which the undo
+    does not change; subjects: number of subjects in the gallery afterwards."""
 
     merge_id: str
     restored: int
@@ -105,8 +69,8 @@ class Undone(Described):
     subjects: int
 
 
-def standing_id(target: Snapshot, merge_id: str) -> str:
-    """Under what id a merge is applied: its own, with a number behind it after an undo."""
+def current_id(target: Snapshot, merge_id: str) -> str:
+    """The id under which a merge is applied: its own id; after an undo, with a number appended."""
     number, current = 1, merge_id
     while target.job_step(f"merge:{current}:undone") is not None:
         number += 1
@@ -114,24 +78,18 @@ def standing_id(target: Snapshot, merge_id: str) -> str:
     return current
 
 
-def _logs(folder: Path, storage: Storage) -> list[str]:
-    """The names of all logs of a gallery."""
-    with translated(f"reading {folder / MERGES_FOLDER}"):
-        return sorted(storage.list_names(folder / MERGES_FOLDER) or ())
-
-
 def begun(target: Snapshot, merge_id: str) -> bool:
+    """Whether the application of a merge has begun."""
     return target.job_step(f"merge:{merge_id}:begun") is not None
 
 
 def refuse_unfinished(folder: Path, target: Snapshot, storage: Storage) -> None:
-    """Raises InvalidInput where another merge was interrupted while it was brought into this gallery."""
-    for name in _logs(folder, storage):
-        merge_id = name.removesuffix(".parquet")
+    """Raises InvalidInput if the application of another merge to this gallery was interrupted."""
+    for merge_id in logged_merges(folder, storage):
         finished = any(target.job_step(f"merge:{merge_id}:{stage}") is not None for stage in ("applied", "undone"))
         if begun(target, merge_id) and not finished:
             raise InvalidInput(
-                f"merge {merge_id} was interrupted while it was brought into {folder}; start the same merge again to finish it, or "
+                f"merge {merge_id} was interrupted while it was applied to {folder}; run the same merge again to finish it, or "
                 f"`biodedup undo {merge_id}`"
             )
 
@@ -149,29 +107,28 @@ def apply_merge(
     progress: Progress = silent,
     actor: Actor = NOBODY,
 ) -> Applied:
-    """Adds all subjects of the districts except absorbed ones, completes survivors, and removes the absorbed ones of the central
-    gallery.
+    """Adds all subjects of the districts that are not absorbed, completes survivors, and removes absorbed subjects of the central gallery.
 
-    registers: `Register.key` of each; absorbed: records that do not stay, those of one survivor side by side. Both count only when it
-    begins; interrupted, it goes on with the log. Raises InvalidInput where the gallery has changed since it was compared.
+    registers: `Register.key` of each; absorbed: the absorbed records, grouped by survivor. An interrupted application resumes with the log, and
+    then ignores both. Raises InvalidInput if the gallery has changed since it was compared.
     """
     target = _opened(folder, storage, config, new_id)
     try:
         name = f"merge:{merge_id}"
-        log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
+        log = log_path(folder, merge_id)
         if not begun(target.snapshot(), merge_id):
             refuse_unfinished(folder, target.snapshot(), storage)
             _refuse_changed(folder, target, registers)
             with authorised_job(
                 actor, target, config, "merge", {"merge": merge_id}, role="supervise", kind="merge"
             ) as begin:
-                _write_log(log, _logged(target.snapshot(), staged, absorbed), storage)
+                write_log(log, log_batches(target.snapshot(), staged, absorbed), storage)
                 with target.transaction() as transaction:
                     begin(transaction)
                     transaction.record_step(f"{name}:begun", {})
         progress("applying", 0, staged.live_count)
         ids: dict[str, list[str]] = {"removed": [], "left_out": [], "completed": []}
-        for rows in _read_log(log, storage, ["subject_id", "action"]):
+        for rows in read_log(log, storage, ["subject_id", "action"]):
             for row in rows:
                 ids[row["action"]].append(row["subject_id"])
         removed, left_out = ids["removed"], ids["left_out"]
@@ -204,25 +161,25 @@ def undo(
     progress: Progress = silent,
     storage: Storage | None = None,
 ) -> Undone:
-    """Takes a merge back: the central gallery has the subjects that it had, with the templates and groups that they had.
+    """Undoes a merge: the central gallery gets back its former subjects, with their former templates and groups.
 
-    What was enrolled, updated or removed since is left as it is. Interrupted, it goes on; done already, it changes nothing. Raises
-    InvalidInput for a merge that was not applied here, NotAllowed, ApprovalNeeded (`Policy.two_people`). by: the person who does it; sign:
-    the file of its private key.
+    Subjects that were enrolled, updated or removed since the merge are not changed. An interrupted undo resumes; a finished undo changes
+    nothing. by: the person who undoes it; sign: the file of the person's private key. Raises InvalidInput if the merge was not applied to this
+    gallery, NotAllowed, ApprovalNeeded (`Policy.two_people`).
     """
     config = config or Config()
     refuse_sealed(config)
     storage = storage or LocalStorage(config.keys)
-    log = folder / MERGES_FOLDER / f"{merge_id}.parquet"
-    Gallery.open_to_read(folder, storage, config.gallery).close()  # a mistyped folder is no new gallery
+    log = log_path(folder, merge_id)
+    Gallery.open_to_read(
+        folder, storage, config.gallery
+    ).close()  # so that a mistyped folder does not become a new gallery
     target = _opened(folder, storage, config, lambda: "")
     try:
         name = f"merge:{merge_id}"
         if not begun(target.snapshot(), merge_id):
-            known = sorted(log_name.removesuffix(".parquet") for log_name in _logs(folder, storage))
-            raise InvalidInput(
-                f"merge {merge_id!r} was not applied to {folder}; known are: {', '.join(known) or 'none'}"
-            )
+            known = ", ".join(logged_merges(folder, storage)) or "none"
+            raise InvalidInput(f"merge {merge_id!r} was not applied to {folder}; known merges: {known}")
         if all(target.snapshot().job_step(f"{name}:{stage}") is None for stage in ("undoing", "undone")):
             about = {"undo": merge_id}
             with authorised_job(
@@ -231,9 +188,9 @@ def undo(
                 with target.transaction() as transaction:
                     begin(transaction)
                     transaction.record_step(f"{name}:undoing", {})
-        stands_for = _stands_for(target.snapshot(), folder, storage)
-        restored, reverted, kept = _restore(target, log, name, stands_for, progress)
-        withdrawn = _withdraw(target, name, stands_for, progress)
+        replaced = _replaced_rows(target.snapshot(), folder, storage)
+        restored, reverted, kept = _restore(target, log, name, replaced, progress)
+        withdrawn = _withdraw(target, name, replaced, progress)
         record(target, f"{name}:undone")
         target.maintain()
         return Undone(merge_id, restored, reverted, withdrawn, tuple(kept), target.snapshot().live_count)
@@ -250,7 +207,7 @@ def _refuse_changed(folder: Path, target: Gallery, registers: Sequence[dict[str,
     central = [(key["gallery_id"], key["version"]) for key in registers if key["central"]]
     if central != [(target.gallery_id, now.version)] and (central or now.live_count):
         raise InvalidInput(
-            f"{folder} has changed since it was compared with the districts; run the merge again without --apply, and look at its "
+            f"{folder} has changed since it was compared with the districts; run the merge again without --apply, and check its "
             "report"
         )
 
@@ -258,6 +215,7 @@ def _refuse_changed(folder: Path, target: Gallery, registers: Sequence[dict[str,
 def _to_be_added(
     staged: Snapshot, registers: Sequence[dict[str, Any]], left_out: Sequence[str]
 ) -> Callable[[Part], NDArray[np.bool_]]:
+    """A function that selects the rows of a part of the staging gallery that are added to the central gallery."""
     origins = Origins(staged, [step_of(key) for key in registers])
     central = [owner for owner, key in enumerate(registers) if key["central"]]
     absorbed = np.sort(staged.all_rows_of(pack_text(left_out))[1])
@@ -270,99 +228,13 @@ def _to_be_added(
     return keep
 
 
-# the log --------------------------------------------------------------------------------------------------------------
-
-
-def _logged(before: Snapshot, staged: Snapshot, absorbed: Sequence[AbsorbedRecord]) -> Iterator[Any]:
-    """Record batches of LOG_SCHEMA."""
-    clusters = [
-        list(group) for _, group in groupby(absorbed, lambda absorbed_record: absorbed_record.survivor.subject_id)
-    ]
-    for low in range(0, len(clusters), _BATCH_ROWS):
-        batch = clusters[low : low + _BATCH_ROWS]
-        members = [
-            member
-            for cluster in batch
-            for member in (cluster[0].survivor, *(absorbed_record.member for absorbed_record in cluster))
-        ]
-        entry_of = _entries(before, [member for member in members if member.central])
-        entry_of |= _entries(staged, [member for member in members if not member.central])
-        entries: list[dict[str, Any]] = []
-        for cluster in batch:
-            survivor, joins = entry_of[cluster[0].survivor.subject_id], set[str]()
-            for absorbed_record in cluster:
-                entry = entry_of[absorbed_record.member.subject_id]
-                action = "removed" if absorbed_record.member.central else "left_out"
-                entries.append(entry | {"action": action, "survivor": survivor["subject_id"]})
-                joins.update(entry["groups"])
-            gets = [
-                {"column": column, "subject_id": absorbed_record.member.subject_id}
-                for absorbed_record in cluster
-                for column in absorbed_record.gives
-            ]
-            joins.difference_update(survivor["groups"])
-            if gets or joins:
-                entries.append(survivor | {"action": "completed", "gets": gets, "joins": sorted(joins)})
-        yield pa.RecordBatch.from_pylist(entries, LOG_SCHEMA)
-
-
-def _entries(snapshot: Snapshot, members: Sequence[Member]) -> dict[str, dict[str, Any]]:
-    """subject_id -> what the log says of a record, but for what becomes of it."""
-    rows = snapshot.rows_of(pack_text([member.subject_id for member in members])).tolist()
-    return {
-        member.subject_id: {
-            "subject_id": member.subject_id,
-            "district": member.district,
-            "original_id": member.original_id,
-            "encounter_id": member.encounter_id,
-            "groups": sorted(groups),
-            "row": row if member.central else None,
-            "templates": _template_rows(snapshot.templates(row)) if member.central else None,
-            "older": [_encounter(encounter) for encounter in snapshot.encounters_of(member.subject_id)[:-1]]
-            if member.central
-            else None,
-        }
-        for member, row, groups in zip(members, rows, snapshot.groups(rows), strict=True)
-    }
-
-
-def _encounter(encounter: EnrolledEncounter) -> dict[str, Any]:
-    templates = _template_rows(encounter.templates)
-    return {"encounter_id": encounter.encounter_id, "groups": list(encounter.groups), "templates": templates}
-
-
-def _template_rows(templates: Mapping[str, Template]) -> list[dict[str, Any]]:
-    return [vars(t) | {"quality": quality_scale.as_stored(t.column, t.quality)} for t in templates.values()]
-
-
-def _write_log(log: Path, batches: Iterator[Any], storage: Storage) -> None:
-    with translated(f"writing {log}"):
-        storage.make_folder(log.parent)
-        sink = pa.BufferOutputStream()
-        with pa.parquet.ParquetWriter(sink, LOG_SCHEMA) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        write_whole(storage, log, memoryview(sink.getvalue()))
-        storage.sync_folder(log.parent)
-
-
-def _read_log(log: Path, storage: Storage, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
-    """Its rows, so many at a time as are one step."""
-    try:
-        with pa.parquet.ParquetFile(pa.BufferReader(whole(storage, log))) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                yield batch.to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise GalleryDamaged(f"{log} is not readable ({type(error).__name__}); restore it from a backup") from error
-
-
 # completing -----------------------------------------------------------------------------------------------------------
 
 
 def _complete(target: Gallery, log: Path, name: str, staged: Snapshot, total: int, progress: Progress) -> int:
-    """How many survivors have what they lacked now. total: how many are in the log."""
+    """Gives survivors the templates and groups that they take over. Returns the number of completed survivors. total: their number in the log."""
     completed = 0
-    for number, rows in enumerate(_read_log(log, target.storage, ["subject_id", "action", "gets", "joins"])):
+    for number, rows in enumerate(read_log(log, target.storage, ["subject_id", "action", "gets", "joins"])):
         step = f"{name}:completed:{number}"
         facts = target.snapshot().job_step(step)
         if facts is None:
@@ -382,7 +254,9 @@ def _complete_some(target: Gallery, step: str, staged: Snapshot, survivors: Sequ
         transaction.remove_rows(np.sort(rows))
         groups, encounter_ids = before.groups(rows.tolist()), before.encounter_ids(rows.tolist())
         for (survivor, row), own, encounter_id in zip(enrolled, groups, encounter_ids, strict=True):
-            templates = {get["column"]: _staged(staged, get["subject_id"], get["column"]) for get in survivor["gets"]}
+            templates = {
+                get["column"]: _staged_template(staged, get["subject_id"], get["column"]) for get in survivor["gets"]
+            }
             templates |= before.templates(row)
             transaction.add_encounter(survivor["subject_id"], templates, encounter_id, own.union(survivor["joins"]))
         facts = {"first_row": first_row, "end_row": transaction.tail.end_row}
@@ -390,58 +264,58 @@ def _complete_some(target: Gallery, step: str, staged: Snapshot, survivors: Sequ
     return facts
 
 
-def _staged(staged: Snapshot, subject_id: str, column: str) -> Template:
+def _staged_template(staged: Snapshot, subject_id: str, column: str) -> Template:
     templates = staged.best_templates(subject_id)
     assert templates is not None, "the staging gallery holds every subject that was compared"
     return templates[column]
 
 
-# taking back ----------------------------------------------------------------------------------------------------------
+# undoing --------------------------------------------------------------------------------------------------------------
 
 
 def _completed_rows(target: Snapshot, name: str) -> list[tuple[int, int]]:
-    """Ranges of the rows that survivors got as they were completed; of neighbouring ones, one."""
+    """The rows of completed survivors, as ranges. Adjacent ranges are joined."""
     ranges: list[tuple[int, int]] = []
-    for facts in _noted(target, f"{name}:completed"):
+    for facts in _recorded(target, f"{name}:completed"):
         first_row = ranges.pop()[0] if ranges and ranges[-1][1] == facts["first_row"] else facts["first_row"]
         ranges.append((first_row, facts["end_row"]))
     return ranges
 
 
-def _noted(target: Snapshot, steps: str) -> Iterator[dict[str, Any]]:
-    """What was noted of steps that have numbers."""
+def _recorded(target: Snapshot, steps: str) -> Iterator[dict[str, Any]]:
+    """The facts that the gallery has recorded of numbered steps."""
     number = 0
     while (facts := target.job_step(f"{steps}:{number}")) is not None:
         yield facts
         number += 1
 
 
-def _stands_for(target: Snapshot, folder: Path, storage: Storage) -> dict[int, int]:
-    """Row that an undo gave to a subject -> the row that it had before that merge. Merges are undone in reverse order: to the ones
-    before, a restored subject is still what they have left."""
-    before: dict[int, int] = {}
-    for log in _logs(folder, storage):
-        for facts in _noted(target, f"merge:{log.removesuffix('.parquet')}:restored"):
-            before |= dict(facts["rows"])
-    for row in sorted(before):  # a row is behind the one that it stands for
-        before[row] = before.get(before[row], before[row])
-    return before
+def _replaced_rows(target: Snapshot, folder: Path, storage: Storage) -> dict[int, int]:
+    """Row that an undo gave a subject -> the subject's row before that merge. Merges are undone in reverse order: for an earlier merge, a
+    restored subject counts as unchanged, although its row is new."""
+    replaced: dict[int, int] = {}
+    for merge_id in logged_merges(folder, storage):
+        for facts in _recorded(target, f"merge:{merge_id}:restored"):
+            replaced |= dict(facts["rows"])
+    for row in sorted(replaced):  # a replaced row may itself replace an earlier row, which has a smaller number
+        replaced[row] = replaced.get(replaced[row], replaced[row])
+    return replaced
 
 
 def _restore(
-    target: Gallery, log: Path, name: str, stands_for: dict[int, int], progress: Progress
+    target: Gallery, log: Path, name: str, replaced: dict[int, int], progress: Progress
 ) -> tuple[int, int, list[str]]:
-    """(how many removed subjects are back, how many survivors were reverted, ids that were taken meanwhile)."""
+    """Enrols removed subjects again, and reverts survivors. Returns (restored, reverted, ids that were enrolled again meanwhile)."""
     restored, reverted, kept = 0, 0, list[str]()
     removals = target.snapshot().job_step(f"{name}:removed") is not None
     completed = _completed_rows(target.snapshot(), name)
-    done, total = 0, sum(len(rows) for rows in _read_log(log, target.storage, ["action"]))
-    for number, rows in enumerate(_read_log(log, target.storage)):
+    done, total = 0, sum(len(rows) for rows in read_log(log, target.storage, ["action"]))
+    for number, rows in enumerate(read_log(log, target.storage)):
         step = f"{name}:restored:{number}"
         facts = target.snapshot().job_step(step)
         if facts is None:
             changed = [row for row in rows if row["action"] == "completed" or (removals and row["action"] == "removed")]
-            facts = _restore_some(target, step, changed, completed, stands_for)
+            facts = _restore_some(target, step, changed, completed, replaced)
         restored += facts["restored"]
         reverted += facts["reverted"]
         kept += facts["kept"]
@@ -455,65 +329,57 @@ def _restore_some(
     step: str,
     changed: Sequence[dict[str, Any]],
     completed: Sequence[tuple[int, int]],
-    stands_for: dict[int, int],
+    replaced: dict[int, int],
 ) -> dict[str, Any]:
+    """Restores some subjects in one transaction. changed: their rows of the log; completed: row ranges of completed survivors."""
     facts: dict[str, Any] = {"restored": 0, "reverted": 0, "kept": [], "rows": []}
     with target.transaction() as transaction:
-        now = transaction.snapshot().rows_of(pack_text([before["subject_id"] for before in changed])).tolist()
-        again, leave = [], []
-        for before, row in zip(changed, now, strict=True):
-            if before["action"] == "completed":
-                if row in (-1, before["row"]) or before["row"] is None:
-                    continue  # removed since; not completed yet; or added by this merge, and to be withdrawn
-                if any(low <= stands_for.get(row, row) < high for low, high in completed):
-                    leave.append(row)
+        current = transaction.snapshot().rows_of(pack_text([logged["subject_id"] for logged in changed])).tolist()
+        to_restore, to_remove = [], []
+        for logged, row in zip(changed, current, strict=True):
+            if logged["action"] == "completed":
+                if row in (-1, logged["row"]) or logged["row"] is None:
+                    continue  # removed since; or not completed yet; or added by this merge, so that it is withdrawn later
+                if any(low <= replaced.get(row, row) < high for low, high in completed):
+                    to_remove.append(row)
                     row = -1
             if row >= 0:
-                facts["kept"].append(before["subject_id"])
+                facts["kept"].append(logged["subject_id"])
             else:
-                again.append(before)
-        transaction.remove_rows(np.array(sorted(leave), np.int64))
-        for before in again:
-            facts["restored" if before["action"] == "removed" else "reverted"] += 1
-            if before["action"] == "removed":
-                for older in before.get("older") or ():  # a log of an older release has none
+                to_restore.append(logged)
+        transaction.remove_rows(np.array(sorted(to_remove), np.int64))
+        for logged in to_restore:
+            facts["restored" if logged["action"] == "removed" else "reverted"] += 1
+            if logged["action"] == "removed":
+                for older in logged.get("older") or ():  # logs of older releases have no such column
                     transaction.add_encounter(
-                        before["subject_id"], _templates(older), older["encounter_id"], older["groups"]
+                        logged["subject_id"], templates_of(older), older["encounter_id"], older["groups"]
                     )
-            facts["rows"].append((transaction.tail.end_row, before["row"]))
+            facts["rows"].append((transaction.tail.end_row, logged["row"]))
             transaction.add_encounter(
-                before["subject_id"], _templates(before), before["encounter_id"], before["groups"]
+                logged["subject_id"], templates_of(logged), logged["encounter_id"], logged["groups"]
             )
         transaction.record_step(step, facts)
     return facts
 
 
-def _templates(logged: dict[str, Any]) -> dict[str, Template]:
-    return {fields["column"]: _template(fields) for fields in logged["templates"]}
-
-
-def _template(fields: dict[str, Any]) -> Template:
-    embedding = None if fields["embedding"] is None else np.array(fields["embedding"], np.float32)
-    quality = quality_scale.from_stored(fields["column"], fields["quality"])
-    return Template(fields["column"], fields["model_id"], embedding, fields["minutiae"], quality)
-
-
-def _withdraw(target: Gallery, name: str, stands_for: dict[int, int], progress: Progress) -> int:
+def _withdraw(target: Gallery, name: str, replaced: dict[int, int], progress: Progress) -> int:
+    """Removes the subjects that the merge added and nobody changed since. Returns their number."""
     now = target.snapshot()
     ranges = [step.rows for step in steps_done(now, name)] + _completed_rows(now, name)
     withdrawn = 0
     for number, (low, high) in enumerate(ranges):
-        noted = f"{name}:withdrawn:{number}"
-        facts = target.snapshot().job_step(noted)
+        step_name = f"{name}:withdrawn:{number}"
+        facts = target.snapshot().job_step(step_name)
         if facts is None:
             with target.transaction() as transaction:
                 live = transaction.snapshot().live_rows()
                 first, end = np.searchsorted(live, (low, high))
-                moved = [row for row, before in stands_for.items() if low <= before < high and now.is_present(row)]
+                moved = [row for row, before in replaced.items() if low <= before < high and now.is_present(row)]
                 rows = np.union1d(live[first:end], np.array(moved, np.int64))
                 transaction.remove_rows(rows)
                 facts = {"withdrawn": len(rows)}
-                transaction.record_step(noted, facts)
+                transaction.record_step(step_name, facts)
         withdrawn += facts["withdrawn"]
         progress("withdrawing", number + 1, len(ranges))
     return withdrawn

@@ -1,12 +1,13 @@
-"""`merge`: finds the subjects that several districts' galleries share, and brings the galleries together.
+"""`merge`: finds people who are enrolled in the galleries of several districts, and merges the galleries.
 
-Owns the job from galleries to results: a staging copy beside the result, the join of all with all, clusters with their survivors, and ids
-that several districts gave. Never compares itself, never lays out a result (`report.py`), and never writes to a district's gallery.
+Owns the job from galleries to results: a staging copy beside the result, the join of all records with each other, clusters with their
+survivors, and the check of ids that several districts use. Never compares templates, never lays out a result (`report.py`), and never writes
+to a district's gallery.
 
-1. The results depend on the galleries, the settings and the rule alone: on no clock, no random number, and not on where the job was
-   interrupted. The same inputs give the same bytes.
-2. Long steps are noted as they go (`OUT.work`), so that the same command resumes.
-3. The central gallery changes with `apply` only, by steps that `undo` reverts (`apply.py`).
+1. The results depend only on the galleries, the settings and the rule; not on a clock, a random number, or an interruption. The same inputs
+   give the same bytes.
+2. Long steps write checkpoints to `OUT.work`, so that the same command resumes.
+3. Only `apply` changes the central gallery, in steps that `undo` reverts (`apply.py`).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.files.packed import pack_text
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.jobs.deduplication.gallery import is_gallery, join_notes, linked
-from biodedup.jobs.merging.apply import Applied, apply_merge, begun, refuse_unfinished, standing_id
+from biodedup.jobs.deduplication.gallery import is_gallery, join_checkpoint, join_links
+from biodedup.jobs.merging.apply import Applied, apply_merge, begun, current_id, refuse_unfinished
 from biodedup.jobs.merging.model import AbsorbedRecord, Checked, Findings, Group, Member, Settings
 from biodedup.jobs.merging.registers import (
     Origins,
@@ -55,16 +56,18 @@ from biodedup.jobs.shared.acting import Actor
 from biodedup.jobs.shared.checkpoint import CheckpointFile
 from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.progress import Progress, silent, warn
-from biodedup.match.judgement import BELIEVED
+from biodedup.match.judgement import TRUSTED_KINDS
 from biodedup.search.clusters import clusters_of
 from biodedup.values import COLUMNS, Cluster, Encounter, Evidence, Link
 
-_CHECKED_TOGETHER = 200  # shared ids compared between two notes
+_CHECKPOINT_IDS = 200
+"""Number of shared ids that are compared between two checkpoints."""
 
 
 @dataclass(frozen=True)
 class MergeResult(Described):
-    """merge_id: names it for `undo`. summary: as written, JSON-ready. applied: None unless the central gallery has it now."""
+    """The result of a merge. merge_id: the id for `undo`; summary: the content of the summary file; applied: None if the merge was not
+    applied."""
 
     merge_id: str
     summary: dict[str, Any]
@@ -73,7 +76,7 @@ class MergeResult(Described):
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """out: the result file. work: the folder beside it that a later run goes on with."""
+    """One run of the job. out: the result file; work: the folder beside it, from which a later run resumes."""
 
     out: Path
     config: Config
@@ -102,17 +105,18 @@ def merge(
     storage: Storage | None = None,
     executor: Executor = LOCAL,
 ) -> MergeResult:
-    """Finds the subjects of several galleries that are one person, and writes `out` (.parquet) and four files beside it.
+    """Finds subjects of several galleries that are the same person. Writes `out` (.parquet) and four files beside it.
 
-    sources: galleries, or `NAME=FOLDER`. into: the central gallery; one that holds subjects is compared with the others, and its
-    subjects keep their ids. apply: bring the result into it. rule: which record survives, a key of `survivors.RULES`; prefer: districts, best
-    first, where the rule ties. min_db: link from this score on, extrapolated or not; None takes the policy's duplicate threshold for
-    the merged size, lists what lies above its review threshold, and applies only what is within the measured scores. The policy is the
-    central gallery's, else the one of config, else the one that all districts have. by: the person who applies it, with the role supervise
-    where identities are configured; sign: the file of its private key.
+    sources: folders of galleries, or `NAME=FOLDER`. into: the central gallery; if it holds subjects, it is compared with the others, and its
+    subjects keep their ids. apply: the result is applied to the central gallery. rule: which record of a person survives, a key of
+    `survivors.RULES`; prefer: districts, the most preferred first, for ties. min_db: links reach this score, extrapolated or not; None takes
+    the policy's duplicate threshold for the merged size, also lists links above its review threshold, and applies only links that are not
+    extrapolated. The policy is that of the central gallery; otherwise that of config; otherwise the common policy of all districts. by: the
+    person who applies the merge, who needs the role supervise if identities are configured; sign: the file of the person's private key.
     executor: where tiles are compared (`jobs.ray_executor`).
 
-    Raises NotAllowed, ApprovalNeeded (`Policy.two_people`): then the result is there and nothing was applied; InvalidInput, PolicyMismatch, ModelMismatch, NotAGallery, GalleryBusy (another job has this result), GalleryDamaged, StorageUnavailable.
+    Raises NotAllowed, ApprovalNeeded (`Policy.two_people`): then the result is written, but not applied. Raises InvalidInput, PolicyMismatch,
+    ModelMismatch, NotAGallery, GalleryBusy (another job writes this result), GalleryDamaged, StorageUnavailable.
     """
     _check_request(sources, out, into, apply)
     refuse_sealed(config)
@@ -126,8 +130,8 @@ def merge(
             run = replace(run, config=replace(run.config, policy=policy_of(districts, target, run.config.policy)))
             settings_of = partial(_settings, config=run.config, rule=rule, prefer=prefer, min_db=min_db)
             keys = _saved_registers(run.work)
-            merge_id = _merge_begun(keys, settings_of(keys), districts, target)
-            if merge_id is not None:  # its decisions stand, whatever the registers are now
+            merge_id = _begun_merge(keys, settings_of(keys), districts, target)
+            if merge_id is not None:  # its decisions are final, even if the registers have changed
                 summary, absorbed_records = _summary_of(out, merge_id), list[AbsorbedRecord]()
             else:
                 registers = _registers(districts, target, central, run.storage)
@@ -137,7 +141,7 @@ def merge(
                 absorbed_records, summary = _results(registers, settings, run)
                 merge_id = _merge_id(keys, settings)
                 if apply and target is not None:
-                    merge_id = standing_id(target.snapshot, merge_id)
+                    merge_id = current_id(target.snapshot, merge_id)
         actor = Actor(by, sign)
         applied = (
             _applied(central, merge_id, keys, absorbed_records, run, actor) if apply and central is not None else None
@@ -151,23 +155,23 @@ def _check_request(sources: Sequence[str | Path], out: Path, into: str | Path | 
     if not sources:
         raise InvalidInput("no gallery was named; pass the districts' galleries, as FOLDER or NAME=FOLDER")
     if apply and into is None:
-        raise InvalidInput("there is nothing to apply it to; name the central gallery, as --into FOLDER")
+        raise InvalidInput("apply needs a central gallery; name it with --into FOLDER")
 
 
-def _merge_begun(
+def _begun_merge(
     keys: Sequence[dict[str, Any]], settings: Settings, districts: Sequence[Register], target: Register | None
 ) -> str | None:
-    """The id of this very merge where an earlier run began to apply it to the target."""
+    """The id of this merge if an earlier run began to apply it to the target; otherwise None."""
     if target is None or [register.key for register in districts] != [key for key in keys if not key["central"]]:
         return None
-    merge_id = standing_id(target.snapshot, _merge_id(keys, settings))
+    merge_id = current_id(target.snapshot, _merge_id(keys, settings))
     return merge_id if begun(target.snapshot, merge_id) else None
 
 
 def _registers(
     districts: Sequence[Register], target: Register | None, central: Path | None, storage: Storage
 ) -> list[Register]:
-    """What is compared: the districts, and before them the central gallery if it holds subjects."""
+    """The registers that are compared: the central gallery first, if it holds subjects, then the districts."""
     first = []
     if central is not None and target is not None:
         refuse_unfinished(central, target.snapshot, storage)
@@ -178,7 +182,7 @@ def _registers(
 
 
 def _prepared(registers: Sequence[Register], saved: Sequence[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
-    """The keys of the registers. A staging gallery of other registers is cleared."""
+    """The keys of the registers. A staging gallery of other registers is removed."""
     keys = [register.key for register in registers]
     if keys != saved:
         _begin_anew(work, keys)
@@ -213,7 +217,7 @@ def _applied(
 def _results(
     registers: Sequence[Register], settings: Settings, run: _Run
 ) -> tuple[list[AbsorbedRecord], dict[str, Any]]:
-    """(the records that are absorbed, the summary); the result files are written."""
+    """Compares the registers and writes the result files. Returns (the absorbed records, the summary)."""
     colliding = colliding_hashes(registers)
     folder = run.work / "gallery"
     stage(registers, colliding, folder, run.config, run.storage, run.progress)
@@ -223,8 +227,8 @@ def _results(
         staged = staging.snapshot()
         with Engine.open(folder, run.config, read_only=True, override_policy=True, storage=run.storage) as engine:
             warn(run.progress, engine.plan_join(settings.joined_db).estimate.warnings(), len(engine))
-            with join_notes(engine, run.work / "join.notes", settings.joined_db) as notes:
-                joined = linked(engine, notes, settings.joined_db, run.progress, run.executor)
+            with join_checkpoint(engine, run.work / "join.notes", settings.joined_db) as notes:
+                joined = join_links(engine, notes, settings.joined_db, run.progress, run.executor)
             checked = _check_shared(engine, staged, shared, run.work / "ids.notes", settings, run.progress)
         links = _each_once(joined.kept())
         groups = _groups(registers, staged, links, settings)
@@ -277,7 +281,7 @@ def _summary_of(out: Path, merge_id: str) -> dict[str, Any]:
     path = beside(out, "summary.json")
     if not path.exists():
         raise InvalidInput(
-            f"merge {merge_id} was begun, and its {path} is gone; restore that file, or `biodedup undo {merge_id}` and merge again"
+            f"merge {merge_id} was begun, but its file {path} is gone; restore it, or run `biodedup undo {merge_id}` and merge again"
         )
     with translated(f"reading {path}"):
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -285,7 +289,7 @@ def _summary_of(out: Path, merge_id: str) -> dict[str, Any]:
 
 
 def _saved_registers(work: Path) -> list[dict[str, Any]]:
-    """What the staging gallery is a copy of; empty where there is none."""
+    """The keys of the registers that the staging gallery is a copy of; empty if there is none."""
     plan = work / "registers.json"
     with translated(f"reading {plan}"):
         keys: list[dict[str, Any]] = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else []
@@ -295,7 +299,7 @@ def _saved_registers(work: Path) -> list[dict[str, Any]]:
 def _begin_anew(work: Path, keys: Sequence[Mapping[str, object]]) -> None:
     plan = work / "registers.json"
     with translated(f"clearing {work}"):
-        plan.unlink(missing_ok=True)  # first: a copy that is cleared in part is one of nothing
+        plan.unlink(missing_ok=True)  # first, because a partly removed copy is not a copy of these registers
         remove_gallery(LocalStorage(), work / "gallery")
     write_json(list(keys), plan)
 
@@ -315,7 +319,7 @@ def _locked(work: Path, storage: Storage) -> Iterator[None]:
 
 
 def _each_once(links: Sequence[Link]) -> list[Link]:
-    """Each pair once, its ids in order, strongest first."""
+    """Each pair once, with its ids in order; the highest scores first."""
     unique: dict[tuple[str, str], Link] = {}
     for link in links:
         a, b = link.subject_ids
@@ -332,13 +336,14 @@ def _swapped(part: Evidence) -> Evidence:
 
 
 def _groups(registers: Sequence[Register], staged: Snapshot, links: Sequence[Link], settings: Settings) -> list[Group]:
+    """The clusters of records of one person. A cluster applies if trusted links alone connect all its members."""
     strong = [link for link in links if link.score_db >= settings.threshold_db]
     clusters = clusters_of(strong)
-    believed = (link for link in strong if link.kind in BELIEVED)
+    believed = (link for link in strong if link.kind in TRUSTED_KINDS)
     trusted = clusters_of(link for link in believed if settings.min_db is not None or not link.extrapolated)
-    whole = {cluster.subject_ids for cluster in trusted}
+    applying = {cluster.subject_ids for cluster in trusted}
     members = _members(registers, staged, [name for cluster in clusters for name in cluster.subject_ids])
-    return [_group(number, cluster, members, cluster.subject_ids in whole, settings) for number, cluster in enumerate(clusters, start=1)]  # fmt: skip
+    return [_group(number, cluster, members, cluster.subject_ids in applying, settings) for number, cluster in enumerate(clusters, start=1)]  # fmt: skip
 
 
 def _group(number: int, cluster: Cluster, members: Mapping[str, Member], applies: bool, settings: Settings) -> Group:
@@ -356,17 +361,17 @@ def _group(number: int, cluster: Cluster, members: Mapping[str, Member], applies
 
 
 def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[str]) -> dict[str, Member]:
-    """The facts about each of these subjects."""
+    """subject_id -> facts about the record. names: subject_ids in the staging gallery."""
     rows = staged.rows_of(pack_text(names))
     owners, own_rows = Origins(staged, [register.step for register in registers]).of(rows)
     templates = _templates(staged, rows.tolist())
     members: dict[str, Member] = {}
     for owner, register in enumerate(registers):
-        at = np.flatnonzero(owners == owner).tolist()
-        rows_there = own_rows[at].tolist()
-        own_ids = register.snapshot.subject_ids(rows_there)
-        encounter_ids = staged.encounter_ids(rows[at].tolist())
-        for i, row, own_id, encounter_id in zip(at, rows_there, own_ids, encounter_ids, strict=True):
+        indices = np.flatnonzero(owners == owner).tolist()
+        register_rows = own_rows[indices].tolist()
+        own_ids = register.snapshot.subject_ids(register_rows)
+        encounter_ids = staged.encounter_ids(rows[indices].tolist())
+        for i, row, own_id, encounter_id in zip(indices, register_rows, own_ids, encounter_ids, strict=True):
             members[names[i]] = Member(
                 subject_id=names[i],
                 district=register.name,
@@ -383,7 +388,7 @@ def _members(registers: Sequence[Register], staged: Snapshot, names: Sequence[st
 
 
 def _templates(staged: Snapshot, rows: Sequence[int]) -> list[dict[str, float | None]]:
-    """Of each row, column -> quality of its template, 0 to 1."""
+    """For each row: column -> quality of its template, 0 to 1, or None."""
     presence = staged.presence(rows)
     templates: list[dict[str, float | None]] = [{} for _ in rows]
     for column in staged.models:
@@ -411,17 +416,17 @@ def _check_shared(
     settings: Settings,
     progress: Progress,
 ) -> list[Checked]:
-    """Compares each subject whose id an earlier district gave, too, with the subject of that district, 1:1."""
+    """Compares subjects of different districts that have the same id, 1:1: each with the subject of the first district that has the id."""
     first: dict[str, SharedId] = {}
     later = [entry for entry in shared if first.setdefault(entry.subject_id, entry) is not entry]
     info = engine.info()
     key = {"gallery": info["gallery_id"], "version": info["gallery_version"], "verify_db": settings.verify_db}
     scores: list[float | None] = []
     with CheckpointFile(notes_path, key, engine.config.keys) as notes:
-        for noted in notes.entries:
-            scores += noted
-        for low in range(len(scores), len(later), _CHECKED_TOGETHER):
-            batch = later[low : low + _CHECKED_TOGETHER]
+        for saved in notes.entries:
+            scores += saved
+        for low in range(len(scores), len(later), _CHECKPOINT_IDS):
+            batch = later[low : low + _CHECKPOINT_IDS]
             rows = staged.rows_of(pack_text([first[entry.subject_id].merged_id for entry in batch])).tolist()
             compared = [
                 engine.unrestricted().verify(Encounter(None, templates=staged.templates(row)), entry.merged_id)
@@ -445,6 +450,7 @@ def _check_shared(
 
 
 def _districts(registers: Sequence[Register], staged: Snapshot, links: Sequence[Link]) -> dict[str, str]:
+    """subject_id -> its district, for all subjects with a link."""
     names = sorted({name for link in links for name in link.subject_ids})
     rows = staged.rows_of(pack_text(names))
     owners, _ = Origins(staged, [register.step for register in registers]).of(rows)

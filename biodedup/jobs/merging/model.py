@@ -1,6 +1,6 @@
-"""Types of a merge: records of registers, clusters of one person, the record that survives, and shared ids.
+"""Defines the types of a merge of registers: records, clusters of records of one person, the record that survives, and shared ids.
 
-Owns no rule and no file. Read by every other module of the merge.
+Owns no rule and no file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from biodedup.values import Link
 
 @dataclass(frozen=True)
 class Member:
-    """A record in a cluster. subject_id: in the merged register; original_id, order (its row): in its own register.
+    """A record in a cluster. subject_id: id in the merged register; original_id: id in its own register; order: row in its own register.
 
-    enrolled_at: when its encounter was decided, in seconds; None where that was not recorded, as in a bulk load.
-    quality: 0 to 1, the mean over its templates; None where it was not measured. central: whether it is of the central register.
-    templates: column -> quality of its template, 0 to 1 or None.
+    enrolled_at: time of its decision, in seconds since 1970; None if it was not recorded, as in a bulk load. quality: mean quality of its
+    templates, 0 to 1; None if it was not measured. central: it belongs to the central register. templates: column -> quality of its template,
+    0 to 1 or None.
     """
 
     subject_id: str
@@ -37,7 +37,7 @@ class Member:
 
 @dataclass(frozen=True)
 class AbsorbedRecord:
-    """A record that is merged into the survivor. gives: columns in which the survivor takes over its template."""
+    """A record that is merged into the survivor. gives: the columns in which the survivor takes over its template."""
 
     member: Member
     survivor: Member
@@ -46,7 +46,7 @@ class AbsorbedRecord:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a merge. Links from joined_db on are listed; those from threshold_db on make clusters."""
+    """The settings of a merge. Links with a score of at least joined_db are listed; links of at least threshold_db form clusters."""
 
     threshold_db: float
     joined_db: float
@@ -59,7 +59,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Group:
-    """A cluster of records of one person. absorbed: all members but the survivor; applies: links that the policy trusts connect all members."""
+    """A cluster of records of one person. absorbed: all members except the survivor; applies: trusted links alone connect all members, so that the
+    merge may be applied without a person's judgement."""
 
     number: int
     members: tuple[Member, ...]
@@ -71,7 +72,7 @@ class Group:
 
     @cached_property
     def gives(self) -> dict[str, tuple[str, ...]]:
-        """subject_id -> columns of which the survivor gets this record's template."""
+        """subject_id -> columns in which the survivor takes over the template of this record."""
         return {self.survivor.subject_id: ()} | {record.member.subject_id: record.gives for record in self.absorbed}
 
     @property
@@ -92,7 +93,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Checked:
-    """A subject whose id several districts gave. against: the first district with that id; None for the subject of that district."""
+    """A subject whose id several districts use. against: index of the first district with that id; None for the subject of that district."""
 
     shared: SharedId
     against: int | None
@@ -102,8 +103,8 @@ class Checked:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """All results of one merge. links: each pair once, strongest first. district_of: subject_id of a link -> its district. left_out: links of
-    large clusters that are not in `links`."""
+    """All results of one merge. links: each pair once, the highest scores first. district_of: subject_id of a link -> its district. left_out:
+    number of links of large clusters that are not in `links`."""
 
     registers: Sequence[Register]
     links: Sequence[Link]

@@ -1,12 +1,13 @@
-"""The registers of a merge: districts' galleries, opened for reading, and their copy in one gallery beside the result.
+"""Opens the registers of a merge (districts' galleries) and copies them into one staging gallery beside the result.
 
-Owns the districts' names, the ids that two districts both gave, and the staging gallery. A subject keeps its id there unless another district
-has it, too; then it is `NAME/subject_id`. Never compares templates, and never writes to a register.
+Owns the names of the districts, the ids that several districts use, and the staging gallery. In it, a subject keeps its id; if another district
+uses the same id, it becomes `NAME/subject_id`. Never compares templates, and never writes to a register.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from biodedup.gallery.files import packed
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.packed import Packed
 from biodedup.gallery.gallery import Gallery
-from biodedup.gallery.policies import PolicyVersion, mismatch, told
+from biodedup.gallery.policies import PolicyVersion, differences_in_words, mismatch
 from biodedup.gallery.segments.part import Int64
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.shared.progress import Progress
@@ -39,7 +40,7 @@ _ID_LENGTH_MAX = 256
 
 @dataclass(frozen=True, eq=False)
 class Register:
-    """A district's gallery as of one version, and its policy. central: the one that the others join; its subjects keep their ids."""
+    """One version of a district's gallery, and its policy. central: the gallery into which the others are merged; its subjects keep their ids."""
 
     name: str
     gallery_id: str
@@ -49,7 +50,7 @@ class Register:
 
     @property
     def key(self) -> dict[str, object]:
-        """What it is, JSON-ready."""
+        """The identity of the register and version, JSON-ready."""
         return {
             "name": self.name,
             "gallery_id": self.gallery_id,
@@ -60,24 +61,24 @@ class Register:
 
     @property
     def step(self) -> str:
-        """Under what its copy is noted in the staging gallery."""
+        """The name of the step under which the staging gallery records its copy."""
         return step_of(self.key)
 
 
 def step_of(key: Mapping[str, object]) -> str:
-    """As `Register.step`, of what `Register.key` said."""
+    """`Register.step` of the register with this `Register.key`."""
     return f"stage:{key['name']}:{key['gallery_id']}:{key['version']}"
 
 
 def named(source: str | Path) -> tuple[str, Path]:
-    """(district's name, folder) of `NAME=FOLDER`, or of a folder, whose own name it is then."""
+    """(name of the district, folder) of `NAME=FOLDER`, or of a folder, whose name is then the district's."""
     name, separator, folder = str(source).partition("=")
     if not separator or Path(source).exists():
         name, folder = Path(source).resolve().name, str(source)
     check_id(name, "a district's name")
     if "/" in name:
         raise InvalidInput(
-            f"district {name!r} has a slash in its name, which ends the name in an id; name it otherwise"
+            f"the district's name {name!r} has a slash, which separates the name and the id in merged ids; name it without a slash"
         )
     return name, Path(folder)
 
@@ -92,7 +93,7 @@ def refuse_sealed(config: Config | None) -> None:
 
 @contextmanager
 def opened(sources: Sequence[str | Path], storage: Storage, config: Config) -> Iterator[list[Register]]:
-    """The galleries, for reading. Raises InvalidInput for one that is named twice, NotAGallery, ModelMismatch."""
+    """Opens the galleries for reading. Raises InvalidInput if one is named twice, NotAGallery, ModelMismatch."""
     with ExitStack() as stack:
         registers: list[Register] = []
         for source in sources:
@@ -106,18 +107,14 @@ def opened(sources: Sequence[str | Path], storage: Storage, config: Config) -> I
 
 
 def check_registers(registers: Sequence[Register]) -> None:
-    """Raises InvalidInput, ModelMismatch where they cannot be merged."""
+    """Raises InvalidInput or ModelMismatch if the registers cannot be merged."""
     seen: dict[str, Register] = {}
     for register in registers:
         for what, value in (("name", register.name), ("gallery", register.gallery_id)):
             if (other := seen.setdefault(f"{what}:{value}", register)) is not register:
                 raise InvalidInput(
                     f"{register.name!r} and {other.name!r} have the same {what}; "
-                    + (
-                        "write NAME=FOLDER"
-                        if what == "name"
-                        else "each gallery is merged once, not beside its own copy"
-                    )
+                    + ("write NAME=FOLDER" if what == "name" else "name each gallery only once, and no copy of it")
                 )
     first: dict[str, Register] = {}
     for register in registers:
@@ -133,9 +130,9 @@ def check_registers(registers: Sequence[Register]) -> None:
 
 
 def policy_of(registers: Sequence[Register], central: Register | None, given: Policy | None) -> Policy:
-    """What a merge decides by: the central gallery's policy, else the one that is given, else the one that all districts have.
+    """The policy of a merge: that of the central gallery; otherwise the given policy; otherwise the common policy of all districts.
 
-    Raises PolicyMismatch where another one is given than the central gallery's, InvalidInput where districts have different ones.
+    Raises PolicyMismatch if the given policy differs from the central gallery's, InvalidInput if the districts' policies differ.
     """
     if central is not None:
         if given is not None and given != central.policy.policy:
@@ -147,19 +144,19 @@ def policy_of(registers: Sequence[Register], central: Register | None, given: Po
     for other in registers[1:]:
         if changes := differences(first.policy.policy, other.policy.policy):
             raise InvalidInput(
-                f"districts decide by different policies: {told(changes, f'in {first.name}', f'in {other.name}')}; state the policy "
-                "that is to count ([policy] in the settings file), with which --apply creates the central gallery; or name a central "
-                "gallery that exists already, whose policy counts then"
+                f"districts have different policies: {differences_in_words(changes, f'in {first.name}', f'in {other.name}')}; state the policy of the merge "
+                "([policy] in the settings file), with which --apply creates the central gallery; or name an existing central gallery, "
+                "whose policy then applies"
             )
     return first.policy.policy
 
 
-# ids that several districts gave --------------------------------------------------------------------------------------
+# ids that several districts use ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class SharedId:
-    """One of the subjects whose id another district gave, too. owner: index of its register."""
+    """A subject whose id another district uses, too. owner: index of its register; merged_id: its id in the merged register."""
 
     subject_id: str
     owner: int
@@ -167,9 +164,9 @@ class SharedId:
 
 
 def colliding_hashes(registers: Sequence[Register]) -> NDArray[np.uint64]:
-    """Hashes of the ids that live in two registers or more, ascending; range by range, so that memory is bounded.
+    """The hashes of ids that two or more registers use, uint64, ascending. Works in ranges of hashes, so that memory is bounded.
 
-    A hash that two different ids have by chance (once in a thousand merges of 200 million) costs them a prefix, and no more.
+    If two different ids have the same hash (once in a thousand merges of 200 million subjects), both only get a prefix.
     """
     lookups = [
         (owner, register.snapshot.mask(part), *part.lookup())
@@ -179,23 +176,23 @@ def colliding_hashes(registers: Sequence[Register]) -> NDArray[np.uint64]:
     total = sum(len(hashes) for *_, hashes, _ in lookups)
     bounds = np.linspace(0, 2.0**64, total // _RANGE_ROWS + 2)[1:-1].astype(np.uint64)
     cuts = [[0, *np.searchsorted(hashes, bounds).tolist(), len(hashes)] for *_, hashes, _ in lookups]
-    found = [np.zeros(0, np.uint64)]
+    colliding = [np.zeros(0, np.uint64)]
     for i in range(len(bounds) + 1):
         keys, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
         for (owner, mask, hashes, positions), cut in zip(lookups, cuts, strict=True):
-            some = hashes[cut[i] : cut[i + 1]]
-            some = some if mask is None else some[mask[positions[cut[i] : cut[i + 1]]]]
-            keys.append(some)
-            owners.append(np.full(len(some), owner))
+            in_range = hashes[cut[i] : cut[i + 1]]
+            in_range = in_range if mask is None else in_range[mask[positions[cut[i] : cut[i + 1]]]]
+            keys.append(in_range)
+            owners.append(np.full(len(in_range), owner))
         key, owner_of = np.concatenate(keys), np.concatenate(owners)
         order = np.lexsort((owner_of, key))
         key, owner_of = key[order], owner_of[order]
-        found.append(np.unique(key[1:][(key[1:] == key[:-1]) & (owner_of[1:] != owner_of[:-1])]))
-    return np.concatenate(found)
+        colliding.append(np.unique(key[1:][(key[1:] == key[:-1]) & (owner_of[1:] != owner_of[:-1])]))
+    return np.concatenate(colliding)
 
 
 def shared_ids(registers: Sequence[Register], colliding: NDArray[np.uint64]) -> list[SharedId]:
-    """The registers that have these ids, by id, then in the order of the registers."""
+    """The subjects whose ids several registers use, ordered by id, then by register. colliding: `colliding_hashes`."""
     found: list[SharedId] = []
     known: set[tuple[str, int]] = set()
     for owner, register in enumerate(registers):
@@ -203,23 +200,25 @@ def shared_ids(registers: Sequence[Register], colliding: NDArray[np.uint64]) -> 
         for part in register.snapshot.parts:
             hashes, positions = part.lookup()
             mask = register.snapshot.mask(part)
-            at = np.sort(positions[_contains(colliding, hashes)].astype(np.int64))
-            at = at if mask is None else at[mask[at]]
-            ids = part.subject_ids_at(at)
+            indices = np.sort(positions[_contains(colliding, hashes)].astype(np.int64))
+            indices = indices if mask is None else indices[mask[indices]]
+            ids = part.subject_ids_at(indices)
             merged = ids if rename is None else packed.text(rename(packed.pack_text(ids)))
-            each = dict(zip(ids, merged, strict=True))  # a subject may have several rows
-            found += [SharedId(one, owner, other) for one, other in each.items() if (one, owner) not in known]
-            known.update((one, owner) for one in each)
+            merged_id_of = dict(zip(ids, merged, strict=True))  # a subject may have several rows
+            found += [
+                SharedId(name, owner, merged_id)
+                for name, merged_id in merged_id_of.items()
+                if (name, owner) not in known
+            ]
+            known.update((name, owner) for name in merged_id_of)
     found.sort(key=lambda shared: (shared.subject_id, shared.owner))
-    times: dict[str, int] = {}
-    for shared in found:
-        times[shared.subject_id] = times.get(shared.subject_id, 0) + 1
-    return [shared for shared in found if times[shared.subject_id] > 1]
+    uses = Counter(shared.subject_id for shared in found)
+    return [shared for shared in found if uses[shared.subject_id] > 1]
 
 
 def renaming(register: Register, colliding: NDArray[np.uint64]) -> Rename | None:
-    """How a register's ids read in the merged one; None where they stay. The function raises InvalidInput for a name that is
-    taken."""
+    """A function from a register's ids to their ids in the merged register; None if all ids stay the same. The function raises InvalidInput if
+    a new id is taken or too long."""
     if register.central or not len(colliding):
         return None
     prefix = pa.scalar(f"{register.name}/".encode(), pa.large_binary())
@@ -234,14 +233,14 @@ def renaming(register: Register, colliding: NDArray[np.uint64]) -> Rename | None
         texts = packed.text(new)
         if max(map(len, texts)) > _ID_LENGTH_MAX:
             raise InvalidInput(
-                f"district {register.name!r}: an id with its district before it has more than {_ID_LENGTH_MAX} characters; "
+                f"district {register.name!r}: an id with the district's name before it has more than {_ID_LENGTH_MAX} characters; "
                 "give the district a shorter name, as NAME=FOLDER"
             )
         taken = np.flatnonzero(register.snapshot.rows_of(new) >= 0)
         if len(taken):
             raise InvalidInput(
-                f"district {register.name!r} has a subject {texts[int(taken[0])]!r} already, which is what another of its "
-                "subjects would be called; give the district another name, as NAME=FOLDER"
+                f"district {register.name!r} has a subject {texts[int(taken[0])]!r}, but another of its subjects needs this id in "
+                "the merged register; give the district another name, as NAME=FOLDER"
             )
         return pa.compute.if_else(pa.array(shared), longer, ids)
 
@@ -251,8 +250,8 @@ def renaming(register: Register, colliding: NDArray[np.uint64]) -> Rename | None
 def _contains(ascending: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.bool_]:
     if not len(ascending):
         return np.zeros(len(values), bool)
-    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    return np.asarray(ascending[at] == values)
+    nearest = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return np.asarray(ascending[nearest] == values)
 
 
 # the copy -------------------------------------------------------------------------------------------------------------
@@ -266,10 +265,9 @@ def stage(
     storage: Storage,
     progress: Progress,
 ) -> None:
-    """Copies every register into the gallery in `folder`, block by block; what is there already is not copied again.
+    """Copies every register into the gallery in `folder`, block by block. Blocks that an earlier run copied are not copied again.
 
-    What is there at the end depends on the registers alone, not on where a copy was interrupted: segments are merged between
-    two registers, and at the end.
+    The result depends only on the registers, not on interruptions: segments are merged only between two registers, and at the end.
     """
     gallery_id = "staging-" + xxhash.xxh3_64_hexdigest(json.dumps([register.key for register in registers]).encode())
     quiet = replace(config.gallery, background=False)
@@ -299,10 +297,10 @@ def stage(
 
 
 class Origins:
-    """Where the rows of the staging gallery come from."""
+    """Maps the rows of the staging gallery to the registers that they come from."""
 
     def __init__(self, staged: Snapshot, names: Sequence[str]) -> None:
-        """names: of each register's steps."""
+        """names: the `Register.step` of each register."""
         steps = sorted(
             (step.first_row, owner, step.from_row)
             for owner, name in enumerate(names)
@@ -311,6 +309,6 @@ class Origins:
         self._first, self._owner, self._from = np.array(steps, np.int64).reshape(-1, 3).T
 
     def of(self, rows: Int64) -> tuple[Int64, Int64]:
-        """(index of the register, row in it) of each row."""
+        """(index of the register, row in that register) of each row, int64 (n,)."""
         step = np.searchsorted(self._first, rows, "right") - 1
         return self._owner[step], rows - self._first[step] + self._from[step]

@@ -1,6 +1,7 @@
-"""Writes the results of a merge: the tables, the summary and the page.
+"""Writes the results of a merge of registers: the tables, the summary and the HTML page.
 
-Owns their columns (documented in docs/reference/schemas.md) and what the page shows first. Never decides which records are one person.
+Owns the columns of the tables, which `docs/reference/schemas.md` describes, and the content of the page. Never decides which records belong to
+one person.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from biodedup.jobs.shared.files import write_json
 from biodedup.jobs.shared.output import write_table
 from biodedup.jobs.shared.page import write_page
 
-_SHOWN = 200  # clusters, pairs and ids on the page; the tables have all of them
-_MATRIX_MAX = 30  # districts of which the page shows a matrix
+_SHOWN = 200  # the page lists at most so many clusters, pairs and ids; the tables have all
+_MATRIX_MAX = 30  # the page shows a matrix of at most so many districts
 
 
 def beside(out: Path, ending: str) -> Path:
-    """The name of a file of the same result."""
+    """The name of another file of the same result."""
     return out.with_name(f"{out.stem}.{ending}")
 
 
 def write_results(out: Path, findings: Findings, labels: LabelConfig) -> dict[str, Any]:
-    """Writes `out` and four files beside it, and returns the summary. Raises StorageUnavailable."""
+    """Writes `out` and four files beside it. Returns the summary. Raises StorageUnavailable."""
     summary = _summary(findings) | {"pairs_left_out": findings.left_out}
     write_table(_members_table(findings.groups, findings.settings.rule, labels), out)
     write_table(_pairs_table(findings, labels), beside(out, "pairs.parquet"))

@@ -1,4 +1,4 @@
-"""Chooses which record of a person survives a merge, and which templates it takes over from the others.
+"""Chooses which record of a person survives a merge of registers, and which templates it takes over from the other records.
 
 Owns the rules. Never removes anything.
 """
@@ -30,23 +30,23 @@ RULES: dict[str, _Key] = {
     "oldest": _oldest,
     "district": lambda member: (),
 }
-"""Sort keys; the record with the smallest one survives. A record that lacks what the rule compares sorts last."""
+"""rule -> sort key of a record. The record with the smallest key survives; a record without the compared value sorts last."""
 
 
 def check_rule(rule: str, prefer: Sequence[str], districts: Sequence[str]) -> None:
-    """Raises InvalidInput for a rule or a district that is not known."""
+    """Raises InvalidInput for an unknown rule or district."""
     if rule not in RULES:
         raise InvalidInput(f"rule {rule!r} is not known; use one of {', '.join(RULES)}")
     unknown = [name for name in prefer if name not in districts]
     if unknown:
-        raise InvalidInput(f"preferred district {unknown[0]!r} is none of these: {', '.join(districts)}")
+        raise InvalidInput(f"preferred district {unknown[0]!r} is not known; the districts are {', '.join(districts)}")
     if rule == "district" and not prefer:
-        raise InvalidInput("the rule `district` goes by an order of districts; name it, as --prefer NAME, best first")
+        raise InvalidInput("the rule `district` needs an order of districts; name them with --prefer NAME, best first")
 
 
 def survivor(members: Sequence[Member], rule: str, prefer: Sequence[str] = ()) -> Member:
-    """The record that survives by the rule. Ties go to the district that is first in `prefer`, then to the central register, then to the
-    smaller subject_id."""
+    """The record that survives by the rule. Ties are broken by the order of `prefer`, then for the central register, then for the smaller
+    subject_id."""
     rank = {name: place for place, name in enumerate(prefer)}
     key = RULES[rule]
     return min(
@@ -56,13 +56,13 @@ def survivor(members: Sequence[Member], rule: str, prefer: Sequence[str] = ()) -
 
 
 def absorbed(members: Sequence[Member], survivor: Member) -> tuple[AbsorbedRecord, ...]:
-    """All members but the survivor. In each column that the survivor lacks it takes over the template of the best quality; a quality that
-    was not measured sorts last, and ties go to the smaller subject_id."""
+    """All members except the survivor, with the templates that the survivor takes over: in each column that it lacks, the template of the best
+    quality. An unknown quality sorts last, and ties go to the smaller subject_id."""
     giver_of: dict[str, Member] = {}
     for column in COLUMNS:
-        having = [member for member in members if column in member.templates]
-        if having and column not in survivor.templates:
-            giver_of[column] = min(having, key=lambda member: (_worse(member.templates[column]), member.subject_id))
+        candidates = [member for member in members if column in member.templates]
+        if candidates and column not in survivor.templates:
+            giver_of[column] = min(candidates, key=lambda member: (_worse(member.templates[column]), member.subject_id))
     others = [member for member in members if member is not survivor]
     return tuple(
         AbsorbedRecord(member, survivor, tuple(column for column, giver in giver_of.items() if giver is member))

@@ -1,18 +1,18 @@
-"""Aligns two prints and scores their agreement: from similar neighbourhoods to one rigid motion, paired minutiae, and a score.
+"""Aligns two prints by their minutiae, pairs the minutiae, and scores the agreement.
 
-Owns the kernels from two prepared prints (`local_structures.py`) to a score. Never reads records.
+Owns the kernels that take two prepared prints (`local_structures.py`) and give a score. Never reads records.
 
-1. The most similar pairs of cylinders are candidates. Two candidates support each other if one rigid motion explains both, as in the
-   relaxation of Cappelli, Ferrara and Maltoni (2010), but in one round. The strongest candidate and those that agree with it are one
-   hypothesis, and are removed from the vote.
-2. A hypothesis is a rotation and a shift, fitted by least squares. Minutiae pair up greedily, nearest first, and the motion is
-   fitted again. For the hypotheses with the most pairs, each minutia is displaced as the pairs around it are, which models elastic
-   distortion, and the pairs that are then still close count.
-3. The score: similarity of the paired cylinders, times the share of the common area's minutiae that are paired, times the share of
-   distances that are kept; the score is ten times its square root, so that the tail of impostor scores falls about exponentially. Two
-   identical prints score ten times the square root of their number of minutiae. The score depends neither on the order of the two
-   prints nor on that of the minutiae.
-4. No kernel allocates or takes longer than a few milliseconds, for any input. Sums have a fixed order, and angles and rotations come
+1. Votes: the most similar pairs of cylinders vote for each other if one rigid motion explains both pairs. (This is the relaxation of
+   Cappelli, Ferrara and Maltoni, 2010, with a single round.) The pair with the most votes and the pairs that agree with it are a
+   hypothesis. They are removed, and the next hypothesis is formed from the rest.
+2. Alignment: a hypothesis is a rotation and a shift, fitted by least squares. Minutiae are paired greedily, nearest first, and the motion
+   is fitted again. For the hypotheses with the closest pairs, each minutia is displaced like the pairs around it, which models elastic
+   distortion. Then minutiae are paired again, within a shorter distance.
+3. Score: the product of three factors: the sum of the paired cylinders' similarities, the paired share of the minutiae in the common area,
+   and the share of distances between pairs that are preserved. The score is ten times the square root of the product, so that the tail of
+   impostor scores falls about exponentially. Two identical prints score ten times the square root of their number of minutiae. The score
+   depends neither on the order of the prints nor on the order of the minutiae.
+4. A kernel never allocates memory, and never takes longer than a few milliseconds. Sums have a fixed order, and angles and rotations come
    from tables, so that every machine gives the same score.
 """
 
@@ -36,30 +36,31 @@ from biodedup.match.prints.local_structures import (
     similarities,
 )
 
-# Tuned on UareU and SFinGe's demonstration set, and not contradicted by FVC2002 DB1-4_B, 2026-11. None is critical.
+# tuned on UareU and SFinGe's demonstration set, and confirmed on FVC2002 DB1-4_B, 2026-11; no constant is critical
 _PAIRS = 48
-"""Pairs of cylinders that vote."""
+"""Number of cylinder pairs that vote."""
 _HYPOTHESES = 4
-_JUDGED = 2
-"""Of the hypotheses, those that pair most."""
+_SCORED = 2
+"""Number of hypotheses that are scored: those with the closest pairs."""
 _VOTE_STEPS = 20
-"""Two pairs agree if their minutiae turn alike up to this, in 1/256 turns, and if moving one with the other brings it near."""
+"""Two pairs agree if their rotations differ by at most this, in 1/256 turns, and if the motion of one pair also brings the other together."""
 _NEAR_PX = 20.0
-"""Partners of a rigid motion: distorted prints of one finger are this far apart."""
+"""Greatest distance of paired minutiae after a rigid motion: two prints of a finger differ so much by distortion."""
 _NEAR_STEPS = 16
+"""Greatest difference of paired minutiae's directions, in 1/256 turns."""
 _LOCAL_PX = 14.0
-"""Partners once distortion is followed."""
+"""Greatest distance of paired minutiae after the distortion is modelled."""
 _FIELD_PX = 60.0
-"""How far a pair's displacement is felt."""
-_STIFF = 0.5
-"""Weight of no displacement, among the pairs around."""
+"""Distance at which a pair's displacement has a quarter of its weight."""
+_STIFFNESS = 0.5
+"""Weight of a zero displacement, beside the pairs around a minutia."""
 _AREA_PX = 40.0
-"""A print's area: all that is as near to one of its minutiae."""
-_FEW = 8.0
-"""Fewer minutiae than this in the common area say no more than so many."""
+"""A print's area: all points within this distance of one of its minutiae."""
+_COMMON_MIN = 8.0
+"""A common area with fewer minutiae is scored as if it had this many."""
 _EDGE_PX = 120.0
 _EDGE_SLACK_PX = 4.0
-"""Pairs up to _EDGE_PX apart keep their distance, but for this."""
+"""The distance of two pairs, up to _EDGE_PX, counts as preserved if it changes by at most this."""
 
 _NEAR_MAX = 256
 _NONE = -1.0
@@ -67,7 +68,7 @@ _STEPS = np.array([round(atan(i / 1024) * 128 / pi) for i in range(1025)], np.in
 
 
 class Workspace(NamedTuple):
-    """The working memory of one comparison; for one thread at a time."""
+    """The working memory of a comparison. Only one thread may use it at a time."""
 
     similar: NDArray[np.int64]
     histogram: NDArray[np.int64]
@@ -76,12 +77,12 @@ class Workspace(NamedTuple):
     agree: NDArray[np.bool_]
     used: NDArray[np.bool_]
     motions: NDArray[np.float64]
-    promise: NDArray[np.float64]
+    closeness: NDArray[np.float64]
     moved: NDArray[np.float64]
     near: NDArray[np.int64]
     near_cost: NDArray[np.float64]
-    mates: NDArray[np.int64]
-    mates_cost: NDArray[np.float64]
+    paired: NDArray[np.int64]
+    paired_cost: NDArray[np.float64]
     shift: NDArray[np.float64]
     taken: NDArray[np.bool_]
 
@@ -95,22 +96,23 @@ def workspace() -> Workspace:
         agree=np.zeros((_PAIRS, _PAIRS), np.bool_),
         used=np.zeros(_PAIRS, np.bool_),
         motions=np.zeros((_HYPOTHESES, 4), np.float64),
-        promise=np.zeros(_HYPOTHESES, np.float64),
+        closeness=np.zeros(_HYPOTHESES, np.float64),
         moved=np.zeros((2, MINUTIAE_MAX), np.float64),
         near=np.zeros((_NEAR_MAX, 2), np.int64),
         near_cost=np.zeros(_NEAR_MAX, np.float64),
-        mates=np.zeros((MINUTIAE_MAX, 2), np.int64),
-        mates_cost=np.zeros(MINUTIAE_MAX, np.float64),
+        paired=np.zeros((MINUTIAE_MAX, 2), np.int64),
+        paired_cost=np.zeros(MINUTIAE_MAX, np.float64),
         shift=np.zeros((2, MINUTIAE_MAX), np.float64),
         taken=np.zeros((2, MINUTIAE_MAX), np.bool_),
     )
 
 
 @numba.njit(nogil=True, cache=True)
-def compare(content: Any, probes: Any, candidates: Any, rooms: Any, work: Any, scores: Any) -> None:
-    """Scores float32 (n,), at least 0, of n pairs of bodies. content: uint8; probes, candidates: int64 (n, 2), start and count of each
-    body; equal probes lie together, since each is prepared once. rooms: two prints; rooms, work: for one thread."""
-    probe, candidate = rooms
+def compare(content: Any, probes: Any, candidates: Any, prints: Any, work: Any, scores: Any) -> None:
+    """Writes the scores of n pairs of record bodies, at least 0, into scores, float32 (n,). content: uint8. probes, candidates: int64 (n, 2),
+    start and count of each body; equal probes must be adjacent, because each is prepared once. prints: memory of two prints. prints, work:
+    for one thread."""
+    probe, candidate = prints
     for i in range(probes.shape[0]):
         if i == 0 or probes[i, 0] != probes[i - 1, 0]:
             prepare(content, probes[i, 0], probes[i, 1], probe)
@@ -122,26 +124,26 @@ def compare(content: Any, probes: Any, candidates: Any, rooms: Any, work: Any, s
 
 
 def best_pairs(a: Prepared, b: Prepared) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """What the score of two prints rests on: the minutiae that are paired, int64 (k, 2), and the motion that takes a to b, float64 (4,):
-    cosine, sine, shift to the right and down. Scores them anew: for a page or a trace of one pair."""
+    """The paired minutiae behind the score of two prints, int64 (k, 2), and the motion from a to b, float64 (4,): cosine, sine, shift to the
+    right and down. It computes the score again, for a page or a trace of one comparison."""
     if not _first(a, b):
         pairs, (cosine, sine, x, y) = best_pairs(b, a)
         return pairs[:, ::-1], np.array([cosine, -sine, y * sine - x * cosine, -y * cosine - x * sine])
     work, best = workspace(), 0.0
     pairs, motion = np.zeros((0, 2), np.int64), np.array([1.0, 0.0, 0.0, 0.0])
     _score(a, b, work)
-    # hypotheses with promise left were not judged; those that came to nothing have no direction, or pair too little again
-    for h in np.flatnonzero((work.promise <= 0) & (np.hypot(work.motions[:, 0], work.motions[:, 1]) > 0.5)):
-        score = _judge(a, b, work.motions[h], work)
+    # _score sets the closeness of the hypotheses that it scores to 0; a failed hypothesis has no direction, or too few pairs again
+    for h in np.flatnonzero((work.closeness <= 0) & (np.hypot(work.motions[:, 0], work.motions[:, 1]) > 0.5)):
+        score = _hypothesis_score(a, b, work.motions[h], work)
         if score > best:
             best, motion = score, work.motions[h].copy()
-            pairs = work.mates[: np.count_nonzero(work.taken[0, : a.size[0]])].copy()
+            pairs = work.paired[: np.count_nonzero(work.taken[0, : a.size[0]])].copy()
     return pairs, motion
 
 
 @numba.njit(nogil=True, cache=True)
 def _first(a: Any, b: Any) -> bool:
-    """One order for any two prints, so that the score is symmetric."""
+    """A fixed order of any two prints, so that the score is symmetric."""
     if a.size[0] != b.size[0]:
         return bool(a.size[0] < b.size[0])
     for i in range(a.size[0]):
@@ -156,23 +158,23 @@ def _score(a: Any, b: Any, work: Any) -> float:
     count = _most_similar(a.size[0], b.size[0], work)
     _vote(a, b, count, work)
     for h in range(_HYPOTHESES):
-        work.promise[h] = _settle(a, b, _next_hypothesis(count, work), work.motions[h], work)
+        work.closeness[h] = _refined(a, b, _next_hypothesis(count, work), work.motions[h], work)
     best = 0.0
-    for _ in range(_JUDGED):
+    for _ in range(_SCORED):
         chosen = 0
         for h in range(1, _HYPOTHESES):
-            if work.promise[h] > work.promise[chosen]:
+            if work.closeness[h] > work.closeness[chosen]:
                 chosen = h
-        if work.promise[chosen] <= 0:
+        if work.closeness[chosen] <= 0:
             break
-        work.promise[chosen] = 0.0
-        best = max(best, _judge(a, b, work.motions[chosen], work))
+        work.closeness[chosen] = 0.0
+        best = max(best, _hypothesis_score(a, b, work.motions[chosen], work))
     return best
 
 
 @numba.njit(nogil=True, cache=True)
 def _most_similar(rows: int, columns: int, work: Any) -> int:
-    """The pairs of cylinders that are most similar, _PAIRS at most; equal ones in order."""
+    """Finds the most similar pairs of cylinders, at most _PAIRS, equal similarities in order; returns their number."""
     similar, histogram = work.similar, work.histogram
     histogram[:] = 0
     for i in range(rows):
@@ -219,81 +221,83 @@ def _vote(a: Any, b: Any, count: int, work: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _next_hypothesis(count: int, work: Any) -> int:
-    """The strongest pair left and those that agree with it, as mates; how many, 0 if none is left."""
+    """Writes the pair with the most votes and the pairs that agree with it into work.paired; returns their number, 0 if none is left."""
     root = -1
     for t in range(count):
         if not work.used[t] and (root < 0 or work.votes[t] > work.votes[root]):
             root = t
-    mates = 0
+    pair_count = 0
     for u in range(count):
         if root >= 0 and work.agree[root, u]:
             work.used[u] = True
-            work.mates[mates, 0], work.mates[mates, 1] = work.pairs[u, 0], work.pairs[u, 1]
-            mates += 1
-    return mates
+            work.paired[pair_count, 0], work.paired[pair_count, 1] = work.pairs[u, 0], work.pairs[u, 1]
+            pair_count += 1
+    return pair_count
 
 
 @numba.njit(nogil=True, cache=True)
-def _settle(a: Any, b: Any, mates: int, motion: Any, work: Any) -> float:
-    """The motion of a hypothesis, fitted to all that it pairs; how much that is, 0 if too little."""
-    if mates < 2 or not _fit(a, b, mates, motion, work):
+def _refined(a: Any, b: Any, pair_count: int, motion: Any, work: Any) -> float:
+    """Fits the motion of a hypothesis, pairs minutiae by it and fits it again. Returns the closeness of the pairs, 0 for too few pairs."""
+    if pair_count < 2 or not _fit(a, b, pair_count, motion, work):
         return 0.0
     _move(a, motion, work)
-    mates = _pair(a, b, motion, _NEAR_PX, work)
-    if mates < 2 or not _fit(a, b, mates, motion, work):
+    pair_count = _pair(a, b, motion, _NEAR_PX, work)
+    if pair_count < 2 or not _fit(a, b, pair_count, motion, work):
         return 0.0
-    return _nearness(mates, work)
+    return _closeness(pair_count, work)
 
 
 @numba.njit(nogil=True, cache=True)
-def _nearness(mates: int, work: Any) -> float:
-    near = 0.0
-    for t in range(mates):
-        near += 2.0 - work.mates_cost[t]
-    return near
+def _closeness(pair_count: int, work: Any) -> float:
+    """The sum over the pairs of 2 minus their cost."""
+    total = 0.0
+    for t in range(pair_count):
+        total += 2.0 - work.paired_cost[t]
+    return total
 
 
 @numba.njit(nogil=True, cache=True)
-def _judge(a: Any, b: Any, motion: Any, work: Any) -> float:
+def _hypothesis_score(a: Any, b: Any, motion: Any, work: Any) -> float:
     """The score of a hypothesis."""
     _move(a, motion, work)
     _distort(a, _pair(a, b, motion, _NEAR_PX, work), work)
-    mates = _pair(a, b, motion, _LOCAL_PX, work)
-    if mates < 2:
+    pair_count = _pair(a, b, motion, _LOCAL_PX, work)
+    if pair_count < 2:
         return 0.0
-    alike, near = 0, _nearness(mates, work)
-    for t in range(mates):
-        alike += work.similar[work.mates[t, 0], work.mates[t, 1]]
+    similarity, closeness = 0, _closeness(pair_count, work)
+    for t in range(pair_count):
+        similarity += work.similar[work.paired[t, 0], work.paired[t, 1]]
     kept, edges = 0, 0
-    for t in range(mates):
-        i, k = work.mates[t, 0], work.mates[t, 1]
+    for t in range(pair_count):
+        i, k = work.paired[t, 0], work.paired[t, 1]
         for u in range(t):
-            j, m = work.mates[u, 0], work.mates[u, 1]
+            j, m = work.paired[u, 0], work.paired[u, 1]
             ax, ay, bx, by = a.x[j] - a.x[i], a.y[j] - a.y[i], b.x[m] - b.x[k], b.y[m] - b.y[k]
             length = np.sqrt(ax * ax + ay * ay)
             if length < _EDGE_PX:
                 edges += 1
                 kept += abs(length - np.sqrt(bx * bx + by * by)) <= _EDGE_SLACK_PX
-    in_a, in_b = _common(a, b, work)
+    in_a, in_b = _count_common(a, b, work)
     rigid = (kept + 1.0) / (edges + 3.0)
-    share = near * near / (4.0 * max(float(in_a), _FEW) * max(float(in_b), _FEW))
-    return 10.0 * float(np.sqrt(alike / SIMILAR * share * rigid))
+    share = closeness * closeness / (4.0 * max(float(in_a), _COMMON_MIN) * max(float(in_b), _COMMON_MIN))
+    return 10.0 * float(np.sqrt(similarity / SIMILAR * share * rigid))
 
 
 @numba.njit(nogil=True, cache=True)
-def _fit(a: Any, b: Any, mates: int, motion: Any, work: Any) -> bool:
-    """The rotation and shift that bring a's mates nearest to b's. motion: float64 (4,). False where they do not tell a rotation."""
+def _fit(a: Any, b: Any, pair_count: int, motion: Any, work: Any) -> bool:
+    """Fits the rotation and shift that bring the paired minutiae of a nearest to those of b. motion: float64 (4,). Returns False if the pairs
+    do not determine a rotation."""
     ax, ay, bx, by = 0.0, 0.0, 0.0, 0.0
-    for t in range(mates):
-        i, k = work.mates[t, 0], work.mates[t, 1]
+    for t in range(pair_count):
+        i, k = work.paired[t, 0], work.paired[t, 1]
         ax += a.x[i]
         ay += a.y[i]
         bx += b.x[k]
         by += b.y[k]
-    ax, ay, bx, by = ax / mates, ay / mates, bx / mates, by / mates
+    ax, ay, bx, by = ax / pair_count, ay / pair_count, bx / pair_count, by / pair_count
     along, across = 0.0, 0.0
-    for t in range(mates):
-        i, k = work.mates[t, 0], work.mates[t, 1]
+    for t in range(pair_count):
+        i, k = work.paired[t, 0], work.paired[t, 1]
         along += (a.x[i] - ax) * (b.x[k] - bx) + (a.y[i] - ay) * (b.y[k] - by)
         across += (a.y[i] - ay) * (b.x[k] - bx) - (a.x[i] - ax) * (b.y[k] - by)
     length = np.sqrt(along * along + across * across)
@@ -314,12 +318,12 @@ def _move(a: Any, motion: Any, work: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _distort(a: Any, mates: int, work: Any) -> None:
-    """Moves each minutia of a as the other pairs around it are displaced."""
+def _distort(a: Any, pair_count: int, work: Any) -> None:
+    """Displaces each minutia of a like the other pairs around it."""
     for i in range(a.size[0]):
-        sum_x, sum_y, weights = 0.0, 0.0, _STIFF
-        for t in range(mates):
-            j = work.mates[t, 0]
+        sum_x, sum_y, weights = 0.0, 0.0, _STIFFNESS
+        for t in range(pair_count):
+            j = work.paired[t, 0]
             if j != i:
                 dx, dy = a.x[j] - a.x[i], a.y[j] - a.y[i]
                 weight = _FIELD_PX * _FIELD_PX / (_FIELD_PX * _FIELD_PX + (dx * dx + dy * dy))
@@ -333,13 +337,14 @@ def _distort(a: Any, mates: int, work: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _pair(a: Any, b: Any, motion: Any, within: float, work: Any) -> int:
-    """Pairs moved minutiae of a with those of b within some pixels, cheapest first: work.mates, their cost 0..2, their shift."""
+    """Pairs the moved minutiae of a with minutiae of b within this distance, cheapest first. Writes the pairs, their cost (0 to 2) and their
+    displacement into work; returns their number."""
     turn = _steps(motion[0], motion[1])
     moved, near, cost, taken = work.moved, work.near, work.near_cost, work.taken
     count, columns = 0, b.size[0]
     for i in range(a.size[0]):
         taken[0, i] = False
-        k = _from(b, moved[1, i] - within)
+        k = _first_from(b, moved[1, i] - within)
         while k < columns and b.y[k] <= moved[1, i] + within:
             dx, dy = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
             apart = dx * dx + dy * dy
@@ -352,45 +357,45 @@ def _pair(a: Any, b: Any, motion: Any, within: float, work: Any) -> int:
             k += 1
     for k in range(columns):
         taken[1, k] = False
-    mates = 0
+    pair_count = 0
     while True:
         best = -1
         for t in range(count):
             if not taken[0, near[t, 0]] and not taken[1, near[t, 1]] and (best < 0 or cost[t] < cost[best]):
                 best = t
         if best < 0:
-            return mates
+            return pair_count
         i, k = near[best, 0], near[best, 1]
         taken[0, i] = taken[1, k] = True
-        work.mates[mates, 0], work.mates[mates, 1] = i, k
-        work.mates_cost[mates] = cost[best]
-        work.shift[0, mates], work.shift[1, mates] = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
-        mates += 1
+        work.paired[pair_count, 0], work.paired[pair_count, 1] = i, k
+        work.paired_cost[pair_count] = cost[best]
+        work.shift[0, pair_count], work.shift[1, pair_count] = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
+        pair_count += 1
 
 
 @numba.njit(nogil=True, cache=True)
-def _common(a: Any, b: Any, work: Any) -> tuple[int, int]:
-    """How many minutiae of a lie in b's area, and how many of b in a's."""
+def _count_common(a: Any, b: Any, work: Any) -> tuple[int, int]:
+    """The number of minutiae of a in the area of b, and of b in the area of a."""
     moved, seen = work.moved, work.taken
     for k in range(b.size[0]):
         seen[1, k] = False
     in_a, in_b = 0, 0
     for i in range(a.size[0]):
-        k, found = _from(b, moved[1, i] - _AREA_PX), False
+        k, inside = _first_from(b, moved[1, i] - _AREA_PX), False
         while k < b.size[0] and b.y[k] <= moved[1, i] + _AREA_PX:
             dx, dy = b.x[k] - moved[0, i], b.y[k] - moved[1, i]
             if dx * dx + dy * dy < _AREA_PX * _AREA_PX:
-                found = seen[1, k] = True
+                inside = seen[1, k] = True
             k += 1
-        in_a += found
+        in_a += inside
     for k in range(b.size[0]):
         in_b += seen[1, k]
     return in_a, in_b
 
 
 @numba.njit(nogil=True, cache=True)
-def _from(b: Any, y: float) -> int:
-    """The first minutia of b that lies at y or below; they are in order."""
+def _first_from(b: Any, y: float) -> int:
+    """The first minutia of b at y or below. Minutiae are sorted by y."""
     low, high = 0, b.size[0]
     while low < high:
         middle = (low + high) >> 1
@@ -403,7 +408,7 @@ def _from(b: Any, y: float) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _steps(cosine: float, sine: float) -> int:
-    """The angle of a direction in 1/256 turns, from a table: libraries differ in the last digit of an arc tangent."""
+    """The angle of a direction in 1/256 turns. It comes from a table, because libraries differ in the last digit of an arc tangent."""
     along, across = abs(cosine), abs(sine)
     if across <= along:
         steps = _STEPS[int(across / along * 1024 + 0.5)]
@@ -416,5 +421,5 @@ def _steps(cosine: float, sine: float) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _signed(steps: int) -> int:
-    """An angle's difference as -128 to 127."""
+    """A difference of angles, from -128 to 127."""
     return ((steps + 128) & 255) - 128

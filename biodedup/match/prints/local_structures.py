@@ -1,10 +1,11 @@
 """Minutia Cylinder-Code: describes the neighbourhood of each minutia of a print as bits.
 
 Source: Cappelli, Ferrara and Maltoni, "Minutia Cylinder-Code: a new representation and matching technique for fingerprint recognition",
-2010, in its bit form, with one simplification: a neighbour sets the cells that it would set alone, and contributions are not added up.
-The constants are theirs, with 8 x 8 x 6 cells, so that each section of directions is one 64-bit word.
+2010, in the bit-based form. A cylinder has 8 x 8 x 6 cells, so that the cells of one direction are a 64-bit word; the other constants are
+those of the paper. One simplification: a cell is set if a single neighbour would set it; the contributions of neighbours are not added.
 
-Owns reading the six-byte rows of a record's body, the choice of the strongest minutiae, and their codes. Never aligns or scores prints.
+Owns the reading of a record's body (rows of six bytes), the choice of the strongest minutiae, and their codes. Never aligns or scores
+prints.
 
 1. The result does not depend on the order of a record's rows.
 2. All arithmetic is exact (integers, or floats that hold integers), so that every machine gives the same bits.
@@ -22,26 +23,26 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 MINUTIAE_MAX = 64
-"""The strongest are kept. 48 to 96 are as good (UareU, SFinGe and FVC2002 DB1-4_B, 2026-11)."""
+"""The number of minutiae that are kept, by quality. 48 to 96 are equally accurate (UareU, SFinGe and FVC2002 DB1-4_B, 2026-11)."""
 READ_MAX = 255
-"""More minutiae than a record of 2005 can state are not read."""
+"""The number of minutiae that are read: the most that a record of ISO/IEC 19794-2:2005 can hold."""
 SECTIONS = 6
 _SIDE = 8  # cells along a cylinder's base
-_RADIUS = 70  # of the cylinder, pixels
+_RADIUS = 70  # of a cylinder, in pixels
 _SIGMA_PX, _SIGMA_RAD = 28 / 3, 2 * pi / 9
-_SET_FROM = 0.005  # a contribution that sets a cell
-_REACH = 86  # radius and the largest disc that a neighbour sets, pixels
+_SET_FROM = 0.005  # the least contribution that sets a cell
+_REACH = 86  # the radius plus that of the largest disc that a neighbour sets, in pixels
 
 UNIT = 4096
 _CELL = 2 * _RADIUS * UNIT // _SIDE
 COSINE, SINE = (np.array([round(UNIT * f(2 * pi * step / 256)) for step in range(256)], np.int64) for f in (cos, sin))
-"""By ISO's angles, 256 to the turn; UNIT is 1. Rounded to integers, on which all mathematical libraries agree."""
+"""Cosine and sine of ISO's angles, in 1/256 turns, as multiples of 1 / UNIT. Rounded to integers, so that all machines agree."""
 
 
 class Prepared(NamedTuple):
-    """Room for one prepared print. size: int64 (1,), its minutiae; row: int64 (READ_MAX,), the minutiae in order, each as one number; x, y, angle:
-    int64 (MINUTIAE_MAX,), pixels and 1/256 turns; cells: uint64 (MINUTIAE_MAX, SECTIONS); norm: float64 (MINUTIAE_MAX,), square
-    root of the number of cells set."""
+    """The memory of one prepared print. size: int64 (1,), the number of minutiae. row: int64 (READ_MAX,), the minutiae in ascending order,
+    each as one number. x, y, angle: int64 (MINUTIAE_MAX,), in pixels and 1/256 turns. cells: uint64 (MINUTIAE_MAX, SECTIONS). norm: float64
+    (MINUTIAE_MAX,), the square root of the number of set cells."""
 
     size: NDArray[np.int64]
     row: NDArray[np.int64]
@@ -52,8 +53,8 @@ class Prepared(NamedTuple):
     norm: NDArray[np.float64]
 
 
-def room() -> Prepared:
-    """An empty print."""
+def empty_print() -> Prepared:
+    """The memory of a print, all zeros."""
     x, y, angle = np.zeros((3, MINUTIAE_MAX), np.int64)
     cells = np.zeros((MINUTIAE_MAX, SECTIONS), np.uint64)
     return Prepared(
@@ -68,8 +69,8 @@ def room() -> Prepared:
 
 
 def _disc_limits() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """By a neighbour's relative angle, the three sections whose cells it can set, and the squared distance, in 1 / UNIT pixels, up to
-    which it does: both int64 (256, 3)."""
+    """For each relative angle of a neighbour: the three sections whose cells it can set, and the squared distance, in 1 / UNIT pixels, up to
+    which it sets them; both int64 (256, 3)."""
     sections, limits = np.zeros((256, 3), np.int64), np.full((256, 3), -1, np.int64)
     for step in range(256):
         for near in range(3):
@@ -84,7 +85,7 @@ def _disc_limits() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _cell_bits() -> NDArray[np.uint64]:
-    """uint64 (_SIDE, _SIDE): the bit of each cell; 0 for those whose centre lies outside the cylinder."""
+    """The bit of each cell, uint64 (_SIDE, _SIDE); 0 if the cell's centre is outside the cylinder."""
     middle = (np.arange(_SIDE) - (_SIDE - 1) / 2) * _CELL
     inside = middle[:, None] ** 2 + middle**2 <= (_RADIUS * UNIT) ** 2
     return np.where(
@@ -96,22 +97,22 @@ _NEAR, _LIMITS = _disc_limits()
 _BITS = _cell_bits()
 _ROOTS = np.sqrt(np.arange(64 * SECTIONS + 1, dtype=np.float64))
 SIMILAR = 1000
-"""The similarity of two cylinders that are the same."""
+"""The similarity of two equal cylinders."""
 
 
-def _population_of(_: Any, word: Any) -> Any:
+def _popcount_code(_: Any, word: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), generate
 
 
-_population: Any = intrinsic(_population_of)
+_popcount: Any = intrinsic(_popcount_code)
 
 
 @numba.njit(nogil=True, cache=True)
 def prepare(content: Any, start: int, count: int, print_: Any) -> None:
-    """A body's rows into a print. content: uint8, of which `count` rows of six bytes lie from `start` on."""
+    """Reads a record's body into print_ and computes its cylinders. content: uint8; the body is `count` rows of six bytes from `start`."""
     _read(content, start, min(count, READ_MAX), print_)
     _describe(print_)
 
@@ -133,7 +134,7 @@ def _read(content: Any, start: int, count: int, print_: Any) -> None:
             j -= 1
         row[j] = value
     left = count
-    while left > MINUTIAE_MAX:  # of the lowest quality, the one farthest from the middle goes first
+    while left > MINUTIAE_MAX:  # drops the minutia of the lowest quality, of equal quality the farthest from the centre
         worst, worst_value = 0, np.int64(1) << 62
         for i in range(left):
             x, y = count * ((row[i] >> 16) & 0x3FFF) - x_sum, count * (row[i] >> 30) - y_sum
@@ -159,7 +160,7 @@ def _describe(print_: Any) -> None:
     for i in range(count):
         for j in range(i + 1, count):
             if y[j] - y[i] > _REACH:
-                break  # they are in order of y
+                break  # minutiae are sorted by y
             dx, dy = x[j] - x[i], y[j] - y[i]
             if dx * dx + dy * dy <= _REACH * _REACH:
                 _set_cells(dx, dy, angle[i], angle[j], cells, i)
@@ -167,19 +168,19 @@ def _describe(print_: Any) -> None:
     for i in range(count):
         total = np.uint64(0)
         for section in range(SECTIONS):
-            total += _population(cells[i, section])
+            total += _popcount(cells[i, section])
         print_.norm[i] = _ROOTS[total]
 
 
 @numba.njit(nogil=True, cache=True)
 def _set_cells(dx: int, dy: int, own: int, other: int, cells: Any, i: int) -> None:
-    """What a neighbour sets in cylinder i: discs around its place, in the sections near its relative angle."""
+    """Sets the cells of cylinder i that a neighbour sets: discs around its position, in the sections near its relative angle."""
     cosine, sine = COSINE[own], SINE[own]
-    # y points down, angles count anticlockwise; in 1 / UNIT pixels from the cylinder's corner
+    # y points down and angles are anticlockwise; u and v are in 1 / UNIT pixels from the corner of the cylinder
     u = dx * cosine - dy * sine + _RADIUS * UNIT
     v = -dx * sine - dy * cosine + _RADIUS * UNIT
     rotated = (other - own) & 255
-    # no disc is wider than two cells: of each row and column of cells, only these two can lie in it
+    # a disc is at most two cells wide, so that it reaches at most two rows and two columns of cells
     first_p = (u - _CELL // 2) // _CELL
     first_q = (v - _CELL // 2) // _CELL
     for p in range(max(first_p, 0), min(first_p + 2, _SIDE)):
@@ -194,12 +195,12 @@ def _set_cells(dx: int, dy: int, own: int, other: int, cells: Any, i: int) -> No
 
 
 @numba.njit(nogil=True, cache=True)
-def similarities(a: Any, b: Any, found: Any) -> None:
-    """Of each cylinder of a with each of b, 0 to SIMILAR: int64 (a's count, b's count) of found."""
+def similarities(a: Any, b: Any, out: Any) -> None:
+    """Writes the similarity, 0 to SIMILAR, of each cylinder of a with each cylinder of b into out, int64 (a's count, b's count)."""
     for i in range(a.size[0]):
         for k in range(b.size[0]):
-            unlike = np.uint64(0)
+            different = np.uint64(0)
             for section in range(SECTIONS):
-                unlike += _population(a.cells[i, section] ^ b.cells[k, section])
+                different += _popcount(a.cells[i, section] ^ b.cells[k, section])
             norms = a.norm[i] + b.norm[k]
-            found[i, k] = int(SIMILAR * (1.0 - _ROOTS[unlike] / norms)) if norms > 0 else 0
+            out[i, k] = int(SIMILAR * (1.0 - _ROOTS[different] / norms)) if norms > 0 else 0

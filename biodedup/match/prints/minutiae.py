@@ -1,7 +1,7 @@
 """Compares the minutiae of one probe with those of many candidates.
 
-Owns the interface `MinutiaeMatcher`, its implementation, and the threads that compare. Never extracts minutiae, and never checks
-their records (`capture/minutiae/record.py`).
+Owns the interface `MinutiaeMatcher`, its implementation, and its threads. Never extracts minutiae, and never parses their records
+(`capture/minutiae/record.py`).
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from numpy.typing import NDArray
 
 from biodedup.capture.minutiae.record import MINUTIA_BYTES, read_record
 from biodedup.match.prints.alignment import best_pairs, compare, workspace
-from biodedup.match.prints.local_structures import Prepared, prepare, room
+from biodedup.match.prints.local_structures import Prepared, empty_print, prepare
 
 _CHUNK = 32
-"""Candidates that a thread takes at a time: some milliseconds."""
+"""Candidates in a thread's unit of work: some milliseconds."""
 
 
 class MinutiaeMatcher(Protocol):
     def compare_pairs(
         self, probes: Sequence[bytes], candidates: Sequence[bytes], which: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Scores float32 (n,), at least 0, higher is more alike: of candidates[i] with probes[which[i]]. which: int64 (n,), ascending.
-        Raises InvalidInput for an unsound record."""
+        """Scores float32 (n,) of candidates[i] with probes[which[i]]: at least 0, higher is more alike. which: int64 (n,), ascending.
+        Raises InvalidInput for an invalid record."""
 
 
 class CylinderMatcher:
-    """Minutia cylinder-codes, alignment, and the share of minutiae that agree: `local_structures.py`, `alignment.py`.
+    """Matches by Minutia Cylinder-Code (`local_structures.py`), alignment, and the share of paired minutiae (`alignment.py`).
 
-    Symmetric; the same on every machine and with any number of threads. Thread-safe. Impostor pairs score 1 to 5, a print and itself at
-    most 80.
+    The score is symmetric, and the same on every machine and with any number of threads. Impostor pairs score 1 to 5; a print scores at
+    most 80 with itself. Thread-safe.
     """
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "biodedup-minutiae")  # starts threads when there is work for them
+        self._pool = ThreadPoolExecutor(threads, "biodedup-minutiae")  # threads start with the first work
 
     def compare_pairs(
         self, probes: Sequence[bytes], candidates: Sequence[bytes], which: NDArray[np.int64]
@@ -48,15 +48,15 @@ class CylinderMatcher:
         content, bodies = _bodies([*probes, *candidates])
         of_probes, of_candidates = bodies[which], bodies[len(probes) :]
 
-        def work(low: int) -> None:
-            some = slice(low, low + chunk)
-            rooms = room(), room()
-            compare(content, of_probes[some], of_candidates[some], rooms, workspace(), scores[some])
+        def work(start: int) -> None:
+            part = slice(start, start + chunk)
+            prints = empty_print(), empty_print()
+            compare(content, of_probes[part], of_candidates[part], prints, workspace(), scores[part])
 
-        alone = self._threads == 1 or len(candidates) <= _CHUNK
-        chunk = max(len(candidates), 1) if alone else _CHUNK
-        lows = range(0, len(candidates), chunk)
-        for _ in map(work, lows) if alone else self._pool.map(work, lows):
+        in_caller = self._threads == 1 or len(candidates) <= _CHUNK
+        chunk = max(len(candidates), 1) if in_caller else _CHUNK
+        starts = range(0, len(candidates), chunk)
+        for _ in map(work, starts) if in_caller else self._pool.map(work, starts):
             pass
         return scores
 
@@ -72,12 +72,12 @@ class CylinderMatcher:
 def matched(probe: bytes, candidate: bytes) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The minutiae that `CylinderMatcher` pairs in two records, for display: (pairs, motion).
 
-    pairs: int64 (k, 2), row numbers of minutiae in the probe's record and in the candidate's. motion: float64 (4,), the rigid motion from
-    the probe to the candidate: cosine, sine, shift; x' = x cosine + y sine + shift[0], y' = y cosine - x sine + shift[1].
-    Raises InvalidInput for an unsound record.
+    pairs: int64 (k, 2), the row of each minutia in the probe's record and in the candidate's. motion: float64 (4,), the rigid motion from the
+    probe to the candidate: cosine, sine, shift; x' = x cosine + y sine + shift[0], y' = y cosine - x sine + shift[1]. Raises InvalidInput for
+    an invalid record.
     """
     content, bodies = _bodies([probe, candidate])
-    prints = room(), room()
+    prints = empty_print(), empty_print()
     for print_, (start, count) in zip(prints, bodies.tolist(), strict=True):
         prepare(content, start, count, print_)
     pairs, motion = best_pairs(*prints)
@@ -87,7 +87,7 @@ def matched(probe: bytes, candidate: bytes) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) -> NDArray[np.int64]:
-    """The row in a record's body of each minutia of its print: a print has another order, and only the strongest minutiae."""
+    """The row in the record's body of each minutia of the print. A print is sorted, and has only the strongest minutiae."""
     body = content[start : start + MINUTIA_BYTES * count].reshape(-1, MINUTIA_BYTES).astype(np.int64)
     x, y = (((body[:, at] & 63) << 8) | body[:, at + 1] for at in (0, 2))
     value = (y << 30) | (x << 16) | (body[:, 4] << 8) | body[:, 5]
@@ -97,9 +97,9 @@ def _rows(print_: Prepared, content: NDArray[np.uint8], start: int, count: int) 
 
 
 def _bodies(records: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The position of each record's minutiae: (content uint8; start and count of each, int64 (n, 2)). Raises InvalidInput.
+    """The position of each record's minutiae: (content uint8; start and count of each record's body, int64 (n, 2)). Raises InvalidInput.
 
-    Only records that are not in the plainest form go through `read_record`, which takes longer than a comparison.
+    Records in the usual form are found by `_find_plain`. `read_record`, which takes longer than a comparison, reads the others.
     """
     content = np.frombuffer(b"".join(records), np.uint8)
     ends = np.cumsum(np.fromiter(map(len, records), np.int64, len(records)))
@@ -121,7 +121,8 @@ _HEADER, _END = 28, 2
 
 @numba.njit(nogil=True, cache=True)
 def _find_plain(content: Any, ends: Any, starts: Any, counts: Any) -> None:
-    """Records of one view at 500 dpi, without extended data and with all minutiae inside: their bodies; counts -1 for others."""
+    """Finds the bodies of records of a single view at 500 dpi, without extended data, with all minutiae inside the image. The count of any
+    other record is -1."""
     start = 0
     for i in range(ends.shape[0]):
         starts[i], counts[i] = start + _HEADER, _plain_count(content, start, ends[i])

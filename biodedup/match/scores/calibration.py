@@ -1,10 +1,10 @@
 """Calibration: turns the raw scores of one model into decibels.
 
-Owns the table of a model card, and its interpolation. Never knows which captures are compared.
+Owns the table of a model card, and its interpolation. Never fits a table (`fitting.py`).
 
-A table gives, at ascending raw scores, `nonmated_db` = -10 log10 P(score or more | non-mated) and `llr_db` = 10 log10 of
-the likelihood ratio mated : non-mated, both non-decreasing; between them it is linear. `nonmated_low_db` and `nonmated_high_db`
-bound nonmated_db, 95 %, where the table was fitted with an interval. How tables are fitted: `fitting.py`.
+A table has ascending raw scores (knots). At each knot it gives `nonmated_db` = -10 log10 P(score or more | non-mated) and `llr_db` = 10
+log10 of the likelihood ratio, mated to non-mated. Both are non-decreasing, and linear between the knots. `nonmated_low_db` and
+`nonmated_high_db` are the 95 % confidence interval of nonmated_db, if the table was fitted with an interval.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from numpy.typing import ArrayLike, NDArray
 from biodedup.errors import ModelCardError
 
 SCORE_DB_MAX = 300.0
-Bound = Literal["low", "best", "high", "sure"]
-"""Which distribution of non-mated scores: the best estimate, or an end of its interval. "low" gives the lowest scores in dB.
-"sure": "low" for an unchecked table, "best" for others."""
+Bound = Literal["low", "best", "high", "worst_case"]
+"""A distribution of non-mated scores: the best estimate, or an end of its interval. "low" gives the lowest scores in dB. "worst_case" is
+"low" for an unchecked table, and "best" for a checked table."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """One table. score, llr_knots_db, nonmated_knots_db: float64 (m,), m >= 2. measured_db: score_db beyond which no pairs were measured.
-    mates_measured: whether llr_db comes from mated pairs of this model and is not assumed. bounds_db: float64 (2, m), the interval of
-    nonmated_db, or None. unchecked: the table was not compared with impostor pairs of the gallery that uses it."""
+    """A calibration table.
+
+    score, llr_knots_db, nonmated_knots_db: float64 (m,), m >= 2. measured_db: the highest score_db that the number of pairs could measure.
+    mates_measured: whether llr_db comes from mated pairs of this model; False: it is assumed. bounds_db: float64 (2, m), the confidence
+    interval of nonmated_db, or None. unchecked: whether the table was not yet compared with impostor pairs of the gallery.
+    """
 
     score: NDArray[np.float64] = field(repr=False)
     llr_knots_db: NDArray[np.float64] = field(repr=False)
@@ -43,7 +46,7 @@ class Calibration:
 
     @classmethod
     def from_card(cls, table: Mapping[str, Any]) -> Calibration:
-        """From the `[calibration]` table of a card. Raises ModelCardError."""
+        """The calibration in the `[calibration]` table of a card. Raises ModelCardError."""
         try:
             score, llr, nonmated = (np.array(table[k], np.float64) for k in ("score", "llr_db", "nonmated_db"))
             measured_db, source = float(table["measured_db"]), str(table["source"])
@@ -61,15 +64,15 @@ class Calibration:
         return cls(score, llr, nonmated, measured_db, source, mates_measured=mates_measured, bounds_db=bounds)
 
     def score_db(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """-10 log10(FMR) at each raw score; beyond the table its last slope continues, up to SCORE_DB_MAX."""
-        return _within(_interpolate(np.asarray(scores, np.float64), self.score, self.nonmated_knots_db))
+        """-10 log10(FMR) at each raw score. Beyond the table the last slope continues, up to SCORE_DB_MAX."""
+        return _clipped(_interpolate(np.asarray(scores, np.float64), self.score, self.nonmated_knots_db))
 
     def interval_db(self, scores: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """(low, high) of score_db, 95 %; None if the table has no interval."""
+        """(low, high) of score_db, the 95 % confidence interval; None if the table has none."""
         if self.bounds_db is None:
             return None
         x = np.asarray(scores, np.float64)
-        low, high = (_within(_interpolate(x, self.score, bound)) for bound in self.bounds_db)
+        low, high = (_clipped(_interpolate(x, self.score, bound)) for bound in self.bounds_db)
         return low, high
 
     def llr_db(self, scores: ArrayLike) -> NDArray[np.float64]:
@@ -77,7 +80,7 @@ class Calibration:
         return np.minimum(_interpolate(np.asarray(scores, np.float64), self.score, self.llr_knots_db), SCORE_DB_MAX)
 
     @cached_property
-    def nonmated_law(self) -> tuple[float, float]:
+    def nonmated_moments(self) -> tuple[float, float]:
         """(mean, standard deviation) of non-mated scores."""
         fine = np.linspace(self.score[0], self.score[-1], 8001)
         survival = 10 ** (-_interpolate(fine, self.score, self.nonmated_knots_db) / 10)
@@ -89,23 +92,23 @@ class Calibration:
     def with_impostors(self, mean: float, sd: float, source: str) -> Calibration:
         """The same table, shifted and scaled to impostor scores of this mean and standard deviation.
 
-        A score that is as rare here as another was there keeps that one's likelihood ratio: what makes impostors more alike (one
-        camera, one population) makes mates more alike, too."""
-        own_mean, own_sd = self.nonmated_law
-        return replace(self, score=mean + (self.score - own_mean) * (sd / own_sd), source=source)
+        Likelihood ratios move with the scores, because a common camera or population makes mates more alike as well as impostors.
+        """
+        old_mean, old_sd = self.nonmated_moments
+        return replace(self, score=mean + (self.score - old_mean) * (sd / old_sd), source=source)
 
-    def doubted(self, shift_sd: float, stretch: float) -> Calibration:
-        """The same table, `unchecked`. The lower end of its interval also covers impostor scores that lie shift_sd standard deviations
-        higher and spread `stretch` times as wide."""
-        mean, sd = self.nonmated_law
+    def widened(self, shift_sd: float, stretch: float) -> Calibration:
+        """The same table, `unchecked`, with a wider interval. Its lower end also covers impostor scores that are shift_sd standard deviations
+        higher and spread `stretch` times as widely."""
+        mean, sd = self.nonmated_moments
         low, high = (self.nonmated_knots_db,) * 2 if self.bounds_db is None else self.bounds_db
-        there = self.with_impostors(mean + shift_sd * sd, sd * stretch, self.source).score
-        bounds = np.stack([np.minimum(low, _interpolate(self.score, there, low)), high])
+        moved = self.with_impostors(mean + shift_sd * sd, sd * stretch, self.source).score
+        bounds = np.stack([np.minimum(low, _interpolate(self.score, moved, low)), high])
         return replace(self, bounds_db=bounds, unchecked=True)
 
     def mated_similarities(self, quantiles: NDArray[np.float64], min_similarity: float = -1.0) -> NDArray[np.float64]:
-        """Similarities of mates at these quantiles: the density of non-mates times the likelihood ratio. min_similarity: only mates
-        that are at least this similar count."""
+        """The similarities of mated pairs at these quantiles. Their density is that of non-mated pairs times the likelihood ratio.
+        min_similarity: only mated pairs of at least this similarity count."""
         grid = np.linspace(-1, 1, 4001)
         survival = 10 ** (-self.score_db(grid) / 10)
         density = np.append(survival[:-1] - survival[1:], 0.0) * 10 ** (self.llr_db(grid) / 10)
@@ -113,16 +116,17 @@ class Calibration:
         return np.asarray(np.interp(quantiles * total[-1], total, grid))
 
     def nonmated_llr_pmf(self, step_db: float, bound: Bound = "best") -> tuple[int, NDArray[np.float64]]:
-        """The probability mass function of llr_db over non-mated comparisons. bound: see `Bound`; without an interval all are equal.
+        """The probability mass function of llr_db over non-mated comparisons. bound: a `Bound`; a table without an interval gives the same
+        for all bounds.
 
-        Returns (first, p): p[i] is the probability of a value in ((first + i - 1), (first + i)] * step_db. Values are
-        rounded up, so that sums of them are never optimistic.
+        Returns (first, p): p[i] is the probability of a value in ((first + i - 1), (first + i)] * step_db. Values are rounded up, so that
+        scores from their sums are never too high.
         """
-        # so many points that no bin spans a jump, and beyond the table up to the last distinct score
+        # a fine grid, so that no bin spans a jump; it continues beyond the table up to the last distinct score
         last = self.score[-1] + 4 * (self.score[-1] - self.score[0])
         fine = np.unique(np.concatenate([np.linspace(self.score[0], last, 8001), self.score]))
         knots_db = self.nonmated_knots_db
-        if bound == "sure":
+        if bound == "worst_case":
             bound = "low" if self.unchecked else "best"
         if self.bounds_db is not None and bound != "best":
             knots_db = self.bounds_db[0 if bound == "low" else 1]
@@ -136,7 +140,7 @@ class Calibration:
 
 
 def _bounds(table: Mapping[str, Any], nonmated: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """The interval's ends, float64 (2, m), or None if the table has none. Raises ModelCardError."""
+    """The ends of the interval, float64 (2, m), or None if the table has no interval. Raises ModelCardError."""
     if not {"nonmated_low_db", "nonmated_high_db"} <= table.keys():
         return None
     try:
@@ -155,20 +159,20 @@ def _bounds(table: Mapping[str, Any], nonmated: NDArray[np.float64]) -> NDArray[
 def _interpolate(
     x: NDArray[np.float64], knots: NDArray[np.float64], values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Linear between the knots, constant below them, beyond them with the last slope; NaN stays NaN."""
-    found = np.empty(x.shape)
-    _fill(np.ascontiguousarray(x).reshape(-1), knots, values, found.reshape(-1))
-    return found
+    """Linear between the knots, constant below them, with the last slope beyond them. NaN gives NaN."""
+    out = np.empty(x.shape)
+    _interpolate_into(np.ascontiguousarray(x).reshape(-1), knots, values, out.reshape(-1))
+    return out
 
 
 @njit(nogil=True, cache=True)
-def _fill(x: Any, knots: Any, values: Any, found: Any) -> None:
-    # faster than np.interp, which searches for each value: knots are nearly evenly spaced, so the first guess is nearly always right
+def _interpolate_into(x: Any, knots: Any, values: Any, out: Any) -> None:
+    # faster than np.interp: knots are nearly evenly spaced, so that the first guess of the interval is nearly always right
     last = knots.shape[0] - 2
     scale = (last + 1) / (knots[last + 1] - knots[0])
     for i in range(x.shape[0]):
         if not x[i] > knots[0]:
-            found[i] = x[i] if np.isnan(x[i]) else values[0]
+            out[i] = x[i] if np.isnan(x[i]) else values[0]
             continue
         at = min(int(min((x[i] - knots[0]) * scale, 1e9)), last)
         while at > 0 and x[i] < knots[at]:
@@ -176,8 +180,8 @@ def _fill(x: Any, knots: Any, values: Any, found: Any) -> None:
         while at < last and x[i] >= knots[at + 1]:
             at += 1
         slope = (values[at + 1] - values[at]) / (knots[at + 1] - knots[at])
-        found[i] = values[at] + slope * (x[i] - knots[at])
+        out[i] = values[at] + slope * (x[i] - knots[at])
 
 
-def _within(score_db: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.minimum(np.maximum(score_db, 0.0), SCORE_DB_MAX)  # np.clip takes three times as long
+def _clipped(score_db: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.minimum(np.maximum(score_db, 0.0), SCORE_DB_MAX)  # three times as fast as np.clip

@@ -1,14 +1,13 @@
-"""The calibration of each model in one gallery.
+"""Chooses the calibration of each model in one gallery.
 
-Owns the look-up from model_id to `Calibration`. Refuses minutiae without a calibration.
+Owns the look-up from model_id to `Calibration`. Never fits a card's table (`fitting.py`).
 
-- A model with a card has the card's table, shifted and scaled to this gallery's impostor scores: these depend on the camera, the
-  scanner and the population, and nearly all pairs of a gallery's subjects are impostor pairs. The few mated pairs score far higher and
-  are left out.
+- A model with a card has the card's table, shifted and scaled to this gallery's impostor scores, which depend on the camera, the scanner
+  and the population. Nearly all pairs of a gallery's subjects are impostor pairs; the few mated pairs score far higher and are left out.
 - Embeddings of a model without a card (bring your own) are calibrated on the gallery alone.
-- Minutiae of an unknown extractor take the table of the configured extractor, and no such score counts as measured. (LEADER's minutiae
-  read by MINDTCT's table: impostor pairs reach a nominal FMR of 0.1 in at most 0.031, and 0.01 in at most 0.0028 of the pairs of FVC2002
-  DB1-4_B and UareU, 2026-11.)
+- Minutiae of an unknown extractor have the table of the configured extractor, and their scores always count as extrapolated. Minutiae of
+  another extractor without a calibration are refused. (Measured: LEADER's minutiae with MINDTCT's table. At a nominal FMR of 0.1 at most
+  0.031 of the impostor pairs match, at 0.01 at most 0.0028; FVC2002 DB1-4_B and UareU, 2026-11.)
 """
 
 from __future__ import annotations
@@ -33,29 +32,34 @@ EXTERNAL = "external-"
 """Prefix of the model_id of embeddings that came without a model."""
 
 SAMPLE_SIZE = 1024
-_SAMPLE_MIN, _OWN_MIN = 256, 32
-"""Least numbers of subjects to measure a table on, and to move a card's table. With fewer the card's impostor scores are the better
-estimate."""
+_MEASURE_MIN, _MOVE_MIN = 256, 32
+"""Minimum number of subjects to measure a table on, and to move a card's table. With fewer subjects the card's impostor scores are the
+better estimate."""
 CHECKED_PEOPLE = 200
-"""Subjects from which a moved table counts as checked. 256 rows have so many even if some are removed or lack the column."""
-_OFF_SD = {"face-embedding": 1.6, "finger-embedding": 0.5, "minutiae": 0.5}
-_OFF_MOVED_SD, _OFF_STRETCH = 0.5, 1.1
-"""By how many standard deviations a table may be shifted, and how far stretched: a card's, by its kind, and one that was moved."""
-_CARD_PAIRS = 400  # weight of the card's deviation, in pairs: it differs by some percent from set to set
-_MATES_DB, _MATES_MOST = (
-    40.0,
-    0.05,
-)  # score by the card from which a pair may be mated; share of such pairs that may be left out
-_DEFAULT_SD = 0.1  # of non-mated cosines, until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)
-_TAIL_FREEDOM = (
-    30.0  # of Student's t: SFace's table from 0.3 to 1, in its own standard deviations, within 6 dB (2026-12)
-)
-_MATED_MEAN, _MATED_SD = 0.65, 0.15  # of mated cosines, as face models of this kind have them (LFW, 2026-11)
+"""Number of subjects from which a moved table counts as checked. 256 rows have so many subjects even if some are removed or lack the
+column."""
+_CARD_ERROR_SD = {"face-embedding": 1.6, "finger-embedding": 0.5, "minutiae": 0.5}
+"""Kind of card -> the assumed largest shift of its table, in standard deviations of the impostor scores."""
+_MOVED_ERROR_SD = 0.5
+"""The same for a table that was moved to the gallery."""
+_ERROR_STRETCH = 1.1
+"""The assumed largest ratio between the standard deviations of impostor scores in the gallery and in the table."""
+_CARD_PAIRS = 400
+"""Weight of the card's standard deviation, in pairs. It differs by some percent between data sets."""
+_MATES_DB, _MATES_SHARE_MAX = 40.0, 0.05
+"""The score by the card from which a pair may be mated, and the largest share of such pairs that may be left out."""
+_DEFAULT_SD = 0.1
+"""Standard deviation of non-mated cosines until there are enough rows: SFace's 0.096 rounded up (LFW, 2026-11)."""
+_TAIL_FREEDOM = 30.0
+"""Degrees of freedom of Student's t. It fits SFace's table from 0.3 to 1 within 6 dB, in units of its standard deviation (2026-12)."""
+_MATED_MEAN, _MATED_SD = 0.65, 0.15
+"""Mean and standard deviation of mated cosines of face models like SFace (LFW, 2026-11)."""
 
 
 @dataclass(frozen=True, eq=False)
 class WithMinutiae:
-    """Calibration of a finger's embedding and minutiae together: `both` calibrates the sum of their llr_db."""
+    """The calibrations of minutiae that add to a finger's embedding. minutiae: of the minutiae alone. both: of the sum of the llr_db of
+    embedding and minutiae."""
 
     minutiae: Calibration
     both: Calibration
@@ -63,7 +67,7 @@ class WithMinutiae:
 
 @dataclass(frozen=True, eq=False)
 class ImpostorSample:
-    """Random subjects of a gallery; nearly all pairs of them are impostor pairs. key: changes with the subjects; vectors(): their
+    """Random subjects of a gallery. Nearly all pairs of them are impostor pairs. key: changes if the subjects change. vectors(): their
     embeddings, float32 (count, d)."""
 
     key: Hashable
@@ -79,8 +83,9 @@ SampleOf = Callable[[str], ImpostorSample]
 class Calibrations:
     """Calibrations by model_id. Thread-safe.
 
-    sample_of: the sample of subjects for look-ups that name none. use_gallery_impostors: whether cards' tables are moved to this gallery's impostor
-    scores. Of several minutiae cards the last one's table is used for unknown extractors.
+    sample_of: the sample of subjects for a look-up that passes no sample. use_gallery_impostors: whether a card's table is moved to this
+    gallery's impostor scores (`Policy.use_gallery_impostors`). If there are several minutiae cards, the last card's table serves unknown
+    extractors.
     """
 
     def __init__(
@@ -91,43 +96,47 @@ class Calibrations:
         use_gallery_impostors: Callable[[], bool] = lambda: True,
     ) -> None:
         self._known = {card.model_id: Calibration.from_card(card.calibration) for card in cards if card.calibration}
-        self._off_sd = {card.model_id: _OFF_SD.get(card.kind, 0.0) for card in cards}
-        self._off_sd[EXTERNAL_MINUTIAE] = _OFF_SD["minutiae"]
+        self._error_sd = {card.model_id: _CARD_ERROR_SD.get(card.kind, 0.0) for card in cards}
+        self._error_sd[EXTERNAL_MINUTIAE] = _CARD_ERROR_SD["minutiae"]
         for card in cards:
             if card.kind == "minutiae" and card.model_id in self._known:
                 self._known[EXTERNAL_MINUTIAE] = replace(self._known[card.model_id], measured_db=0.0)
         self._with_minutiae: dict[str, tuple[WithMinutiae, WithMinutiae]] = {}
-        for card in cards:
-            for minutiae in cards if card.kind == "finger-embedding" else ():
-                if minutiae.kind == "minutiae" and {card.model_id, minutiae.model_id} <= self._known.keys():
-                    known = joint_id(card, minutiae)
-                    self._known[known] = self._known[card.model_id]
-                    self._off_sd[known] = self._off_sd[card.model_id]
-                    if minutiae.model_id in card.both:
-                        both = Calibration.from_card(card.both[minutiae.model_id])
-                        doubted = both.doubted(self._off_sd[known], _OFF_STRETCH)
-                        of = self._known[minutiae.model_id]
-                        self._with_minutiae[known] = WithMinutiae(of, both), WithMinutiae(of, doubted)
+        for embedding in (card for card in cards if card.kind == "finger-embedding"):
+            for minutiae in (card for card in cards if card.kind == "minutiae"):
+                if {embedding.model_id, minutiae.model_id} <= self._known.keys():
+                    self._add_joint(embedding, minutiae)
         self._replay = {card.model_id: card.replay for card in cards if card.replay is not None}
         self._replay |= {
-            known: self._replay[embedding]
+            joint: self._replay[embedding]
             for embedding in tuple(self._replay)
-            for known in self._known
-            if known.startswith(f"{embedding}+")
+            for joint in self._known
+            if joint.startswith(f"{embedding}+")
         }
         self._sample_of = sample_of
         self._use_gallery_impostors = use_gallery_impostors
         of_minutiae = {EXTERNAL_MINUTIAE, *(card.model_id for card in cards if card.kind == "minutiae")}
         self._minutiae = {
-            model_id: self._known[model_id].doubted(self._off_sd[model_id], _OFF_STRETCH)
+            model_id: self._known[model_id].widened(self._error_sd[model_id], _ERROR_STRETCH)
             for model_id in of_minutiae & self._known.keys()
         }
         self._measured: dict[str, tuple[Hashable, Calibration]] = {}
         self._lock = threading.Lock()
 
+    def _add_joint(self, embedding: ModelCard, minutiae: ModelCard) -> None:
+        """Adds the model of templates with this embedding and these minutiae."""
+        joint = joint_id(embedding, minutiae)
+        self._known[joint] = self._known[embedding.model_id]
+        self._error_sd[joint] = self._error_sd[embedding.model_id]
+        if minutiae.model_id in embedding.both:
+            alone = self._known[minutiae.model_id]
+            both = Calibration.from_card(embedding.both[minutiae.model_id])
+            widened = both.widened(self._error_sd[joint], _ERROR_STRETCH)
+            self._with_minutiae[joint] = WithMinutiae(alone, both), WithMinutiae(alone, widened)
+
     def sound(self, template: Template) -> Template:
-        """The template with its record in the form that galleries store. Raises InvalidInput for an unsound record, and for minutiae of
-        an extractor without a calibration."""
+        """The template with its minutiae record in the form that galleries store. Raises InvalidInput for an invalid record, and for
+        minutiae of an extractor without a calibration."""
         if template.minutiae is None:
             return template
         self.require_minutiae(template.model_id)
@@ -135,14 +144,13 @@ class Calibrations:
             np.array([0, len(template.minutiae)]), np.frombuffer(template.minutiae, np.uint8), template.column
         )
         if bad[0] or not len(content):
-            return replace(
-                template, minutiae=standard(view_of(template.minutiae, template.column))
-            )  # says what is wrong
+            # slower; its error says what is wrong with the record
+            return replace(template, minutiae=standard(view_of(template.minutiae, template.column)))
         record = content.tobytes()
         return template if record == template.minutiae else replace(template, minutiae=record)
 
     def replay_of(self, model_id: str) -> float | None:
-        """The similarity from which two embeddings of this model are taken for copies of one picture; None where the card has none."""
+        """The similarity from which two embeddings of this model count as copies of one picture; None if the card states none."""
         return self._replay.get(model_id)
 
     def require_minutiae(self, model_id: str) -> None:
@@ -154,71 +162,73 @@ class Calibrations:
             )
 
     def with_minutiae(self, model_id: str, sample_of: SampleOf | None = None) -> WithMinutiae | None:
-        """How minutiae add to this model's embeddings; None if no card says so, and embeddings are compared alone. The sum's table is
-        unchecked while the embeddings' table is."""
-        found = self._with_minutiae.get(model_id)
-        return None if found is None else found[self.of(model_id, sample_of).unchecked]
+        """The calibrations of minutiae that add to this model's embeddings; None if no card has them, so that embeddings are compared
+        alone. They are unchecked as long as the embeddings' table is unchecked."""
+        checked_and_unchecked = self._with_minutiae.get(model_id)
+        return None if checked_and_unchecked is None else checked_and_unchecked[self.of(model_id, sample_of).unchecked]
 
     def of(self, model_id: str, sample_of: SampleOf | None = None) -> Calibration:
-        """The calibration of a model. sample_of: the gallery's subjects to measure it on; None: as the constructor was given."""
+        """The calibration of a model. sample_of: the gallery's subjects to measure it on; None: the constructor's."""
         if model_id in self._minutiae:
             return self._minutiae[model_id]
         known = self._known.get(model_id)
         sample = (sample_of or self._sample_of)(model_id)
-        if sample.count < (_SAMPLE_MIN if known is None else _OWN_MIN):
+        if sample.count < (_MEASURE_MIN if known is None else _MOVE_MIN):
             sample = NO_SAMPLE
         with self._lock:
             last_key, calibration = self._measured.get(model_id, (None, None))
             key = sample.key, self._use_gallery_impostors()
             if calibration is None or last_key != key:
-                calibration = (
-                    from_embeddings(sample.vectors()) if known is None else self._here(model_id, known, sample)
-                )
+                if known is None:
+                    calibration = from_embeddings(sample.vectors())
+                else:
+                    calibration = self._in_gallery(model_id, known, sample)
                 self._measured[model_id] = key, calibration
             return calibration
 
-    def _here(self, model_id: str, known: Calibration, sample: ImpostorSample) -> Calibration:
-        """A card's table in this gallery: moved to its impostor scores, and `unchecked` while the sample is too small."""
-        doubted = known.doubted(self._off_sd[model_id], _OFF_STRETCH)
+    def _in_gallery(self, model_id: str, known: Calibration, sample: ImpostorSample) -> Calibration:
+        """A card's table in this gallery: moved to its impostor scores, and `unchecked` as long as the sample is small."""
+        widened = known.widened(self._error_sd[model_id], _ERROR_STRETCH)
         if not sample.count:
-            return doubted
+            return widened
         vectors = sample.vectors()
         similarity = (vectors @ vectors.T)[np.triu_indices(sample.count, 1)]
-        there = moved(known, similarity, f"{known.source}; moved to {sample.count} of the gallery's own people")
-        if there is known:  # too many pairs score like mates
-            return doubted
+        in_gallery = moved(known, similarity, f"{known.source}; moved to {sample.count} of the gallery's own people")
+        if in_gallery is known:  # too many pairs score like mates
+            return widened
         checked = sample.count >= CHECKED_PEOPLE
         if self._use_gallery_impostors():
-            return there if checked else there.doubted(min(_OFF_MOVED_SD, self._off_sd[model_id]), _OFF_STRETCH)
-        return known if checked and _near(known, there) else doubted
+            error_sd = min(_MOVED_ERROR_SD, self._error_sd[model_id])
+            return in_gallery if checked else in_gallery.widened(error_sd, _ERROR_STRETCH)
+        return known if checked and _fits(known, in_gallery) else widened
 
 
-def _near(known: Calibration, there: Calibration) -> bool:
-    """Whether a card's table, unmoved, fits the gallery's impostor scores well enough."""
-    (mean, sd), (own_mean, own_sd) = known.nonmated_law, there.nonmated_law
-    return own_mean < mean + _OFF_MOVED_SD / 2 * sd and own_sd < _OFF_STRETCH * sd
+def _fits(known: Calibration, in_gallery: Calibration) -> bool:
+    """Whether a card's unmoved table fits the gallery's impostor scores."""
+    (mean, sd), (gallery_mean, gallery_sd) = known.nonmated_moments, in_gallery.nonmated_moments
+    return gallery_mean < mean + _MOVED_ERROR_SD / 2 * sd and gallery_sd < _ERROR_STRETCH * sd
 
 
 def moved(known: Calibration, similarity: ArrayLike, source: str) -> Calibration:
     """A card's table, shifted and scaled to a gallery's impostor scores. similarity: float (n,), of pairs of its subjects.
 
-    Returns `known` itself if too many pairs score like mates, as in a folder with few people and many pictures of each.
+    Returns `known` itself if too many pairs score like mates, as in a folder with few people and many pictures of each person.
     """
     cosines = np.asarray(similarity, np.float64)
     impostors = cosines[known.score_db(cosines) < _MATES_DB]
-    if len(impostors) < (1 - _MATES_MOST) * len(cosines):
+    if len(impostors) < (1 - _MATES_SHARE_MAX) * len(cosines):
         return known
-    own = len(impostors) / (len(impostors) + _CARD_PAIRS)
-    sd = np.sqrt(own * impostors.var() + (1 - own) * known.nonmated_law[1] ** 2)
+    weight = len(impostors) / (len(impostors) + _CARD_PAIRS)
+    sd = np.sqrt(weight * impostors.var() + (1 - weight) * known.nonmated_moments[1] ** 2)
     return known.with_impostors(float(impostors.mean()), float(sd), source)
 
 
 def from_embeddings(vectors: Float32) -> Calibration:
     """A calibration from unlabelled embeddings, float32 (n, d) unit rows: Student's t distribution of non-mated cosines.
 
-    The tail is not measured. Real tails fall more slowly than a normal distribution's, which would make a similarity seem rarer than it
-    is. The spread is the larger of the measured standard deviation and the one that the 1e-3 quantile implies; with too few rows, one
-    wider than that of the face models in use. Always `unchecked`, so that no decision rests on it alone.
+    The tail is not measured. Real tails fall more slowly than the tail of a normal distribution, by which a similarity would seem rarer
+    than it is. The standard deviation is the larger of two: the measured value, and the value that the 1e-3 quantile implies. Without rows
+    it is larger than that of the usual face models. The table is always `unchecked`, so that no decision rests on it alone.
     """
     mean, sd, pairs = 0.0, _DEFAULT_SD, 1
     if len(vectors):
@@ -230,9 +240,8 @@ def from_embeddings(vectors: Float32) -> Calibration:
     z = (score - mean) / sd
     impostors = -(_TAIL_FREEDOM + 1) / 2 * np.log1p(z**2 / _TAIL_FREEDOM) - np.log(sd)
     llr = 10 / np.log(10) * (-0.5 * ((score - _MATED_MEAN) / _MATED_SD) ** 2 - np.log(_MATED_SD) - impostors)
-    llr[: llr.argmin()] = (
-        llr.min()
-    )  # mates spread wider, so that their density would exceed again far below the impostors
+    # the mated distribution is wider, so that the ratio would rise again far below the impostor scores
+    llr[: llr.argmin()] = llr.min()
     table = {
         "score": score.tolist(),
         "llr_db": np.maximum.accumulate(np.clip(llr, -30, None)).tolist(),

@@ -13,7 +13,7 @@ from math import log10
 import numpy as np
 from numpy.typing import NDArray
 
-from biodedup.match.judgement import BELIEVED, kinds_of
+from biodedup.match.judgement import TRUSTED_KINDS, kinds_of
 from biodedup.match.ranked import Comparison, Ranked
 from biodedup.search.clusters import kept_links
 
@@ -63,7 +63,7 @@ class PairCollector:
         classes = compared.extrapolated()[:count].astype(np.float64)
         if self._kinds:
             kinds = [kinds_of([one], self._threshold_db, self._threshold_db)[0] for one in compared[:count]]
-            classes += [2.0 * (kind in BELIEVED) for kind in kinds]
+            classes += [2.0 * (kind in TRUSTED_KINDS) for kind in kinds]
         held = np.stack([np.full(count, float(row)), compared.rows[:count], scores, classes])
         self._many.append(held[:, scores >= self._threshold_db])
         self._held += count

@@ -149,7 +149,7 @@ class FaissShard:
         """The rows whose estimates reach the cut-offs."""
         stored = scan.cells.column.index
         assert stored is not None, "a scan has an index"
-        index, selected, probes = stored.loaded(), scan.selected(), scan.codec.turned(probes)
+        index, selected, probes = stored.loaded(), scan.selected(), scan.codec.transformed(probes)
         which, cell, estimate = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         with self._scanner.alone():
             for batch in scan.batches():

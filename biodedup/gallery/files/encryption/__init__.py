@@ -1,1 +1,1 @@
-"""Encryption of a gallery's files and databases."""
+"""Encryption of a gallery: keys, files, databases, and the secret transform of embeddings."""

@@ -1,9 +1,9 @@
-"""An encrypted SQLite database, with the part of the interface of `sqlite3` that this program uses.
+"""An encrypted SQLite database, with the part of the `sqlite3` interface that this program uses.
 
-Owns the translation of calls and errors to those of `sqlite3`. Never chooses a key, and never knows a table.
+Owns the conversion of calls and errors to those of `sqlite3`. Never chooses a key, and never depends on the tables.
 
-The library is SQLite3 Multiple Ciphers, by way of `apsw-sqlite3mc`. Its cipher `chacha20` encrypts every page by ChaCha20 and proves it by
-Poly1305 (RFC 8439), bound to the page's number. It encrypts the rollback journal as well.
+The library is SQLite3 Multiple Ciphers, through `apsw-sqlite3mc`. Its cipher `chacha20` encrypts every page with ChaCha20 and authenticates
+it with Poly1305 (RFC 8439), together with the page's number. It also encrypts the rollback journal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import apsw
 
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.encryption.keyring import Key
-from biodedup.gallery.files.encryption.turning import Turn
+from biodedup.gallery.files.encryption.transform import Transform
 
 CIPHER = "chacha20"
 _OPERATIONAL = {
@@ -33,15 +33,15 @@ _OPERATIONAL = {
 
 
 class EncryptedConnection:
-    """A connection that refuses to work in a child of a fork (forks.py), as `filesystem.Connection` does."""
+    """A connection that raises in a child of a fork, as `handles.Connection` does."""
 
     def __init__(self, uri: str, secret: bytes, timeout_s: float) -> None:
-        """secret: 32 bytes. Reads nothing yet: a wrong key shows at the first statement that reads, as SQLITE_NOTADB."""
+        """secret: 32 bytes. It is not checked here: with a wrong key, the first statement that reads raises SQLITE_NOTADB."""
         self._process = forks.Process()
         self.chain_key = Key(secret).derived("chain")
-        """For the hash chain over the commits (catalogue/chain.py)."""
-        self.turns: Callable[[str], Turn] | None = None
-        """turn_id -> the transform of stored embeddings. The file system sets it."""
+        """The key of the hash chain over the commits (catalogue/chain.py)."""
+        self.transforms: Callable[[str], Transform] | None = None
+        """transform_id -> the secret transform of stored embeddings. `LocalStorage` sets it."""
         with _translated():
             flags = apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
             self._connection = apsw.Connection(uri, flags=flags)
@@ -94,7 +94,8 @@ class EncryptedConnection:
 
 
 def rekey(path: str, before: bytes | None, after: bytes | None) -> None:
-    """Encrypts a whole database anew, in place. before, after: 32 bytes; None for a database in the clear. Raises sqlite3.DatabaseError."""
+    """Encrypts a database in place with another key. before, after: 32 bytes; None for a database in the clear. Raises
+    sqlite3.DatabaseError."""
     with _translated():
         connection = apsw.Connection(path)
         try:
@@ -110,7 +111,7 @@ def rekey(path: str, before: bytes | None, after: bytes | None) -> None:
 
 
 class EncryptedCursor:
-    """The rows of a statement."""
+    """The result rows of a statement."""
 
     def __init__(self, connection: apsw.Connection, cursor: apsw.Cursor) -> None:
         self._cursor = cursor
@@ -131,7 +132,7 @@ class EncryptedCursor:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Raises errors of apsw as those of `sqlite3`, with their code."""
+    """Converts errors of apsw into those of `sqlite3`, with the same code."""
     try:
         yield
     except apsw.Error as error:

@@ -1,20 +1,20 @@
-"""The keys of a register and of its galleries, and what they wrap.
+"""The keys of a register and of its galleries: derivation, wrapping, and the key file `gallery.key`.
 
-Owns the derivation of keys and the key file `gallery.key`. Never reads a template, and never writes another file.
+Owns the derivation of keys and the format of `gallery.key`. Never reads a template, and never writes a file.
 
-Three levels, an envelope each (NIST SP 800-57, key wrapping):
+Method: envelope encryption with three levels of keys (key wrapping, NIST SP 800-57):
 
-| key | lives | protects |
+| key | stored | purpose |
 |---|---|---|
-| register's key | outside: a file, a variable, a KMS | wraps the gallery keys; a rotation replaces it and rewrites `gallery.key` alone |
+| register's key | outside of the gallery: a file, a variable, a KMS | wraps the gallery keys; its rotation only rewrites `gallery.key` |
 | gallery key | `gallery.key`, wrapped | wraps the data keys; the database's key is derived from it |
 | data key | the head of each file, wrapped | encrypts this one file |
 
-A gallery of renewable templates has turn secrets as well, in `gallery.key`, each wrapped by the register's key: stored embeddings are turned by
-them (turning.py).
+A gallery of renewable templates also has transform secrets in `gallery.key`, each wrapped by the register's key. The transforms of stored
+embeddings are derived from them (transform.py).
 
-Wrapping is AES-256-GCM (NIST SP 800-38D) with a random nonce; derivation is HKDF-SHA256 (RFC 5869) with a purpose. `key_id` is derived
-from a key, so that a wrong key is told from damage.
+Keys are wrapped with AES-256-GCM (NIST SP 800-38D) and a random nonce, and derived with HKDF-SHA256 (RFC 5869) for a purpose. `key_id` is
+derived from the key. It distinguishes a wrong key from a damaged file.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from biodedup.keys import KEY_BYTES, KeySource, fetched
 
 NONCE_BYTES, TAG_BYTES = 12, 16
 WRAPPED_BYTES = NONCE_BYTES + KEY_BYTES + TAG_BYTES
-_FORMAT, _FORMAT_WITH_TURNS = 1, 2
+_FORMAT, _FORMAT_WITH_TRANSFORMS = 1, 2
 _KEY_FILE_BYTES_MAX = 8192
 _ABOUT_GALLERY_KEY = b"biodedup gallery key 1\0"
-_ABOUT_TURN = b"biodedup turn 1\0"
+_ABOUT_TRANSFORM = b"biodedup turn 1\0"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key, and what is derived from it."""
+    """A key of 32 bytes, which wraps and derives other keys."""
 
     secret: bytes = field(repr=False)
 
     @cached_property
     def key_id(self) -> str:
-        """16 hexadecimal digits that name the key and tell nothing of it."""
+        """16 hexadecimal digits that identify the key without revealing it."""
         return self.derived("key id")[:8].hex()
 
     def derived(self, purpose: str) -> bytes:
-        """32 bytes for one purpose."""
+        """A key of 32 bytes for one purpose."""
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -62,12 +62,12 @@ class Key:
         return aead(self.derived("wrap"))
 
     def wrap(self, secret: bytes, about: bytes) -> bytes:
-        """The nonce, the encrypted secret and the tag. about: what the secret is bound to."""
+        """Encrypts a secret: returns nonce, ciphertext and tag. about: associated data, to which the secret is bound."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + bytes(self._wrapping.encrypt(nonce, secret, about))
 
     def unwrap(self, wrapped: bytes, about: bytes) -> bytes | None:
-        """None where another key wrapped it, or it is bound to something else, or it was changed."""
+        """The secret; None if another key wrapped it, `about` differs, or it was changed."""
         from cryptography.exceptions import InvalidTag
 
         try:
@@ -77,14 +77,14 @@ class Key:
 
 
 def aead(secret: bytes) -> Any:
-    """AES-256-GCM under a key."""
+    """AES-256-GCM with a key."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     return AESGCM(secret)
 
 
 def register_key(source: KeySource) -> Key:
-    """Fetches the register's key. Raises InvalidInput, also where the extra is not installed; StorageUnavailable."""
+    """Fetches the register's key. Raises InvalidInput (also if the extra `encryption` is not installed), StorageUnavailable."""
     try:
         import apsw  # noqa: F401
         import cryptography  # noqa: F401
@@ -98,66 +98,70 @@ def new_key_file(register: Key) -> bytes:
     return key_file(register, secrets.token_bytes(KEY_BYTES))
 
 
-def key_file(register: Key, secret: bytes, turns: Iterable[bytes] = ()) -> bytes:
-    """The content of `gallery.key`: a gallery key and turn secrets, wrapped by a register's key."""
+def key_file(register: Key, secret: bytes, transforms: Iterable[bytes] = ()) -> bytes:
+    """The content of `gallery.key`: a gallery key and transform secrets, wrapped by a register's key."""
     table: dict[str, Any] = {
         "format": _FORMAT,
         "register_key_id": register.key_id,
         "gallery_key_id": Key(secret).key_id,
         "wrapped": register.wrap(secret, _ABOUT_GALLERY_KEY).hex(),
     }
-    ids = {Key(turn).key_id: turn for turn in turns}
-    return _with_turns(table, {name: register.wrap(turn, _ABOUT_TURN + name.encode()) for name, turn in ids.items()})
+    ids = {Key(transform).key_id: transform for transform in transforms}
+    return _with_transforms(
+        table, {name: register.wrap(transform, _ABOUT_TRANSFORM + name.encode()) for name, transform in ids.items()}
+    )
 
 
-def _with_turns(table: dict[str, Any], turns: Mapping[str, bytes]) -> bytes:
-    if turns:
+def _with_transforms(table: dict[str, Any], transforms: Mapping[str, bytes]) -> bytes:
+    if transforms:
         table = table | {
-            "format": _FORMAT_WITH_TURNS,
-            "turns": {name: wrapped.hex() for name, wrapped in turns.items()},
+            "format": _FORMAT_WITH_TRANSFORMS,
+            "turns": {name: wrapped.hex() for name, wrapped in transforms.items()},
         }
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
 class KeyFile:
-    """What `gallery.key` holds."""
+    """The content of `gallery.key`."""
 
     path: Path
     register_key_id: str
     gallery_key_id: str
     wrapped: bytes
-    turns: Mapping[str, bytes] = field(default_factory=dict)
-    """turn_id -> its wrapped secret."""
+    transforms: Mapping[str, bytes] = field(default_factory=dict)
+    """transform_id -> its wrapped secret."""
 
     @classmethod
     def parse(cls, path: Path, content: bytes) -> KeyFile:
-        """Raises GalleryDamaged."""
+        """Reads the content of a key file. path: for errors. Raises GalleryDamaged."""
         try:
             if len(content) > _KEY_FILE_BYTES_MAX:
                 raise ValueError
             table = json.loads(content)
             wrapped, names = bytes.fromhex(table["wrapped"]), (table["register_key_id"], table["gallery_key_id"])
-            turns = {name: bytes.fromhex(text) for name, text in table.get("turns", {}).items()}
-            sound = table["format"] in (_FORMAT, _FORMAT_WITH_TURNS)
-            sound = sound and all(len(secret) == WRAPPED_BYTES for secret in (wrapped, *turns.values()))
-            if not sound or not all(type(name) is str and len(bytes.fromhex(name)) == 8 for name in (*names, *turns)):
+            transforms = {name: bytes.fromhex(text) for name, text in table.get("turns", {}).items()}
+            is_valid = table["format"] in (_FORMAT, _FORMAT_WITH_TRANSFORMS)
+            is_valid = is_valid and all(len(secret) == WRAPPED_BYTES for secret in (wrapped, *transforms.values()))
+            if not is_valid or not all(
+                type(name) is str and len(bytes.fromhex(name)) == 8 for name in (*names, *transforms)
+            ):
                 raise ValueError
         except (AttributeError, ValueError, KeyError, TypeError, RecursionError):
             raise _lost(path) from None
-        return cls(path, *names, wrapped, turns)
+        return cls(path, *names, wrapped, transforms)
 
     def opened(self, register: Key | None) -> Key:
-        """The gallery key. Raises KeyMismatch without the register's key or with another one, GalleryDamaged."""
+        """The unwrapped gallery key. Raises KeyMismatch if the register's key is absent or another one, GalleryDamaged."""
         folder = self.path.parent
         if register is None:
             raise KeyMismatch(
-                f"{folder} is encrypted under key {self.register_key_id}, and no key was stated; nothing changed; state it by "
-                "Config(keys=...), or `keys` in the settings file"
+                f"{folder} is encrypted with key {self.register_key_id}, got no key; nothing changed; state the key by Config(keys=...), or "
+                "`keys` in the settings file"
             )
         if register.key_id != self.register_key_id:
             raise KeyMismatch(
-                f"{folder} is encrypted under key {self.register_key_id}, got key {register.key_id}; nothing changed; state the key "
+                f"{folder} is encrypted with key {self.register_key_id}, got key {register.key_id}; nothing changed; state the key "
                 "that the gallery was encrypted with"
             )
         secret = register.unwrap(self.wrapped, _ABOUT_GALLERY_KEY)
@@ -165,26 +169,26 @@ class KeyFile:
             raise _lost(self.path)
         return Key(secret)
 
-    def content(self, turns: Mapping[str, bytes]) -> bytes:
-        """This file with other turn secrets, wrapped by the same register's key."""
+    def content(self, transforms: Mapping[str, bytes]) -> bytes:
+        """This file with other transform secrets, wrapped by the same register's key."""
         table = {
             "format": _FORMAT,
             "register_key_id": self.register_key_id,
             "gallery_key_id": self.gallery_key_id,
             "wrapped": self.wrapped.hex(),
         }
-        return _with_turns(table, turns)
+        return _with_transforms(table, transforms)
 
-    def turn_secrets(self, register: Key) -> dict[str, bytes]:
-        """turn_id -> its secret. Raises KeyMismatch where the register's key was rotated since, GalleryDamaged."""
-        if self.turns and register.key_id != self.register_key_id:
+    def transform_secrets(self, register: Key) -> dict[str, bytes]:
+        """transform_id -> its secret. Raises KeyMismatch if the register's key was rotated since, GalleryDamaged."""
+        if self.transforms and register.key_id != self.register_key_id:
             raise KeyMismatch(
                 f"the key of {self.path.parent} was rotated to {self.register_key_id}, got key {register.key_id}; open the gallery again "
                 "with the new key"
             )
         secrets_of = {}
-        for name, wrapped in self.turns.items():
-            secret = register.unwrap(wrapped, _ABOUT_TURN + name.encode())
+        for name, wrapped in self.transforms.items():
+            secret = register.unwrap(wrapped, _ABOUT_TRANSFORM + name.encode())
             if secret is None or Key(secret).key_id != name:
                 raise _lost(self.path)
             secrets_of[name] = secret
@@ -192,4 +196,6 @@ class KeyFile:
 
 
 def _lost(path: Path) -> GalleryDamaged:
-    return GalleryDamaged(f"{path} is damaged; restore {KEY_NAME} from a backup: nothing else opens the gallery")
+    return GalleryDamaged(
+        f"{path} is damaged; restore {KEY_NAME} from a backup: the gallery cannot be opened without it"
+    )

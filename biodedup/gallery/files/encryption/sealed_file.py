@@ -1,17 +1,18 @@
-"""A sealed file: any content, in blocks of AES-256-GCM, of which each can be read alone.
+"""An encrypted file ("sealed file"): its content is in blocks of AES-256-GCM, and each block can be read on its own.
 
-Owns this container. Never knows what the content means, and never chooses a key. The construction is STREAM (Hoang, Reyhanitabar,
-Rogaway, Vizar, CRYPTO 2015): the nonce is the block's number and a byte that is 1 in the last block alone, so that no block can be moved,
-dropped or added. The key of a file is random and encrypts this file alone, so that no nonce comes twice under a key.
+Owns this container format. Never interprets the content, and never chooses a key.
+
+Method: STREAM (Hoang, Reyhanitabar, Rogaway, Vizar, CRYPTO 2015). The nonce is the block's number and a byte that is 1 only in the last
+block, so that no block can be moved, removed or added. Each file has its own random key, so that no nonce is used twice with a key.
 
 | bytes | |
 |---|---|
 | 0-7 | `BIOSEAL1` |
 | 8-11 | uint32: bytes of content in a block, little-endian |
 | 12-27 | `key_id` of the key that wraps the data key, hexadecimal |
-| 28-87 | the data key, wrapped: nonce, 32 bytes, tag; bound to bytes 0-27 and to the file's name |
+| 28-87 | the data key, wrapped: nonce, 32 bytes, tag; its associated data are bytes 0-27 and the file's name |
 | 88-127 | zeros |
-| 128- | blocks: content and tag (16 bytes); the last one may be shorter. Bound to bytes 0-127 |
+| 128- | blocks: content and tag (16 bytes); the last block may be shorter. Their associated data are bytes 0-127 |
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from biodedup.keys import KEY_BYTES
 MAGIC = b"BIOSEAL1"
 HEAD_BYTES = 128
 BLOCK_BYTES, SMALL_BLOCK_BYTES = 1 << 16, 1 << 12
-"""Of a file that is read in order, and of one whose rows are read singly."""
+"""The block size of a file that is read in order, and of a file whose rows are read one by one."""
 _PREFIX = struct.Struct("<8sI16s")
 _BLOCK_BYTES_MIN, _BLOCK_BYTES_MAX = 1 << 12, 1 << 20
-_READ_BLOCKS = 64  # read from the disk at a time
+_READ_BLOCKS = 64  # blocks that are read from the disk at a time
 
 
 class Output(Protocol):
-    """A file in the making (`filesystem.NewFile`)."""
+    """A file that is being written (`filesystem.NewFile`)."""
 
     def write(self, data: bytes | memoryview) -> None: ...
 
@@ -51,18 +52,18 @@ class Output(Protocol):
 
 
 class NotAuthentic(ValueError):
-    """Content that the key does not prove."""
+    """The content fails the authentication: it was changed, or the key is another one."""
 
 
 def key_id_of(head: bytes) -> str | None:
-    """The id of the key that wraps a sealed file's, from its first bytes; None of another file."""
+    """The id of the key that wraps the data key, from the first bytes of a file; None if the file is not encrypted."""
     if len(head) < _PREFIX.size or not head.startswith(MAGIC):
         return None
     return str(_PREFIX.unpack_from(head)[2].decode("ascii", "replace"))
 
 
 class SealedWriter:
-    """Encrypts what is written and passes it on. name: what the file is bound to."""
+    """Encrypts the content and passes it on to a file. name: the file's name, to which the encryption is bound."""
 
     def __init__(self, file: Output, key: Key, name: str, block_bytes: int) -> None:
         self._file = file
@@ -77,7 +78,7 @@ class SealedWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
-        if self._buffer:  # a whole block waits here until more comes: the last one is marked
+        if self._buffer:  # a full block waits until more content arrives, because the last block is marked
             taken = rest[: self._size - len(self._buffer)]
             self._buffer += taken
             rest = rest[len(taken) :]
@@ -103,9 +104,9 @@ class SealedWriter:
 
 
 class SealedMap(mmap.mmap):
-    """The content of a sealed file, in memory of its own, which is filled block by block as `need` asks for it. Thread-safe.
+    """The content of an encrypted file, in anonymous memory. `need` decrypts blocks into it. Thread-safe.
 
-    The memory is left out of core dumps. It is as large as the content and is used as far as blocks were decrypted.
+    The memory is excluded from core dumps. Its address range has the size of the content; only decrypted blocks use memory.
     """
 
     _sealed: _Sealed
@@ -113,17 +114,17 @@ class SealedMap(mmap.mmap):
 
     @classmethod
     def of(cls, file: int, key: Key, name: str) -> SealedMap:
-        """file: an open descriptor, which the map owns from now on. Raises NotAuthentic."""
+        """Opens the content of a file. file: an open descriptor, which the map closes. Raises NotAuthentic."""
         sealed = _Sealed(file, key, name)
         made = cls(-1, max(sealed.size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         made._sealed, made.guard = sealed, sealed.guard
         advice = ["MADV_DONTDUMP"]
-        if sealed.block_bytes >= BLOCK_BYTES:  # of single rows few pages are read
+        if sealed.block_bytes >= BLOCK_BYTES:  # not for files whose rows are read one by one: they use few pages
             advice.append("MADV_HUGEPAGE")
         for name in advice:
-            with suppress(AttributeError, OSError):  # a hint: not every kernel has them
+            with suppress(AttributeError, OSError):  # only hints, which not every kernel supports
                 made.madvise(getattr(mmap, name))
-        made.need(max(sealed.size - 1, 0), sealed.size)  # the last block proves the length
+        made.need(max(sealed.size - 1, 0), sealed.size)  # the last block authenticates the length
         return made
 
     @property
@@ -135,16 +136,16 @@ class SealedMap(mmap.mmap):
         return self._sealed.size
 
     def check_size(self) -> bool:
-        """Whether the file has still the length that it had. Raises EngineClosed."""
+        """Whether the file still has its length. Raises EngineClosed."""
         return self._sealed.is_whole()
 
     def need(self, start: int, end: int) -> None:
-        """Decrypts the blocks of these bytes. Raises NotAuthentic, and OSError where the disk refuses."""
+        """Decrypts the blocks of these bytes. Raises NotAuthentic, and OSError for a failed disk operation."""
         with self.guard:
             self._sealed.fill(self, start, end)
 
     def release(self) -> None:
-        """Gives back the memory; what is needed again is decrypted again. The caller sees to it that no view is in use."""
+        """Releases the memory. Blocks are decrypted again when they are needed. The caller ensures that no view is in use."""
         with self.guard:
             self._sealed.forget()
             self.madvise(mmap.MADV_DONTNEED)
@@ -156,7 +157,7 @@ class SealedMap(mmap.mmap):
 
 
 class _Sealed:
-    """The file beneath a map."""
+    """The encrypted file of a `SealedMap`."""
 
     key_id: str
     size: int
@@ -181,21 +182,21 @@ class _Sealed:
         if not _BLOCK_BYTES_MIN <= self.block_bytes <= _BLOCK_BYTES_MAX:
             raise NotAuthentic("its head was changed")
         if self.key_id != key.key_id:
-            raise NotAuthentic("it is encrypted under another key than the gallery's")
+            raise NotAuthentic("it is encrypted with another key than the gallery's")
         at = _PREFIX.size
         secret = key.unwrap(self._head[at : at + WRAPPED_BYTES], self._head[:at] + name.encode())
         if secret is None or any(self._head[at + WRAPPED_BYTES :]):
-            raise NotAuthentic("its head was changed, or it is another file's")
+            raise NotAuthentic("its head was changed, or belongs to another file")
         stride = self.block_bytes + TAG_BYTES
         count = -(-(self._bytes - HEAD_BYTES) // stride)
         self.size = self._bytes - HEAD_BYTES - count * TAG_BYTES
         if count < 1 or self.size < (count - 1) * self.block_bytes:
-            raise NotAuthentic("it was cut short")
+            raise NotAuthentic("it was truncated")
         self._aead = aead(secret)
         self._ready = np.zeros(count, bool)
 
     def is_whole(self) -> bool:
-        with self.guard:  # a closed descriptor may be another file's
+        with self.guard:  # so that the descriptor is not closed, and its number reused, meanwhile
             self._refuse_closed()
             return os.fstat(self._file).st_size >= self._bytes
 
@@ -208,7 +209,7 @@ class _Sealed:
 
     def fill(self, target: mmap.mmap, start: int, end: int) -> None:
         first, last = start // self.block_bytes, max(-(-end // self.block_bytes), 1)
-        single = last - first == 1  # most often, of a file whose rows are read singly
+        single = last - first == 1  # the usual case for files whose rows are read one by one
         if self._ready[first] if single else self._ready[first:last].all():
             return
         self._refuse_closed()
@@ -233,10 +234,10 @@ class _Sealed:
 
         try:
             if len(piece) != len(out) + TAG_BYTES:
-                raise NotAuthentic("it was cut short while it was open")
+                raise NotAuthentic("it was truncated while it was open")
             self._aead.decrypt_into(_nonce(block, last), piece, self._head, out)
         except InvalidTag:
-            raise NotAuthentic(f"block {block} was changed, or is not of this place in this file") from None
+            raise NotAuthentic(f"block {block} was changed, or belongs to another position or file") from None
 
     def close(self) -> None:
         file, self._file = self._file, -1
@@ -248,7 +249,7 @@ class _Sealed:
 
 
 def _runs(wanted: Any, base: int) -> Iterator[tuple[int, int]]:
-    """[low, high) of the blocks that are wanted, of at most `_READ_BLOCKS` each."""
+    """Runs [low, high) of wanted blocks, each of at most `_READ_BLOCKS` blocks."""
     at = np.flatnonzero(wanted) + base
     for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1):
         for low in range(int(run[0]), int(run[-1]) + 1, _READ_BLOCKS):
