@@ -766,11 +766,12 @@ class Engine:
         if among is not None:
             warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
             subject_ids = among
-        joining = self.joining(threshold_db=threshold_db, subject_ids=subject_ids, since=since)
+        joining = self._joining(threshold_db, subject_ids, since)
         for step in joining.steps(skip):
             yield joining.tile(step)
             self.check_open()
 
+    @audited()
     def joining(
         self,
         *,
@@ -779,6 +780,11 @@ class Engine:
         since: tuple[int, int] | None = None,
     ) -> Joining:
         """The join that `join` goes through, as steps that do not depend on each other. Arguments as of `join`."""
+        return self._joining(threshold_db, subject_ids, since)
+
+    def _joining(
+        self, threshold_db: float | None, subject_ids: Sequence[str] | None, since: tuple[int, int] | None
+    ) -> Joining:
         self._check("administer")
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
@@ -1145,10 +1151,13 @@ class Engine:
         subject_id: str | None = None,
     ) -> Iterator[AuditRecord]:
         """The audit log (`Config.audit`), oldest first: calls at or after `since` and before `until` (seconds since 1970), of one principal, or
-        about one subject. Records in archive files are left out. Raises GalleryDamaged."""
+        about one subject. Records in archive files are left out. Those of readers that no writer has taken in yet are last, with the
+        number 0. Raises GalleryDamaged."""
         self._check("audit")
         self._audit.flush()
         spans, rows = self._gallery.audit_log()
+        waiting = self._gallery.waiting_readings()
+        rows += [] if waiting is None else [replace(record, number=0) for record in waiting.records]
         for record in chosen(spans, rows, since, until):
             if principal in (None, record.principal) and subject_id in (None, record.subject_id):
                 yield record
@@ -1344,10 +1353,13 @@ def _opened_folder(path: str, config: Config, storage: Storage, gallery_id: str,
         gallery_id=gallery_id,
         read_only=read_only,
         limits=IndexLimits(config.threads, config.search.miss_risk),
+        subject_keys=config.subject_keys,
     )
 
 
 def _opened_register(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
+    if config.subject_keys is not None:
+        raise InvalidInput("keys of subjects are for a gallery in a folder; leave subject_keys out")
     if config.gallery.renewable:
         raise InvalidInput("renewable templates are for a gallery in a folder; leave gallery.renewable out")
     try:
