@@ -207,12 +207,14 @@ def test_records_that_wait_cross_into_an_encrypted_gallery_and_back(tmp_path, cr
 
 
 def test_a_flush_and_a_commit_at_once_do_not_wait_for_each_other(writer):
-    gallery, log, holds = internals(writer).gallery, internals(writer).audit, threading.Event()
+    gallery, log = internals(writer).gallery, internals(writer).audit
+    holds, asked = threading.Event(), threading.Event()
 
     def commit():
         with gallery.transaction() as transaction:
             transaction.manifest_changed = True
             holds.set()
+            asked.wait()
             flushing.join(0.3)  # it waits for the gallery's lock
 
     committing = threading.Thread(target=commit, daemon=True)
@@ -220,6 +222,7 @@ def test_a_flush_and_a_commit_at_once_do_not_wait_for_each_other(writer):
     committing.start()
     holds.wait()
     flushing.start()
+    asked.set()
     committing.join(10)
     flushing.join(10)
     assert not committing.is_alive() and not flushing.is_alive()
