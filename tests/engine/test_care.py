@@ -297,7 +297,7 @@ def test_of_many_look_alikes_some_are_named_and_all_counted(tmp_path):
         ids = [f"{prefix}{i}" for i in range(100) for prefix in ("s", "S", "x-")]
         engine.add_templates(ids, {"face": FACES[:300]})
         notes = engine.notes(0.0)
-    assert len(notes) == 21 and notes[0].endswith("'s0', 'S0'") and notes[-1].startswith("... and 80 groups more")
+    assert len(notes) == 21 and notes[0].endswith("'s0', 'S0'") and notes[-1].startswith("... and 80 more groups")
 
 
 def test_one_subject_is_not_its_own_look_alike(engine):
