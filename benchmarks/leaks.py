@@ -4,7 +4,7 @@
     python benchmarks/leaks.py --smoke    a tenth of the work, without worker processes; keeps no result
 
 A day's work is simulated twice, in the clear and encrypted, with the same people: loading, enrolments, a captured face, a case and its verdict,
-removals, merges of segments, canaries, a queue, backups, a join, an audit log. After each step every file is searched: those of the gallery, of
+removals, merges of segments, canaries, a queue, backups, a join, an audit log, a reader. After each step every file is searched: those of the gallery, of
 its backup, of the working files beside it, and of the folder for temporary files. The strings are ids, notes, pieces of 16 bytes of
 embeddings, of minutiae records and of the captured file, and pieces of the files of the gallery in the clear, whatever they hold there. That
 the search finds them in the clear shows that it can. A temporary file that is made and removed within one step is not seen.
@@ -44,14 +44,14 @@ POLICY = bd.Policy(duplicate_db=60, review_db=10, required=())
 class People:
     """Who is enrolled, and what must not be readable of them (`secrets`)."""
 
-    def __init__(self, loaded: int, enrolled: int) -> None:
-        rng = random.Random(7)
+    def __init__(self, loaded: int, enrolled: int, seed: int) -> None:
+        rng = random.Random(seed)
         count = loaded + enrolled
         self.loaded = loaded
         self.ids = [rng.randbytes(12).hex() for _ in range(count)]
         self.visits = [rng.randbytes(12).hex() for _ in range(enrolled)]
-        self.faces = population(count, seed=3)
-        self.minutiae = [_minutiae(np.random.default_rng(i)) for i in range(loaded)]
+        self.faces = population(count, seed=seed)
+        self.minutiae = [_minutiae(np.random.default_rng([seed, i])) for i in range(loaded)]
         self.note, self.purpose, self.queued = (rng.randbytes(12).hex() for _ in range(3))
         self.picture = cv2.imencode(".png", cv2.cvtColor(data.astronaut(), cv2.COLOR_RGB2BGR))[1].tobytes()
         picture = [self.picture[at : at + PIECE] for at in range(1_000, len(self.picture) - PIECE, 2_000)]
@@ -101,6 +101,11 @@ def days_work(folder: Path, config: bd.Config, people: People) -> Iterator[str]:
         jobs.find_duplicates(engine, folder / "pairs.parquet")
         (folder / "pairs.parquet").unlink()  # the result, which was asked for
 
+    def read(engine: bd.Engine) -> None:
+        with bd.Engine.open(gallery, config, read_only=True) as reader:
+            reader.subject(people.ids[6])
+            reader.as_principal(auditor, purpose=people.purpose).subject(people.ids[7])
+
     auditor = bd.Principal("auditor", bd.ROLES)
     steps: dict[str, Callable[[bd.Engine], object]] = {
         "load": load,
@@ -110,6 +115,7 @@ def days_work(folder: Path, config: bd.Config, people: People) -> Iterator[str]:
         "case": case,
         "remove": lambda engine: engine.remove(*people.ids[:3]),
         "look": lambda engine: engine.as_principal(auditor, purpose=people.purpose).subject(people.ids[5]),
+        "read": read,
         "backup": lambda engine: engine.backup(folder / "backup"),
         "join": join,
     }
@@ -182,9 +188,10 @@ def searched(folder: Path, config: bd.Config, people: People, strings: set[bytes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     part = SMOKE if options.smoke else 1
-    people = People(LOADED // part, ENROLLED // part)
+    people = People(LOADED // part, ENROLLED // part, options.seed)
     config = replace(CONFIG, isolation=None) if options.smoke else CONFIG
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,9 +2,10 @@
 
     python benchmarks/tamper.py            2,000 random manipulations and 500 forgeries
     python benchmarks/tamper.py --smoke    28 and 28; keeps no result
+    python benchmarks/tamper.py --count 200 --seed 7    200 of each; keeps no result
 
-The gallery has several segments, a journal, decisions, a case, verdicts, a removed subject, two policies, an audit log, canaries and a queue. A
-signed checkpoint of it is kept outside, and copies of it at earlier times are kept by the forger, who knows the format and not the key, as well
+The gallery has several segments, a journal, decisions, a case, verdicts, a removed subject, two policies, an audit log, budgets, canaries, a queue, and calls of a
+reader that no writer has taken in yet. A signed checkpoint of it is kept outside, and copies of it at earlier times are kept by the forger, who knows the format and not the key, as well
 as another gallery of the same register's key and one of another key.
 
 * A random manipulation flips one bit of a file, or swaps two of its blocks. Each file is as likely as the others.
@@ -60,8 +61,11 @@ CONFIG = bd.Config(
     keys=lambda: KEY,
     audit="all",
 )
-POLICY = bd.Policy(duplicate_db=60, review_db=10, required=())
+LOOKING = replace(CONFIG, audit="changes")
+"""Of readings and checks, which would otherwise write their calls beside the gallery."""
+POLICY = bd.Policy(duplicate_db=60, review_db=10, required=(), subject_calls_per_day=1_000)
 VERDICTS = ("named", "detected, not named", "harmless", "undetected")
+WAITING = "calls of readers that wait"
 SEARCHES = {"search", "identify", "verify", "subjects"}
 _NAMES = {
     "gallery.key": r"gallery\.key|under key|is not encrypted|key",
@@ -71,6 +75,8 @@ _NAMES = {
     "sentinels": r"canar|sentinels",
     "backlog.sqlite3": r"backlog|queue",
     "backlog.sqlite3-journal": r"backlog|queue",
+    "readers.sqlite3": r"readers",
+    "readers.sqlite3-journal": r"readers",
 }
 
 
@@ -171,6 +177,9 @@ def make(folder: Path) -> Made:
         jobs.examine(folder / name, config, canaries=True)
         with jobs.Backlog.open(folder / name, config) as backlog:
             backlog.enqueue([Arrival(f"e{i}", f"s{i}") for i in range(40, 60)], CLOCK)
+        with bd.Engine.open(folder / name, config, read_only=True, clock=lambda: CLOCK + 3_600) as engine:
+            for i in (1, 2, 4):
+                engine.subject(f"s{i}")
     jobs.make_signing_key(folder / "auditor.key")
     jobs.log_checkpoint(folder / "now", folder / "auditor.key", folder / "checkpoint", CONFIG, clock=lambda: CLOCK)
     galleries = {name: folder / name for name in others}
@@ -193,7 +202,8 @@ def readings() -> dict[str, Callable[[bd.Engine], object]]:
         "cases": lambda engine: [str(case) for case in engine.cases()],
         "verdicts": lambda engine: engine.verdicts(),
         "policies": lambda engine: engine.policies(),
-        "calls": lambda engine: list(engine.audit_records()),
+        "calls": lambda engine: [call for call in engine.audit_records() if call.number],
+        WAITING: lambda engine: [call for call in engine.audit_records() if not call.number],
     }
 
 
@@ -204,7 +214,7 @@ def answers(gallery: Path) -> tuple[dict[str, str], list[str]]:
     """(what each reading gives, as text; the errors of the others)."""
     given, errors = {}, []
     try:
-        with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
+        with bd.Engine.open(gallery, LOOKING, read_only=True) as engine:
             for name, reading in READINGS.items():
                 try:
                     given[name] = repr(reading(engine))
@@ -261,7 +271,7 @@ def checks(gallery: Path, made: Made) -> Iterator[tuple[str, Callable[[], list[s
     yield "log verify", said(lambda: list(jobs.verify_log(gallery, CONFIG).problems))
     yield "queue", said(queue)
     yield "checkpoint", said(lambda: list(jobs.verify_log(gallery, CONFIG, **sealed).problems))
-    yield "doctor", said(lambda: list(jobs.examine(gallery, CONFIG, canaries=True, clock=lambda: CLOCK).problems))
+    yield "doctor", said(lambda: list(jobs.examine(gallery, LOOKING, canaries=True, clock=lambda: CLOCK).problems))
 
 
 def tried(made: Made, scratch: Path, kind: str, damage: Callable[[Path], tuple[str, str]]) -> Outcome | None:
@@ -274,7 +284,10 @@ def tried(made: Made, scratch: Path, kind: str, damage: Callable[[Path], tuple[s
             return None
         given, errors = answers(gallery)
         wrong = [name for name, text in given.items() if text != made.answers[name]]
-        earlier = any(all(text == then.get(name) for name, text in given.items()) for then in made.earlier_answers)
+        of_database = {name: text for name, text in given.items() if name != WAITING}
+        earlier = any(
+            all(text == then.get(name) for name, text in of_database.items()) for then in made.earlier_answers
+        )
         missing = sorted(made.answers.keys() - given.keys())
         outcome = Outcome(
             kind, file, what, "opening" if errors else "", errors, wrong, bool(wrong) and earlier, missing
@@ -358,6 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, help="so many of each part; keeps no result")
     parser.add_argument("--part", choices=PARTS, help="only these")
     options = parser.parse_args()
     parts = PARTS if options.part is None else {options.part: PARTS[options.part]}
@@ -382,8 +396,9 @@ def main() -> None:
         draws = {"random": lambda n: at_random(made, rng), "forged": forgery}
         for part, count in parts.items():
             rng.seed(options.seed)
-            told |= figures(part, run(made, folder, SMOKE if options.smoke else count, draws[part]))
-    record("tamper", told, keep=not options.smoke)
+            count = SMOKE if options.smoke else options.count or count
+            told |= figures(part, run(made, folder, count, draws[part]))
+    record("tamper", told, keep=not (options.smoke or options.count))
 
 
 if __name__ == "__main__":

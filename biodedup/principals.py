@@ -27,6 +27,8 @@ ROLES = ("enrol", "search", "verify", "review", "supervise", "administer", "audi
 
 
 KEY_PREFIX = "ed25519:"
+USER_PREFIX = "os:"
+"""Of callers without a name in the audit log: the operating system's user of the process."""
 
 
 def folded(name: str) -> str:
@@ -46,6 +48,10 @@ class Principal:
     def __post_init__(self) -> None:
         check_fields(self)
         check_id(self.name, "the name of a principal")
+        if folded(self.name).startswith(USER_PREFIX):
+            raise InvalidInput(
+                f"the name of a principal is {self.name!r}, and {USER_PREFIX!r} begins the names of callers without one; name it otherwise"
+            )
         if unknown := sorted(set(self.roles) - set(ROLES)):
             raise InvalidInput(f"role {unknown[0]!r} is not known; use one of {', '.join(ROLES)}")
         for key in self.public_keys:

@@ -91,8 +91,8 @@ def acting(engine: bd.Engine, by: str, sign: Path | None = None, purpose: str = 
 def looked_into(
     gallery: Path | RegisterUrl, config: Config, by: str, purpose: str, *, searched: bool = False
 ) -> Iterator[bd.Engine]:
-    """Opens a gallery to read it, for the person of `--by`. Without a person it is opened read-only, and the call is not recorded, since a
-    reader cannot write. searched: the command searches, and uses Ray's actors if the settings name them."""
+    """Opens a gallery to read it, for the person of `--by`. Without a person it is opened read-only, and the call is recorded under
+    the operating system's user. searched: the command searches, and uses Ray's actors if the settings name them."""
     if not (by or purpose):
         with bd.Engine.open(gallery, config, read_only=True) if searched else opened(gallery, config) as engine:
             yield engine

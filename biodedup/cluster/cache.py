@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +65,14 @@ class SegmentCache:
                 self._fetch(copy)
 
     def _fetch(self, copy: Copy) -> None:
-        target = self._folder / copy.name
-        new = target.with_name(unfinished(target.name))
+        with self.downloaded(copy) as new:
+            new.replace(self._folder / copy.name)
+        self.keep([copy])
+
+    @contextmanager
+    def downloaded(self, copy: Copy) -> Iterator[Path]:
+        """A verified copy under a name of its own, which goes at the end. Raises as `fetch`."""
+        new = self._folder / unfinished(copy.name)
         try:
             self._store.download(copy.stored, new)
             file = open_column_file(self._storage, new)
@@ -78,11 +84,10 @@ class SegmentCache:
                 file.close()
             if problems:
                 raise GalleryDamaged(f"{copy.stored} in the segment store: {problems[0]}; restore it from a backup")
-            new.replace(target)
+            yield new
         finally:
             with suppress(OSError):
                 new.unlink(missing_ok=True)
-        self.keep([copy])
 
     def _is_there(self, copy: Copy) -> bool:
         path = self._folder / copy.name

@@ -13,7 +13,8 @@ Each gallery has its own schema, `biodedup_NAME`. Besides the tables of `Catalog
    transaction would read the state before the lock was granted.
 2. The number of a commit is a primary key. So two transactions can never commit the same number, even without the lock.
 3. If the reply to a commit is lost, the commit is looked up in `commit_log` under the lock. The lock shows that the transaction has ended.
-4. Nothing depends on session state (session locks, search_path), so that a connection pooler can be used.
+4. Each commit adds its link to the hash chain in the same transaction, under the lock, by the same code as in SQLite (chain_writer.py).
+5. Nothing depends on session state (session locks, search_path), so that a connection pooler can be used.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, cast
 
@@ -34,9 +35,12 @@ from biodedup.cluster.key import KEY_SETTING
 from biodedup.cluster.store import stored_name
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, NotAGallery, StorageUnavailable
 from biodedup.gallery.answers import StoredDecision
+from biodedup.gallery.catalogue.audit import AuditRecord
+from biodedup.gallery.catalogue.chain import CHAINED, COVERED, is_chained, pack_row
+from biodedup.gallery.catalogue.chain_writer import ChainWriter
 from biodedup.gallery.catalogue.sqlite import (
+    ADDED,
     ADDED_SETTINGS,
-    COLUMNS_OF,
     FORMAT_VERSION,
     INDEXED,
     REPLACED,
@@ -59,7 +63,10 @@ _BY_COMMIT = ("encounter", "tombstone", "pending", "judged")
 """Tables with an index on the commit's number: other front-ends read their rows of the newest commits."""
 _ORDERED = {"encounter": "commits, ordinal"}
 """Tables whose rows are read in the order of insertion. The sequence `ordinal` alone is not that order, because transactions overlap."""
+_COMMIT_COLUMN = {"chain": "written"}
+"""The column with the number of the commit that inserted a row, where it is not `commits`."""
 _COPY_ROWS_MIN = 64  # at least so many rows are written with COPY
+_PIECE_ROWS = 1_000  # subjects whose templates are deleted at once: the server returns them, for the hash chain
 _UNSENT_MOST = 1_000  # so many rows are buffered before they are sent
 _STATEMENT_VALUES = 48  # psycopg caches its parsing of statements with up to 50 values
 _SETTLE_S = 5.0  # the longest time to look for a commit whose reply was lost
@@ -96,6 +103,7 @@ class PostgresCatalogue(CatalogueTables):
         self._schema = f"biodedup_{gallery}"
         self._limits = limits
         self._lock_key = xxhash.xxh3_64_intdigest(self._schema.encode()) - (1 << 63)
+        self.take_key(None)
         self.key_file = ""
         """The content of an encrypted gallery's key file (key.py)."""
         self.register_id = secrets.token_hex(8)
@@ -139,6 +147,28 @@ class PostgresCatalogue(CatalogueTables):
             raise StorageUnavailable("the connection to PostgreSQL was lost; nothing was acknowledged; send it again")
         return self._connection
 
+    def take_key(self, chain_key: bytes | None) -> None:
+        """Of the hash chain; None in a register that is not encrypted."""
+        self._chain_key = chain_key
+        self.chain = ChainWriter(self, chain_key)
+
+    def another(self) -> PostgresCatalogue:
+        """The same register, over a connection of its own."""
+        other = PostgresCatalogue(self._conninfo, self.gallery, self._limits)
+        other.take_key(self._chain_key)
+        return other
+
+    def record_reading(self, records: Sequence[AuditRecord]) -> None:
+        """Commits calls of a process that only reads."""
+        self.begin()
+        try:
+            self.add_audit(records)
+            state = self.state()
+            self.set_state(replace(state, commits=state.commits + 1, commit_id=secrets.token_hex(8)))
+            self.commit()
+        finally:
+            self.rollback()
+
     def _run(self, statement: str, values: Sequence[Any] | None = None) -> psycopg.Cursor[tuple[Any, ...]]:
         self._send()
         with _translated("PostgreSQL"):
@@ -157,13 +187,35 @@ class PostgresCatalogue(CatalogueTables):
         unsent, self._unsent = self._unsent, {}
         if not unsent:
             return
-        with _translated("PostgreSQL"), self._living().pipeline(), self._living().cursor() as cursor:
-            for table, of_table in unsent.items():
-                rows = list(of_table.values())
-                together = max(_STATEMENT_VALUES // len(rows[0]), 1)
-                for low in range(0, len(rows), together):
-                    some = rows[low : low + together]
-                    cursor.execute(self._insertion(table, len(some), len(some[0])), list(chain.from_iterable(some)))
+        before: dict[str, psycopg.Cursor[tuple[Any, ...]]] = {}
+        with _translated("PostgreSQL"), self._living().cursor() as cursor:
+            with self._living().pipeline():
+                for table, of_table in unsent.items():
+                    if names := [name for name in of_table if table in REPLACED and is_chained(table, (name,))]:
+                        query = f'SELECT {_names(table)} FROM {self._table(table)} WHERE "{table_columns(table)[0][0]}" = ANY(%s)'
+                        before[table] = self._living().cursor().execute(query, (names,))
+                    self._insert(cursor, table, list(of_table.values()))
+            dropped = {table: replaced.fetchall() for table, replaced in before.items()}
+        for table, of_table in unsent.items():
+            self._note_dropped(table, dropped.get(table, ()))
+            self._note_put(table, of_table.values())
+
+    def _insert(self, cursor: psycopg.Cursor[tuple[Any, ...]], table: str, rows: Sequence[Sequence[Any]]) -> None:
+        together = max(_STATEMENT_VALUES // len(rows[0]), 1)
+        for low in range(0, len(rows), together):
+            some = rows[low : low + together]
+            cursor.execute(self._insertion(table, len(some), len(some[0])), list(chain.from_iterable(some)))
+
+    def _note_put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """For the hash chain. rows: with their checksums and the number of the commit."""
+        if table in CHAINED:
+            for *row, _, _ in rows:
+                self.chain.put(table, row, pack_row(row))
+
+    def _note_dropped(self, table: str, rows: Iterable[Sequence[Any]], *, listed: bool = True) -> None:
+        """For the hash chain."""
+        for row in rows:
+            self.chain.drop(table, row, listed=listed)
 
     def _insertion(self, table: str, rows: int, width: int) -> str:
         """The statement that inserts `rows` rows of `width` values each, including checksum and commit number."""
@@ -172,7 +224,9 @@ class PostgresCatalogue(CatalogueTables):
         if table not in REPLACED:
             return statement
         first, *others = [column for column, _ in table_columns(table)]
-        changed = ", ".join(f'"{column}" = excluded."{column}"' for column in (*others, "checksum", "commits"))
+        changed = ", ".join(
+            f'"{column}" = excluded."{column}"' for column in (*others, "checksum", _commit_column(table))
+        )
         return f'{statement} ON CONFLICT ("{first}") DO UPDATE SET {changed}'
 
     def _table(self, table: str) -> str:
@@ -184,6 +238,7 @@ class PostgresCatalogue(CatalogueTables):
         self._connect()
         self._put, self._dropped, self._intended, self.uncertain = set(), set(), None, False
         self._unsent = {}
+        self.chain.begin()
         limits = self._limits
         self._run(
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {limits.lock_ms}; "
@@ -199,7 +254,10 @@ class PostgresCatalogue(CatalogueTables):
 
     def commit(self) -> None:
         """Returns when the commit is durable. Raises StorageUnavailable if it failed, or if its result is unknown (then `uncertain` is
-        set)."""
+        set); GalleryDamaged if the hash chain is not as the last commit left it."""
+        self._send()  # all rows are noted for the chain
+        self.chain.extend()
+        self._send()
         try:
             done = self._run("COMMIT").statusmessage
         except BaseException as error:
@@ -262,23 +320,22 @@ class PostgresCatalogue(CatalogueTables):
 
     # the schema -------------------------------------------------------------------------------------------------
 
-    def open(self, gallery_id: str, settings: str, *, create: bool, key_file: str = "") -> None:
-        """Checks the server's durability settings and the format of the schema. create: create the gallery if it is absent, and missing
-        tables of an older release; key_file: for a new gallery. Raises NotAGallery, InvalidInput, StorageUnavailable."""
+    def open(self, gallery_id: str, settings: str, *, create: bool, new: tuple[str, bytes | None] = ("", None)) -> None:
+        """Checks the server's durability settings and the format of the schema. create: create the gallery if it is absent; new: the key file
+        and the key of the hash chain, for a new gallery. Raises NotAGallery, InvalidInput, StorageUnavailable."""
         self._connect()
         self._check_durable()
         if not self._exists():
             if not create:
                 raise NotAGallery(f"the database has no gallery {self.gallery!r}; check the URL")
-            self._lay(lambda: self._create_with(gallery_id, settings, key_file))
+            self.take_key(new[1])
+            self._lay(lambda: self._create_with(gallery_id, settings, new[0]))
         settings_stored = self.meta()
         found = settings_stored.get("cluster_format")
         if found != str(CLUSTER_FORMAT):
             raise NotAGallery(f"the gallery in PostgreSQL has format {found}, this version reads {CLUSTER_FORMAT}")
         self.register_id = settings_stored["register_id"]
         self.key_file = settings_stored.get(KEY_SETTING, "")
-        if create:
-            self._renew()
 
     def _create_with(self, gallery_id: str, settings: str, key_file: str) -> None:
         self.create(gallery_id, settings)
@@ -301,6 +358,7 @@ class PostgresCatalogue(CatalogueTables):
                 self.rollback()
                 return False
             self._begun, self._put, self._dropped = State(commits=after), set(), set()
+            self.chain.begin()
             fill()
             self.commit()
             return True
@@ -329,7 +387,7 @@ class PostgresCatalogue(CatalogueTables):
 
     def lay_tables(self, gallery_id: str, config: str) -> None:
         self._run(f'CREATE SCHEMA "{self._schema}"')
-        for table in COLUMNS_OF:
+        for table in self.tables:
             self._create(table)
         self._run(
             f"CREATE TABLE {self._table('commit_log')} (commits bigint PRIMARY KEY, commit_id text NOT NULL UNIQUE, "
@@ -347,28 +405,40 @@ class PostgresCatalogue(CatalogueTables):
         self.put("meta", sorted(settings.items()))
 
     def _create(self, table: str) -> None:
-        columns = (column.split() for column in COLUMNS_OF[table].split(", "))
+        columns = (column.split() for column in self.tables[table].split(", "))
         kinds = ", ".join(" ".join([f'"{name}"', _TYPES[kind], *more]) for name, kind, *more in columns)
         ordinal = ", ordinal bigint GENERATED BY DEFAULT AS IDENTITY" if table in _ORDERED else ""
-        self._run(
-            f"CREATE TABLE {self._table(table)} ({kinds}, checksum bigint NOT NULL, commits bigint NOT NULL{ordinal})"
-        )
+        commits = f"{_commit_column(table)} bigint NOT NULL"
+        self._run(f"CREATE TABLE {self._table(table)} ({kinds}, checksum bigint NOT NULL, {commits}{ordinal})")
         for column in (*INDEXED.get(table, ()), *(["commits"] if table in _BY_COMMIT else [])):
             self._run(f"CREATE INDEX ON {self._table(table)} ({column})")
 
-    def _renew(self) -> None:
-        """Creates the tables that a register of an older release lacks."""
+    def exists(self, table: str) -> bool:
+        return table in self._there()
+
+    def _there(self) -> set[str]:
+        """The names of the tables that the schema has."""
         query = "SELECT table_name FROM information_schema.tables WHERE table_schema = %s"
-        if COLUMNS_OF.keys() <= {name for (name,) in self._run(query, (self._schema,)).fetchall()}:
+        return {name for (name,) in self._run(query, (self._schema,)).fetchall()}
+
+    def renew(self) -> None:
+        """Lays the tables that a register of an older release lacks, in a commit of its own. Raises GalleryDamaged where one was there."""
+        self._connect()
+        if self.tables.keys() <= self._there() and ADDED_SETTINGS <= self.meta().keys():
             return
+        self.begin()
         try:
-            self._run(
-                f"BEGIN; SET LOCAL lock_timeout = {self._limits.lock_ms}; SELECT pg_advisory_xact_lock({self._lock_key})"
-            )
-            there = {name for (name,) in self._run(query, (self._schema,)).fetchall()}
-            for table in COLUMNS_OF.keys() - there:
+            there, settings, state = self._there(), self.meta(), self.state()
+            for table in sorted(self.tables.keys() - there):
+                if ADDED.get(table) in (None, *settings):
+                    raise GalleryDamaged(f"table {table} is lost; restore the database from a backup")
                 self._create(table)
-            self._run("COMMIT")
+            if "chain" in settings and ADDED["budget"] not in settings:
+                self.chain.anew = COVERED
+            self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS - settings.keys())])
+            self.set_state(replace(state, commits=state.commits + 1, commit_id=secrets.token_hex(8)))
+            self.commit()
+            self.chain.anew = ""
         finally:
             self.rollback()
 
@@ -476,13 +546,21 @@ class PostgresCatalogue(CatalogueTables):
 
     def clear_journal(self) -> None:
         super().clear_journal()
+        self.forget_journal_changes()
         self._trim_log()
 
     def trim_journal(self, end_row: int, commits: int) -> None:
-        """Deletes the rows before `end_row` and the answers up to a commit from the journal, after a segment was written with them."""
-        self._delete("subject WHERE row < ?", [(end_row,)])
-        self._delete("cell WHERE key < ?", [(end_row * STRIDE,)])
-        self._delete("encounter WHERE commits <= ?", [(commits,)])
+        """Deletes the rows before one, and the answers up to a commit, which a segment holds now. These are all that these commits put into the
+        journal, so that their lists of changes go, too."""
+        query = f"SELECT coalesce(min(row), %s) FROM {self._table('subject')}"
+        first = int(_only(self._run(query, (end_row,)).fetchall()))
+        pieces = [
+            (low * STRIDE, min(low + _PIECE_ROWS, end_row) * STRIDE) for low in range(first, end_row, _PIECE_ROWS)
+        ]
+        self._delete("cell WHERE key >= ? AND key < ?", pieces, listed=False)
+        self._delete("subject WHERE row < ?", [(end_row,)], listed=False)
+        self._delete("encounter WHERE commits <= ?", [(commits,)], listed=False)
+        self._delete("row_change WHERE journal = 1 AND commits <= ?", [(commits,)])
         self._trim_log()
 
     def _trim_log(self) -> None:
@@ -505,8 +583,7 @@ class PostgresCatalogue(CatalogueTables):
             self._later(table, complete)
 
     def _copy(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        names = ", ".join(f'"{name}"' for name, _ in table_columns(table))
-        statement = f"COPY {self._table(table)} ({names}, checksum, commits) FROM STDIN"
+        statement = f"COPY {self._table(table)} ({_names(table)}, checksum, {_commit_column(table)}) FROM STDIN"
         self._send()
         with (
             _translated("PostgreSQL"),
@@ -515,32 +592,43 @@ class PostgresCatalogue(CatalogueTables):
         ):
             for row in rows:
                 copy.write_row(row)
+        self._note_put(table, rows)
 
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
-        names = ", ".join(f'"{name}"' for name, _ in table_columns(table))
-        query = f"SELECT {names}, checksum FROM {self._table(table)}"
+        query = f"SELECT {_names(table)}, checksum FROM {self._table(table)}"
         query += f" WHERE {where.replace('?', '%s')}" if where else ""
         order = order or _ORDERED.get(table)
         query += f" ORDER BY {order}" if order else ""
+        rows = None if where else self.chain.reading(table)
         for *values, checksum in self._run(query, which or None).fetchall():
             if not has_types_of(table, values) or row_checksum(values) != checksum:
                 raise GalleryDamaged(f"a row of table {table} is damaged; restore the database from a backup")
+            if rows is not None and is_chained(table, values):
+                rows.add(pack_row(values))
             yield tuple(values)
+        if rows is not None:
+            self.chain.was_read(table, rows)
 
     def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
         """All rows of a table without their checksums, ordered by key or by insertion."""
         return self._all(table, _ORDERED.get(table) or f'"{table_columns(table)[0][0]}"')
 
-    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),)) -> None:
+    def _delete(self, which: str, values: Iterable[tuple[Any, ...]] = ((),), *, listed: bool = True) -> None:
+        """listed: whether the hash chain lists the rows as dropped."""
         table, _, condition = which.partition(" WHERE ")
         statement = f"DELETE FROM {self._table(table)}" + (
             f" WHERE {condition.replace('?', '%s')}" if condition else ""
         )
         removed = 0
         for some in values:
-            removed += self._run(statement, some or None).rowcount
+            if table not in CHAINED:
+                removed += self._run(statement, some or None).rowcount
+                continue
+            rows = self._run(f"{statement} RETURNING {_names(table)}", some or None).fetchall()
+            self._note_dropped(table, rows, listed=listed)
+            removed += len(rows)
         if removed:
             self._dropped.add(table)
 
@@ -571,6 +659,14 @@ class PostgresCatalogue(CatalogueTables):
         except GalleryDamaged as error:
             return [str(error)]
         return []
+
+
+def _names(table: str) -> str:
+    return ", ".join(f'"{name}"' for name, _ in table_columns(table))
+
+
+def _commit_column(table: str) -> str:
+    return _COMMIT_COLUMN.get(table, "commits")
 
 
 def _only(rows: Sequence[Sequence[Any]]) -> Any:

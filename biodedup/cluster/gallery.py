@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from biodedup.cluster.catalogue import Changes, PostgresCatalogue
 from biodedup.cluster.store import SegmentStore, stored_name
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, StorageUnavailable
+from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.sqlite import ColumnModel, paired
 from biodedup.gallery.files import forks
 from biodedup.gallery.files.filesystem import Storage
@@ -106,6 +107,7 @@ class ClusterGallery(Gallery):
         self._seen_at = time.monotonic()
         self._front_end = _FrontEnd()
         self._ended = threading.Event()
+        self._recording = threading.Lock()
         super().__init__(storage, folder, catalogue, None if read_only else _WriterLock(), config, limits)
         self._process = self._front_end
         self._poller = None if read_only else threading.Thread(target=self._poll, name="biodedup-poll", daemon=True)
@@ -129,6 +131,15 @@ class ClusterGallery(Gallery):
         raise InvalidInput(
             "a register does not support renewable templates; use a gallery in a folder, or leave renewable out"
         )
+
+    def record_reading(self, records: Sequence[AuditRecord]) -> None:
+        """In a commit of its own: any process may write to PostgreSQL. This front-end's version stays."""
+        self._process.check()
+        with self._recording, closing(self._catalogue.another()) as catalogue:
+            catalogue.record_reading(records)
+
+    def waiting_readings(self) -> None:
+        return None
 
     # reading the commits of other front-ends --------------------------------------------------------------------
 
@@ -232,7 +243,8 @@ class ClusterGallery(Gallery):
             entries = self._catalogue.segments()
             if self._cache.absent(entries):
                 return entries
-            self._publish(read(self._catalogue, self.storage, self.folder, self._published.segments))
+            with self._catalogue.compared_with_chain():
+                self._publish(read(self._catalogue, self.storage, self.folder, self._published.segments))
         else:
             self._read_rows(changes)
         self._seen_at = time.monotonic()
@@ -243,7 +255,8 @@ class ClusterGallery(Gallery):
         catalogue, known, state = self._catalogue, self._published, self._catalogue.state()
         put, dropped = changes.put, changes.dropped
         if state.row_count - self._tail.end_row >= _REREAD_ROWS_MIN:
-            self._publish(read(catalogue, self.storage, self.folder, known.segments))
+            with catalogue.compared_with_chain():
+                self._publish(read(catalogue, self.storage, self.folder, known.segments))
             return
         since, pending, tombstones, different = self._state.commits, known.pending, known.tombstones, known.different
         models = catalogue.models() if "model" in put else known.models
@@ -466,7 +479,8 @@ class ClusterGallery(Gallery):
                 entries = self._catalogue.segments()
                 if not self._cache.absent(entries):
                     opened = self._published.segments if hasattr(self, "_published") else ()
-                    self._publish(read(self._catalogue, self.storage, self.folder, opened))
+                    with self._catalogue.compared_with_chain():
+                        self._publish(read(self._catalogue, self.storage, self.folder, opened))
                     self._stored.update(copy.stored for copy in copies_of(entries))
                     self._seen_at = time.monotonic()
                     return

@@ -10,7 +10,7 @@ encrypt rows of PostgreSQL: templates in the journal and decisions are only as s
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,33 @@ KEY_SETTING = "key_file"
 """The row of `meta` with the key file; empty or absent in a register without encryption."""
 
 
-def new_key(storage: Storage) -> tuple[str, str]:
-    """(the id of the storage's key, the content of a key file for a new register); two empty texts if the storage has no key."""
+@dataclass(frozen=True)
+class NewKey:
+    """For a new register. key_id: of the register's key that a storage has; content: of a key file; chain_key: of the hash chain. Two empty
+    texts and None without a key."""
+
+    key_id: str = ""
+    content: str = ""
+    chain_key: bytes | None = field(default=None, repr=False)
+
+
+def new_key(storage: Storage) -> NewKey:
     with tempfile.TemporaryDirectory(prefix="biodedup-key-") as scratch:
         folder = Path(scratch)
         key_id = storage.unlock(folder, new=True)
-        return (key_id, (folder / KEY_NAME).read_text()) if key_id else ("", "")
+        if not key_id:
+            return NewKey()
+        return NewKey(key_id, (folder / KEY_NAME).read_text(), storage.register_chain_key(folder))
+
+
+def chain_key_of(storage: Storage, content: str) -> bytes | None:
+    """Of the hash chain of a register with this key file; None for "". Raises KeyMismatch, GalleryDamaged."""
+    if not content:
+        return None
+    with tempfile.TemporaryDirectory(prefix="biodedup-key-") as scratch:
+        folder = Path(scratch)
+        replace_private(folder / KEY_NAME, content.encode())
+        return storage.register_chain_key(folder)
 
 
 def place(storage: Storage, folder: Path, key_id: str, content: str) -> None:
@@ -105,5 +126,5 @@ def actor_storage(sent: tuple[dict[str, Any], str] | None, folder: Path) -> Stor
     provider, content = sent
     file = provider["file"]
     storage = LocalStorage(KeyProvider(**{**provider, "file": None if file is None else Path(file)}))
-    place(storage, folder, new_key(storage)[0], content)
+    place(storage, folder, new_key(storage).key_id, content)
     return storage

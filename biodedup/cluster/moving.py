@@ -17,7 +17,7 @@ from pathlib import Path
 
 from biodedup.cluster.cache import SegmentCache, copies_of
 from biodedup.cluster.catalogue import PostgresCatalogue
-from biodedup.cluster.key import KEY_SETTING, new_key, place
+from biodedup.cluster.key import KEY_SETTING, chain_key_of, new_key, place
 from biodedup.cluster.opening import connect
 from biodedup.cluster.store import SegmentStore
 from biodedup.common.described import Described
@@ -62,9 +62,11 @@ def import_gallery(folder: Path, url: str, cluster: ClusterConfig, storage: Stor
             meta = source.meta()
             target.lay_tables(meta["gallery_id"], meta["config"])
             target.put_key_file(key_file)
-            _copy_rows(source, target)
+            with source.compared_with_chain():
+                _copy_rows(source, target)
             target.set_state(state)
 
+        target.take_key(chain_key_of(storage, key_file))
         target.lay(fill, after=state.commits - 1)
     return Moved(state.version, state.row_count, len(entries), sum(len(e.files) for e in entries), byte_count)
 
@@ -78,9 +80,10 @@ def export_gallery(url: str, folder: Path, cluster: ClusterConfig, storage: Stor
         store = SegmentStore(cluster.segments, source.register_id)
         if storage.list_names(folder):
             raise InvalidInput(f"{folder} is not empty; name another folder")
-        key_id, _ = new_key(storage)
+        key = new_key(storage)
         storage.make_folder(folder)
-        place(storage, folder, key_id, source.key_file)
+        place(storage, folder, key.key_id, source.key_file)
+        source.take_key(storage.register_chain_key(folder))
         lock = prepare_folder(storage, folder, read_only=False)
         assert lock is not None, "it is to be written"
         try:
@@ -92,7 +95,8 @@ def export_gallery(url: str, folder: Path, cluster: ClusterConfig, storage: Stor
             with closing(SqliteCatalogue(storage.connect(folder / NEW_NAME, read_only=False))) as target:
                 target.begin()
                 target.lay_tables(meta["gallery_id"], meta["config"])
-                _copy_rows(source, target)
+                with source.compared_with_chain():
+                    _copy_rows(source, target)
                 target.set_state(state)
                 target.commit()
             storage.replace(folder / NEW_NAME, folder / DATABASE_NAME)
@@ -127,6 +131,10 @@ def _source(storage: Storage, folder: Path) -> Iterator[SqliteCatalogue]:
             if not source.is_current() or not source.has_encounters():
                 raise InvalidInput(
                     f"{folder} has an older format; open it for writing once, as `biodedup compact` does"
+                )
+            if source.has_subject_keys():
+                raise InvalidInput(
+                    f"minutiae of {folder} are sealed by keys of its subjects, which a register cannot have"
                 )
             source.begin_reading()
             yield source

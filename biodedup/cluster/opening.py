@@ -71,11 +71,15 @@ def open_register(
         )
     catalogue, folder = connect(url, cluster), cluster.cache
     try:
-        key_id, key_file = new_key(storage)
-        catalogue.open(gallery_id, json.dumps(settings), create=not read_only, key_file=key_file)
+        key = new_key(storage)
+        new = key.content, key.chain_key
+        catalogue.open(gallery_id, json.dumps(settings), create=not read_only, new=new)
         folder = folder or Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
         storage.make_folder(folder)
-        place(storage, folder, key_id, catalogue.key_file)
+        place(storage, folder, key.key_id, catalogue.key_file)
+        catalogue.take_key(storage.register_chain_key(folder))
+        if not read_only:
+            catalogue.renew()
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         return ClusterGallery(
             storage=storage,

@@ -22,7 +22,7 @@ from biodedup.principals import Principal, folded
 
 AUDITS = ("none", "changes", "all")
 """Values of `Config.audit`."""
-_NOT_STORED = ("cluster", "keys", "identities", "allow_template_export", "audit")
+_NOT_STORED = ("cluster", "keys", "subject_keys", "identities", "allow_template_export", "audit")
 """Settings that a gallery does not store: where the gallery and its key are, and who may use it."""
 
 
@@ -55,6 +55,12 @@ class Config:
     """The source of the register's key: a provider, or a function that returns 32 bytes. With a key, a new gallery is encrypted. An
     encrypted gallery opens only with its key, and an unencrypted gallery only without a key (`KeyMismatch`). Needs the extra
     `encryption`."""
+
+    subject_keys: Path | None = None
+    """Folder outside the gallery and its backups. With it, minutiae that are enrolled from now on are sealed by a key of their row. The keys
+    are in this folder. A removal destroys those of its rows, so that no backup yields these minutiae any more. From the first opening with it on,
+    the gallery opens with this folder alone (`KeyMismatch`). Embeddings are not sealed by it, and a register in PostgreSQL refuses it. It is
+    not stored with the gallery. Needs the extra `encryption`."""
 
     identities: dict[str, str] | None = None
     """name -> its roles, separated by spaces (`biodedup.principals.ROLES`), and its public keys, `ed25519:HEX`, which verify its signed

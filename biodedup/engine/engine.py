@@ -766,11 +766,12 @@ class Engine:
         if among is not None:
             warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
             subject_ids = among
-        joining = self.joining(threshold_db=threshold_db, subject_ids=subject_ids, since=since)
+        joining = self._joining(threshold_db, subject_ids, since)
         for step in joining.steps(skip):
             yield joining.tile(step)
             self.check_open()
 
+    @audited()
     def joining(
         self,
         *,
@@ -779,6 +780,11 @@ class Engine:
         since: tuple[int, int] | None = None,
     ) -> Joining:
         """The join that `join` goes through, as steps that do not depend on each other. Arguments as of `join`."""
+        return self._joining(threshold_db, subject_ids, since)
+
+    def _joining(
+        self, threshold_db: float | None, subject_ids: Sequence[str] | None, since: tuple[int, int] | None
+    ) -> Joining:
         self._check("administer")
         if threshold_db is None:
             threshold_db = self.policy.link_db(len(self))
@@ -977,13 +983,13 @@ class Engine:
 
     @audited(changes=True)
     def rekey(self, *, renewable: bool = True, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-        """Turns the stored embeddings, segment by segment, by a new secret transform (renewable templates, `GalleryConfig.renewable`).
+        """Stores all embeddings with a new secret transform, segment by segment (renewable templates, `GalleryConfig.renewable`).
 
-        Searches and enrolments go on meanwhile, with segments of both kinds. An interrupted call goes on when it is repeated. At the end the
-        secret of the old transform is destroyed: copies of old files can be neither turned back nor linked by this gallery's key file. A
-        vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not turned.
-        renewable: False stores embeddings as they are. progress: called with the segments done and their total. Returns the id of the
-        transform, "" without one. Raises InvalidInput where the gallery is not encrypted, NotAllowed, ApprovalNeeded
+        Searches and enrolments continue meanwhile, with segments of both transforms. A repeated call continues an interrupted one. At the end,
+        the secret of the old transform is destroyed. After that, this gallery's key file can neither invert nor link copies of old files. A
+        vector is quantised once more, which changes a cosine by 0.0006 (standard deviation). Minutiae are not transformed.
+        renewable: False stores embeddings without a transform. progress: called with the number of finished segments and of all segments.
+        Returns the id of the transform, "" for none. Raises InvalidInput if the gallery is not encrypted, NotAllowed, ApprovalNeeded
         (`Policy.two_people`), KeyMismatch, StorageUnavailable.
         """
         self._check("administer")
@@ -1145,10 +1151,13 @@ class Engine:
         subject_id: str | None = None,
     ) -> Iterator[AuditRecord]:
         """The audit log (`Config.audit`), oldest first: calls at or after `since` and before `until` (seconds since 1970), of one principal, or
-        about one subject. Records in archive files are left out. Raises GalleryDamaged."""
+        about one subject. Records in archive files are left out. Those of readers that no writer has taken in yet are last, with the
+        number 0. Raises GalleryDamaged."""
         self._check("audit")
         self._audit.flush()
         spans, rows = self._gallery.audit_log()
+        waiting = self._gallery.waiting_readings()
+        rows += [] if waiting is None else [replace(record, number=0) for record in waiting.records]
         for record in chosen(spans, rows, since, until):
             if principal in (None, record.principal) and subject_id in (None, record.subject_id):
                 yield record
@@ -1309,7 +1318,8 @@ class Engine:
 
 
 def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:
-    """The rows of each subject, which a request is bound to. Raises UnknownSubject."""
+    """The rows of each subject, to which a request is bound. It looks up the ids one by one, because a request names few subjects. Raises
+    UnknownSubject."""
     rows = [list(map(int, snapshot.rows_under(name))) for name in subject_ids]
     for name, of_subject in zip(subject_ids, rows, strict=True):
         if not of_subject:
@@ -1343,10 +1353,13 @@ def _opened_folder(path: str, config: Config, storage: Storage, gallery_id: str,
         gallery_id=gallery_id,
         read_only=read_only,
         limits=IndexLimits(config.threads, config.search.miss_risk),
+        subject_keys=config.subject_keys,
     )
 
 
 def _opened_register(path: str, config: Config, storage: Storage, gallery_id: str, read_only: bool) -> Gallery:
+    if config.subject_keys is not None:
+        raise InvalidInput("keys of subjects are for a gallery in a folder; leave subject_keys out")
     if config.gallery.renewable:
         raise InvalidInput("renewable templates are for a gallery in a folder; leave gallery.renewable out")
     try:

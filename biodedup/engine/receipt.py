@@ -25,7 +25,7 @@ class Receipt(Described):
     policy_version: the version of the gallery's policy with this digest, None if there is none (the process has overridden the policy, or
     it is from an older release); model_digests: model_id -> SHA-256 of the weights on the present card, None without a card; commit, link,
     chain: the position of the decision in the hash chain, and the value of the link (hexadecimal). They are None for a decision before the
-    chain began, and in a register on PostgreSQL."""
+    chain began."""
 
     gallery_id: str
     encounter_id: str

@@ -29,14 +29,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import GalleryConfig
-from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput
+from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, IndexMismatch, InvalidInput, KeyMismatch
 from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.cases import current_answer, read_case
 from biodedup.gallery.catalogue.audit import AuditCheck, AuditRecord, AuditSpan, record_of
 from biodedup.gallery.catalogue.chain import Link
 from biodedup.gallery.catalogue.protocol import Catalogue
+from biodedup.gallery.catalogue.readings import Readings, Waiting
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
 from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import MALFORMED, Lock, Storage, needs_key
@@ -56,7 +58,7 @@ from biodedup.gallery.segments.part import Rows
 from biodedup.gallery.segments.reader import Segment
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
-from biodedup.gallery.transaction import Transaction
+from biodedup.gallery.transaction import Transaction, sealed_cells
 from biodedup.index_spec import NATIVE, IndexSpec, parse_specs, spec_of
 from biodedup.values import COLUMNS, Case, Template, Verdict
 
@@ -86,6 +88,7 @@ class Gallery:
         lock: Lock | None,
         config: GalleryConfig,
         limits: IndexLimits,
+        subject_keys: Path | None = None,
     ) -> None:
         self.folder = folder
         self.limits = limits
@@ -108,9 +111,12 @@ class Gallery:
         self._policies: tuple[PolicyVersion, ...] = ()
         self._maintenance = Maintenance(self, config)
         self._opened: WeakSet[Segment] = WeakSet()
+        self._readings = Readings(storage, folder, lambda: self._catalogue.readers_taken())
+        self.keys = self._opened_keys(subject_keys)
         self._load()
         if lock is not None:
             self._sweep()
+            self._finish_erasure()
             if not catalogue.has_encounters():
                 with self.transaction() as transaction:
                     transaction.adopt_cases()
@@ -135,11 +141,12 @@ class Gallery:
         gallery_id: str,
         read_only: bool = False,
         limits: IndexLimits = _LIMITS,
+        subject_keys: Path | None = None,
     ) -> Gallery:
         """Opens the gallery. Creates it if the folder is absent or empty.
 
-        settings, gallery_id: stored with a new gallery; limits: threads and miss risk of indexes. Raises NotAGallery, IndexMismatch,
-        GalleryBusy, GalleryDamaged, StorageUnavailable.
+        settings, gallery_id: stored with a new gallery; limits: threads and miss risk of indexes; subject_keys: the folder of the keys that
+        minutiae are sealed by. Raises NotAGallery, IndexMismatch, KeyMismatch, GalleryBusy, GalleryDamaged, StorageUnavailable.
         """
         with translated(f"opening {folder}"):
             lock = prepare_folder(storage, folder, read_only=read_only)
@@ -147,7 +154,7 @@ class Gallery:
                 stored = json.dumps(settings)
                 catalogue = open_catalogue(storage, folder, read_only=read_only, gallery_id=gallery_id, settings=stored)
                 try:
-                    return cls(storage, folder, catalogue, lock, config, limits)
+                    return cls(storage, folder, catalogue, lock, config, limits, subject_keys)
                 except BaseException:
                     catalogue.close()
                     raise
@@ -157,9 +164,48 @@ class Gallery:
                 raise
 
     @classmethod
-    def open_to_read(cls, folder: Path, storage: Storage, config: GalleryConfig) -> Gallery:
+    def open_to_read(
+        cls, folder: Path, storage: Storage, config: GalleryConfig, subject_keys: Path | None = None
+    ) -> Gallery:
         """Opens an existing gallery for reading. Another process may write it meanwhile. Raises as `open`."""
-        return cls.open(folder, storage=storage, config=config, settings={}, gallery_id="", read_only=True)
+        return cls.open(
+            folder,
+            storage=storage,
+            config=config,
+            settings={},
+            gallery_id="",
+            read_only=True,
+            subject_keys=subject_keys,
+        )
+
+    def _opened_keys(self, folder: Path | None) -> SubjectKeys | None:
+        """Of subjects. Raises KeyMismatch, InvalidInput, GalleryDamaged."""
+        known = self._catalogue.has_subject_keys()
+        if folder is None:
+            if known:
+                raise KeyMismatch(
+                    f"minutiae of {self.name} are sealed by keys of its subjects; state their folder by Config(subject_keys=...)"
+                )
+            return None
+        if self.folder.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise InvalidInput(
+                f"subject_keys is {folder}, in the gallery itself, whose backups must not have them; name another folder"
+            )
+        if not known and self.read_only:
+            return None  # no writer has begun to seal
+        return SubjectKeys(folder, self._catalogue.meta()["gallery_id"], read_only=self.read_only, new=not known)
+
+    def _finish_erasure(self) -> None:
+        """Notes that the gallery has keys of subjects, and destroys those of rows that a process removed and did not come to."""
+        if self.keys is None:
+            return
+        if not self._catalogue.has_subject_keys():
+            with self.transaction() as transaction:
+                transaction.caller_tables().set_subject_keys()
+        if doomed := self.keys.doomed():
+            kept = {*self._published.live_rows().tolist(), *self._published.pending}
+            self.keys.destroy({slot for row, slot in doomed if row not in kept})
+            self.keys.forget_doomed()
 
     @property
     def name(self) -> str:
@@ -193,6 +239,9 @@ class Gallery:
             return
         self._maintenance.join()
         with self.lock:
+            self._readings.close()
+            if self.keys is not None:
+                self.keys.close()
             self._catalogue.close()
             if self._lock_file is not None:
                 self._lock_file.release()
@@ -253,10 +302,7 @@ class Gallery:
             return sorted({*waiting, *self._catalogue.held_cases()})
 
     def chain_link(self, version: int) -> Link | None:
-        """The link of the hash chain whose commit made a version of the content. None for a version before the chain began, and for a
-        register on PostgreSQL, which has no chain."""
-        if not isinstance(self._catalogue, SqliteCatalogue):
-            return None
+        """The link of the hash chain whose commit made a version of the content. None for a version before the chain began."""
         with self._reading():
             return self._catalogue.link_of(version)
 
@@ -293,6 +339,22 @@ class Gallery:
             if check.problems:
                 raise GalleryDamaged(f"{check.problems[0]}; run `biodedup log verify`, and restore a backup")
             return spans, [record_of(row) for row in rows]
+
+    def record_reading(self, records: Sequence[AuditRecord]) -> None:
+        """Notes calls of a process that only reads; the writer takes them into the audit log. Durable when it returns. Raises
+        StorageUnavailable, GalleryBusy."""
+        self._process.check()
+        with self.lock:
+            self._readings.append(records)
+
+    def waiting_readings(self) -> Waiting | None:
+        """Calls of readers that are not in the audit log yet. None for nothing. Raises StorageUnavailable, GalleryDamaged."""
+        with self.lock:
+            return self._readings.waiting()
+
+    def forget_readings(self, number: int) -> None:
+        """Those up to a number are in the audit log."""
+        self._readings.forget(number)
 
     def cards(self) -> list[tuple[Any, ...]]:
         """The rows of table `card`, oldest first."""
@@ -499,6 +561,7 @@ class Gallery:
         self, subject_ids: Packed, cells: Mapping[str, NewCells], group_sets: NDArray[np.uint32]
     ) -> SegmentEntry:
         """Writes a segment of new rows. It becomes visible with `Transaction.attach`."""
+        cells = sealed_cells(self.keys, cells, len(subject_ids))
         return self.write_part(NewRows(subject_ids, cells, group_sets), None)
 
     def write_part(self, part: Rows, keep: NDArray[np.bool_] | None) -> SegmentEntry:
@@ -724,7 +787,7 @@ class Gallery:
         # the maximum: a running merge may have taken a higher number without having committed it
         next_segment = max(loaded.state.next_segment, self._state.next_segment)
         self._state = replace(loaded.state, next_segment=next_segment)
-        self._published, self._tail = loaded.snapshot, loaded.tail
+        self._published, self._tail = replace(loaded.snapshot, keys=self.keys), loaded.tail
         self._opened.update(loaded.snapshot.segments)
 
     def _sweep(self) -> None:

@@ -25,6 +25,7 @@ from biodedup.gallery.answers import StoredDecision, parsed
 from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codes import dequantise
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys, slot_of, unsealed
 from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.filesystem import memory_bytes
 from biodedup.gallery.files.packed import Packed
@@ -43,7 +44,7 @@ class Snapshot:
     """parts: in the order of their rows; tombstones: removed rows that the parts still hold, int64, ascending; pending: row of an open case
     -> its encounter_id; extra_rows: live rows beyond the first row of their subject; different: row -> rows that verdicts assign to another
     person, in both directions; steps: name of a completed job step -> its result (JSON); indexing: the index settings; transform: the
-    secret transform of new embeddings."""
+    secret transform of new embeddings; keys: the keys that minutiae are sealed by."""
 
     version: int
     row_count: int
@@ -57,6 +58,7 @@ class Snapshot:
     steps: Mapping[str, str] = field(default_factory=dict, repr=False)
     indexing: IndexSettings = field(default_factory=IndexSettings, repr=False)
     transform: Transform | None = field(default=None, repr=False)
+    keys: SubjectKeys | None = field(default=None, repr=False)
     _masks: dict[tuple[int, frozenset[str] | None, frozenset[int]], NDArray[np.bool_] | None] = field(
         default_factory=dict, repr=False
     )
@@ -417,7 +419,7 @@ class Snapshot:
             if column in part.columns:
                 cells = part.columns[column].cells_at(positions)
                 has = cells >= 0
-                found = part.columns[column].minutiae_at(cells[has])
+                found = unsealed(self.keys, COLUMNS.index(column), part.columns[column].minutiae_at(cells[has]))
                 records.update(zip(part.rows(positions[has]).tolist(), found, strict=True))
         return {row: records[row] for row in rows if records.get(row)}
 
@@ -439,14 +441,28 @@ class Snapshot:
                 has = cells >= 0
                 cells = cells[has]
                 embeddings = [None] * len(cells) if column.dimension is None else list(column.vectors_at(cells))
-                records, model_id = column.minutiae_at(cells), self.models[name].model_id
+                records = unsealed(self.keys, COLUMNS.index(name), column.minutiae_at(cells))
+                model_id = self.models[name].model_id
                 stored = column.quality(0, column.count)[cells].tolist()
                 for place, *found in zip(places[has].tolist(), embeddings, records, stored, strict=True):
                     embedding, record, quality = found
+                    if embedding is None and not record:
+                        continue  # its key was destroyed: this is a copy from before the removal
                     templates[place][name] = Template(
                         name, model_id, embedding, record or None, quality_scale.from_stored(name, quality)
                     )
         return templates
+
+    def slots_of(self, rows: Sequence[int] | Int64) -> list[tuple[int, int]]:
+        """(row, slot) of the keys that the minutiae of these rows are sealed by."""
+        found: set[tuple[int, int]] = set()
+        for part, positions in self._by_part(np.sort(np.asarray(rows, np.int64))):
+            for column in part.columns.values():
+                cells = column.cells_at(positions)
+                has = cells >= 0
+                slots = map(slot_of, column.minutiae_at(cells[has]))
+                found.update(zip(part.rows(positions[has]).tolist(), slots, strict=True))
+        return sorted((row, slot) for row, slot in found if slot >= 0)
 
     def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:
         """The encounters of an enrolled subject, oldest first."""

@@ -7,10 +7,11 @@ the gallery does (gallery.py).
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.config import EXTERNAL_MINUTIAE
-from biodedup.errors import GalleryBusy, ModelMismatch, SubjectExists, UnknownSubject
+from biodedup.errors import BiodedupError, GalleryBusy, ModelMismatch, SubjectExists, UnknownSubject
 from biodedup.gallery.answers import StoredDecision, to_json
 from biodedup.gallery.cases import (
     RECAPTURE,
@@ -32,10 +33,11 @@ from biodedup.gallery.cases import (
 from biodedup.gallery.catalogue.audit import AuditRecord
 from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State, paired
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
 from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.filesystem import Storage
 from biodedup.gallery.files.index_codec import FaissCodec
-from biodedup.gallery.files.packed import Packed, pack_text, text
+from biodedup.gallery.files.packed import Packed, pack, pack_text, text
 from biodedup.gallery.policies import PolicyVersion
 from biodedup.gallery.segments.layout import SegmentEntry, file_name, index_of, unused_number
 from biodedup.gallery.segments.new_cells import NewCells
@@ -45,7 +47,9 @@ from biodedup.gallery.segments.tail import Tail, TailPart
 from biodedup.gallery.segments.writer import write_segment
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.index_spec import IndexSpec
-from biodedup.values import Case, Decision, Template, Verdict
+from biodedup.values import COLUMNS, Case, Decision, Template, Verdict
+
+_log = logging.getLogger("biodedup.gallery")
 
 
 class Transaction:
@@ -74,6 +78,7 @@ class Transaction:
         self.steps = before.steps
         self.indexing = before.indexing
         self.transform = before.transform
+        self.keys = before.keys
         self.answers: dict[str, StoredDecision] = {}
         self.policies: list[PolicyVersion] = []
         self.new_segments: list[int] = []
@@ -129,6 +134,7 @@ class Transaction:
             steps=self.steps,
             indexing=self.indexing,
             transform=self.transform,
+            keys=self.keys,
         )
         self._last_snapshot = sources, snapshot
         return snapshot
@@ -209,6 +215,7 @@ class Transaction:
         for template in templates.values():
             dimension = None if template.embedding is None else len(template.embedding)
             self.settle_model(template.column, ColumnModel(template.model_id, dimension))
+        templates = sealed(self.keys, templates)
         row, group_set = self.tail.end_row, self._group_set(frozenset(groups))
         self._catalogue.add_subjects([(row, subject_id, encounter_id, group_set)])
         self._catalogue.add_cells((row, template) for template in templates.values())
@@ -221,6 +228,7 @@ class Transaction:
         ModelMismatch."""
         self.refuse_enrolled(subject_ids)
         self.settle_models(cells)
+        cells = sealed_cells(self.keys, cells, len(subject_ids))
         first, names = self.tail.end_row, text(subject_ids)
         rows = range(first, first + len(names))
         group_sets = self.group_sets_of(groups)
@@ -280,6 +288,9 @@ class Transaction:
         self._count_extra(-fewer)
 
     def _add_tombstones(self, rows: Sequence[int] | Int64) -> None:
+        if self.keys is not None and (doomed := self.snapshot().slots_of(rows)):
+            self.keys.doom(doomed)
+            self.when_durable.append(partial(destroy_doomed, self.keys, {slot for _, slot in doomed}))
         for row in np.asarray(rows).tolist():
             self._catalogue.add_tombstone(row, self.version)
         self.tombstones = np.union1d(self.tombstones, np.asarray(rows, np.int64))
@@ -504,6 +515,40 @@ class Transaction:
             self.group_sets[number], self._numbers[names] = names, number
             self.manifest_changed = True
         return self._numbers[names]
+
+
+def sealed(keys: SubjectKeys | None, templates: Mapping[str, Template]) -> Mapping[str, Template]:
+    """The templates of one row, their minutiae sealed by a new key where the gallery has such keys."""
+    if keys is None or all(template.minutiae is None for template in templates.values()):
+        return templates
+    (slot,) = keys.allocate(1)
+    return {
+        name: template
+        if template.minutiae is None
+        else replace(template, minutiae=keys.seal(slot, COLUMNS.index(template.column), template.minutiae))
+        for name, template in templates.items()
+    }
+
+
+def sealed_cells(keys: SubjectKeys | None, cells: Mapping[str, NewCells], count: int) -> Mapping[str, NewCells]:
+    """As `sealed`, of so many rows."""
+    if keys is None or not any(some.has_minutiae for some in cells.values()):
+        return cells
+    slots = keys.allocate(count)
+    found = {}
+    for column, some in cells.items():
+        each = zip(some.positions.tolist(), some.minutiae.to_pylist(), strict=True)
+        records = [keys.seal(slots[at], COLUMNS.index(column), record) if record else b"" for at, record in each]
+        found[column] = replace(some, minutiae=pack(records))
+    return found
+
+
+def destroy_doomed(keys: SubjectKeys, slots: Iterable[int]) -> None:
+    """After a commit that removed rows. Where the disk fails, the next opening does it."""
+    try:
+        keys.destroy(slots)
+    except BiodedupError as error:
+        _log.error("keys of removed subjects are not destroyed yet, the next writer does so: %s", error)
 
 
 def _are_same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import biodedup as bd
+from biodedup import jobs
 from biodedup.cli import app
 from biodedup.errors import InvalidInput, NotAGallery
 from tests.support.vectors import people
@@ -44,6 +45,26 @@ def test_commands_that_look_take_a_url_and_need_no_ray(called, tmp_path):
     assert {case["encounter_id"] for case in json.loads(called("cases", "list", "--json")[1])["cases"]} == {"e3"}
     assert called("cases", "export", "--out", str(tmp_path / "judged.csv"))[0] == 0
     assert called("list", "--out", str(tmp_path / "all.csv"))[0] == 0 and "s2" in (tmp_path / "all.csv").read_text()
+
+
+@pytest.mark.slow
+def test_the_log_of_a_register_is_verified_and_signed_and_a_receipt_has_its_place(called, register, tmp_path):
+    jobs.make_signing_key(tmp_path / "a.key")
+    register().seal()
+    assert called("log", "verify")[0] == 0
+    assert called("log", "checkpoint", "--sign", str(tmp_path / "a.key"), "--out", str(tmp_path / "c"))[0] == 0
+    assert called("receipt", "e3", "--sign", str(tmp_path / "a.key"), "-o", str(tmp_path / "r"))[0] == 0
+    receipt = json.loads((tmp_path / "r").read_text())
+    cluster = bd.ClusterConfig(segments=f"file://{tmp_path}/store")
+    mark = jobs.verify_log(register.url, bd.Config(cluster=cluster)).mark
+    assert 0 < receipt["link"] <= mark.number and len(receipt["chain"]) == 64
+    files = list((tmp_path / "store").rglob("1.face.*"))
+    assert files
+    for file in files:
+        file.unlink()
+    assert called("log", "verify")[0] == 4
+    with pytest.raises(bd.GalleryDamaged, match=r"the register is not valid: segment 1: .* lacks"):
+        called("log", "checkpoint", "--sign", str(tmp_path / "a.key"), "--out", str(tmp_path / "d"))
 
 
 @pytest.mark.slow

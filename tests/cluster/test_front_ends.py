@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 import biodedup as bd
+from biodedup import jobs
 from biodedup.cluster import catalogue as postgres_catalogue
 from biodedup.errors import StorageUnavailable
 from biodedup.testing import internals
@@ -187,11 +188,13 @@ def test_a_front_end_stops_when_the_database_was_taken_back_in_time(register, po
     schema = register.url.rpartition("=")[2]
     with postgres.connect() as connection:  # as a restored backup
         connection.execute(f"CREATE SCHEMA kept_{schema}")
-        for table in ("meta", "commit_log", "subject", "cell", "encounter"):
+        query = "SELECT table_name FROM information_schema.tables WHERE table_schema = %s"
+        tables = [name for (name,) in connection.execute(query, (f"biodedup_{schema}",)).fetchall()]
+        for table in tables:
             connection.execute(f"CREATE TABLE kept_{schema}.{table} AS SELECT * FROM biodedup_{schema}.{table}")
         connection.execute("SELECT 1")
         enroll(engine, "bella", bella)
-        for table in ("meta", "commit_log", "subject", "cell", "encounter"):
+        for table in tables:
             connection.execute(f"TRUNCATE biodedup_{schema}.{table}")
             connection.execute(f"INSERT INTO biodedup_{schema}.{table} SELECT * FROM kept_{schema}.{table}")
     with pytest.raises(bd.GalleryDamaged, match="restored to an older state"):
@@ -532,9 +535,36 @@ def test_the_calls_of_several_front_ends_are_one_audit_log(register):
 def test_a_register_of_an_older_release_gets_the_tables_that_it_lacks(register):
     engine = register(bd.Config(audit="none"), cluster=NO_POLL)
     catalogue = internals(engine).catalogue
-    for table in ("audit", "audit_span", "approval_signature"):
+    for table in ("audit", "audit_span", "approval_signature", "chain", "digest", "row_change"):
         catalogue._run(f"DROP TABLE {catalogue._table(table)}")
+    catalogue._run(f"DELETE FROM {catalogue._table('meta')} WHERE key IN ('audit', 'signatures', 'chain')")
     engine.close()
     engine = register()
     enroll(engine, "anna", people(1)[0])
     assert [record.call for record in engine.audit_records()] == ["enroll"]
+    engine.close()
+    found = jobs.verify_log(register.url, engine.config)
+    assert not found.problems and found.links == 2 and "the chain begins at commit 1" in found.notes[0]
+
+
+def test_a_table_that_a_register_had_is_not_laid_anew(register):
+    engine = register(cluster=NO_POLL)
+    catalogue = internals(engine).catalogue
+    catalogue._run(f"DROP TABLE {catalogue._table('approval')}")
+    with pytest.raises(bd.GalleryDamaged, match="table approval is lost"):
+        register()
+
+
+@pytest.mark.slow
+def test_calls_of_a_front_end_that_only_reads_are_recorded(register):
+    config = bd.Config(audit="all")
+    writer = register(config, cluster=NO_POLL)
+    enroll(writer, "anna", people(1)[0])
+    reader = register(config, cluster=NO_POLL, read_only=True)
+    reader.subject("anna")
+    reader.templates("anna")
+    reader.close()
+    seen = [(record.call, record.principal[:3]) for record in writer.audit_records()]
+    assert seen == [("enroll", "os:"), ("subject", "os:"), ("templates", "os:")]
+    enroll(writer, "bella", people(2)[1])
+    assert writer.problems() == []

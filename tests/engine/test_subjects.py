@@ -41,7 +41,7 @@ def test_a_subject_that_was_removed_keeps_its_history(engine):
     engine.remove("anna")
     anna = engine.subject("anna")
     assert not anna.enrolled and [decision.outcome for decision in anna.decisions] == ["unique"]
-    with pytest.raises(bd.UnknownSubject, match="no decision is about it"):
+    with pytest.raises(bd.UnknownSubject, match="has no decision"):
         engine.subject("bella")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import threading
 from contextlib import closing, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
@@ -20,12 +22,15 @@ from typer.testing import CliRunner
 import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.commands import app
-from biodedup.gallery.catalogue.chain import CHAINED, ChainHash, Digest, pack_row
-from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, row_checksum
+from biodedup.gallery.catalogue import chain_writer
+from biodedup.gallery.catalogue.chain import CHAINED, ChainHash, Digest, is_chained, pack_row
+from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.testing import internals
 from tests.support.faults import Countdown, FailingStorage
-from tests.support.galleries import enroll, small
+from tests.support.galleries import PEOPLE, enroll, small
+from tests.support.places import Folder, Register
+from tests.support.vectors import SFACE
 
 KEY = bytes(range(1, 33))
 CONFIGS = {"clear": small(seal_rows=1000), "keyed": replace(small(seal_rows=1000), keys=lambda: KEY)}
@@ -36,21 +41,48 @@ def config(request):
     return CONFIGS[request.param]
 
 
+def fill(engine):
+    for i in range(4):
+        enroll(engine, i)
+    gallery = internals(engine).gallery
+    with gallery.transaction() as transaction:
+        transaction.judge([bd.Verdict("e1", "s1", "s0", "different", "anna", 1.0, "")], [])
+    engine.remove("s2")
+    gallery.seal()
+    for i in range(4, 7):
+        enroll(engine, i)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("log")
     for name, config in CONFIGS.items():
         with bd.Engine.open(folder / name, config) as engine:
-            for i in range(4):
-                enroll(engine, i)
-            gallery = internals(engine).gallery
-            with gallery.transaction() as transaction:
-                transaction.judge([bd.Verdict("e1", "s1", "s0", "different", "anna", 1.0, "")], [])
-            engine.remove("s2")
-            gallery.seal()
-            for i in range(4, 7):
-                enroll(engine, i)
+            fill(engine)
     return folder
+
+
+REGISTER = (pytest.mark.cluster, pytest.mark.slow)
+
+
+@pytest.fixture(params=[*CONFIGS, *(pytest.param(f"register, {name}", marks=REGISTER) for name in CONFIGS)])
+def place(request, tmp_path, made):
+    """A gallery in a folder, or a register in PostgreSQL, in the clear or with a key."""
+    where, _, name = request.param.rpartition(", ")
+    if not where:
+        shutil.copytree(made / name, tmp_path / "g")
+        yield Folder(CONFIGS[name], tmp_path / "g")
+        return
+    postgres = request.getfixturevalue("postgres")
+    register = Register.new(CONFIGS[name], postgres, f"log{next(_numbers)}", tmp_path / "store")
+    with register.open() as engine:
+        fill(engine)
+    yield register
+    if register.connection is not None:
+        register.connection.close()
+
+
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -77,17 +109,16 @@ def auditor(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_gallery_that_nobody_touched_is_sound_from_its_first_commit_on(folder, config):
-    found = jobs.verify_log(folder, config)
+def test_a_gallery_that_nobody_touched_is_sound_from_its_first_commit_on(place):
+    found = place.verified()
     assert found.problems == found.notes == ()
     assert found.first_commit == 0 and found.commit == found.links - 1
-    assert found.keyed == (config.keys is not None) and found.files
+    assert found.keyed == (place.config.keys is not None) and found.files
 
 
 @pytest.mark.slow
-def test_the_digest_of_a_table_is_the_sum_of_its_rows_hashes(folder, config):
-    with closing(LocalStorage(config.keys).connect(folder / "gallery.sqlite3", read_only=True)) as database:
-        catalogue = SqliteCatalogue(database)
+def test_the_digest_of_a_table_is_the_sum_of_its_rows_hashes(place):
+    with place.catalogue() as catalogue:
         stored = catalogue.digests()
         for table in ("subject", "cell", "encounter", "verdict", "segment", "policy"):
             rows = list(catalogue.rows_of(table))
@@ -97,52 +128,52 @@ def test_the_digest_of_a_table_is_the_sum_of_its_rows_hashes(folder, config):
             assert stored[table] == Digest(len(rows), sum(int.from_bytes(value, "big") for value in hashes) % 2**2048)
 
 
-def test_a_deleted_verdict_is_named_with_its_commit(folder, config):
-    forge(folder, config, "DELETE FROM verdict")
-    assert problems(folder, config) == [
+def test_a_deleted_verdict_is_named_with_its_commit(place):
+    place.run("DELETE FROM verdict")
+    assert place.problems() == [
         "table verdict: its 0 rows differ from the 1 rows of the last commit: rows were changed, forged, deleted or restored from an older copy",
         "table verdict: a row of commit 5 is missing or changed",
     ]
 
 
 @pytest.mark.slow
-def test_a_decision_that_was_changed_with_its_checksum_is_named(folder, config):
-    changed = change_decision(folder, config)
-    found = problems(folder, config)
+def test_a_decision_that_was_changed_with_its_checksum_is_named(place):
+    changed = change_decision(place)
+    found = place.problems()
     assert "table encounter: no commit wrote the row 'e5' in this form" in found and len(found) == 3
     assert changed[2] == "duplicate"
 
 
-def test_a_journal_that_was_changed_is_not_opened(folder, config):
-    change_decision(folder, config)
+def test_a_journal_that_was_changed_is_not_opened(place):
+    change_decision(place)
     for read_only in (False, True):
         with pytest.raises(bd.GalleryDamaged, match=r"table encounter .* log verify"):
-            bd.Engine.open(folder, config, read_only=read_only)
+            place.open(read_only=read_only)
 
 
-def test_verdicts_and_audit_records_that_were_dropped_are_not_answered_as_if_all_were_there(folder, config):
-    forge(folder, config, "DELETE FROM verdict")
-    forge(folder, config, "DELETE FROM audit WHERE number = (SELECT max(number) FROM audit)")
-    with bd.Engine.open(folder, config, read_only=True) as engine:
+def test_verdicts_and_audit_records_that_were_dropped_are_not_answered_as_if_all_were_there(place):
+    place.run("DELETE FROM verdict")
+    place.run("DELETE FROM audit WHERE number = (SELECT max(number) FROM audit)")
+    with place.open(read_only=True) as engine:
         with pytest.raises(bd.GalleryDamaged, match=r"table verdict .* log verify"):
             engine.verdicts()
         with pytest.raises(bd.GalleryDamaged, match=r"newest records were deleted; run `biodedup log verify`"):
             list(engine.audit_records())
 
 
-def change_decision(folder, config):
-    (row,) = forge(folder, config, "SELECT * FROM encounter WHERE encounter_id = 'e5'")
+def change_decision(place):
+    (row,) = (row for row in place.rows("encounter") if row[0] == "e5")
     changed = (*row[:2], "duplicate", row[3])
-    forge(folder, config, "REPLACE INTO encounter VALUES (?, ?, ?, ?, ?)", (*changed, row_checksum(changed)))
+    place.put("encounter", changed)
     return changed
 
 
-def test_what_was_tampered_with_stays_visible_after_later_commits_and_a_seal(folder, config):
-    forge(folder, config, "DELETE FROM verdict")
-    with bd.Engine.open(folder, config) as engine:
+def test_what_was_tampered_with_stays_visible_after_later_commits_and_a_seal(place):
+    place.run("DELETE FROM verdict")
+    with place.open() as engine:
         enroll(engine, 8)
         internals(engine).gallery.seal()
-    assert any("table verdict" in problem for problem in problems(folder, config))
+    assert any("table verdict" in problem for problem in place.problems())
 
 
 def test_rows_of_the_journal_are_listed_until_they_are_sealed(folder, config):
@@ -158,36 +189,73 @@ def test_rows_of_the_journal_are_listed_until_they_are_sealed(folder, config):
     assert listed() == (0, 6) and not problems(folder, config)
 
 
-def test_earlier_digests_stop_the_next_writer(folder, config):
-    old = forge(folder, config, "SELECT * FROM digest WHERE name = 'subject'")[0]
-    with bd.Engine.open(folder, config) as engine:
+def test_earlier_digests_stop_the_next_writer(place):
+    old = next(row for row in place.rows("digest") if row[0] == "subject")
+    with place.open() as engine:
         enroll(engine, 8)
-        forge(folder, config, "REPLACE INTO digest VALUES (?, ?, ?, ?)", old)
-    assert any("table digest" in problem for problem in problems(folder, config))
+        place.put("digest", old)
+    assert any("table digest" in problem for problem in place.problems())
     with pytest.raises(bd.GalleryDamaged, match="log verify"):
-        bd.Engine.open(folder, config)
+        place.open()
 
 
-def test_counters_that_were_put_back_are_named(folder, config):
-    old = forge(folder, config, "SELECT * FROM meta WHERE key = 'state'")[0]
-    with bd.Engine.open(folder, config) as engine:
+def test_counters_that_were_put_back_are_named(place):
+    old = next(row for row in place.rows("meta") if row[0] == "state")
+    with place.open() as engine:
         engine.remove("s4")
-    forge(folder, config, "REPLACE INTO meta VALUES (?, ?, ?)", old)
-    assert any("counters" in problem for problem in problems(folder, config))
+    place.put("meta", old)
+    assert any("counters" in problem for problem in place.problems())
     with pytest.raises(bd.GalleryDamaged, match="counters"):
-        bd.Engine.open(folder, config)
+        place.open()
 
 
-def test_a_dropped_link_is_named(folder, config):
-    forge(folder, config, "DELETE FROM chain WHERE number = 4")
-    assert problems(folder, config) == ["links 4 to 4 of the chain are missing: commits were deleted"]
+def probe(i):
+    return bd.Encounter(templates={"face": PEOPLE[i]}, model_id=SFACE)
 
 
-def test_a_changed_link_is_named(folder, config):
-    (row,) = forge(folder, config, "SELECT * FROM chain WHERE number = 4")
-    changed = (*row[:5], bytes(32), row[6])
-    forge(folder, config, "REPLACE INTO chain VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*changed, row_checksum(changed)))
-    assert problems(folder, config) == [
+@pytest.mark.parametrize("forged", ["put back", "deleted", "changed"])
+def test_budgets_that_were_forged_are_named_and_refill_nothing(place, forged):
+    with place.open() as engine:
+        engine.set_policy(replace(engine.policy, subject_calls_per_day=3), by="anna", reason="scores leak")
+        engine.verify(probe(0), "s0")
+        engine.verify(probe(1), "s1")
+        before = next(row for row in place.rows("budget") if "s0" in row[0])
+        engine.verify(probe(0), "s0")
+    assert not place.problems()
+    if forged == "deleted":
+        place.run("DELETE FROM budget WHERE key = ?", before[:1])
+    else:
+        place.put("budget", before if forged == "put back" else (before[0], 1.0, 0))
+    (problem,) = place.problems()
+    assert problem.startswith("table budget: its ")
+    with place.open() as engine, pytest.raises(bd.GalleryDamaged, match=r"table budget .* log verify"):
+        engine.verify(probe(0), "s0")
+
+
+def test_a_chain_from_before_it_covered_budgets_takes_them_in(place):
+    with place.open() as engine:
+        engine.set_policy(replace(engine.policy, subject_calls_per_day=3), by="anna", reason="scores leak")
+        with patch.object(chain_writer, "is_chained", lambda table, row: table != "budget" and is_chained(table, row)):
+            internals(engine).catalogue.chain.anew = "as an older release"
+            engine.verify(probe(0), "s0")
+            internals(engine).catalogue.chain.anew = ""
+            with internals(engine).gallery.transaction() as transaction:
+                transaction.caller_tables()._delete("meta WHERE key = ?", [("budgets",)])
+    with place.open() as engine:
+        engine.verify(probe(0), "s0")
+    found = place.verified()
+    assert not found.problems and any("more tables" in note for note in found.notes)
+
+
+def test_a_dropped_link_is_named(place):
+    place.run("DELETE FROM chain WHERE number = 4")
+    assert place.problems() == ["links 4 to 4 of the chain are missing: commits were deleted"]
+
+
+def test_a_changed_link_is_named(place):
+    row = place.rows("chain")[3]
+    place.put("chain", (*row[:5], bytes(32), row[6]))
+    assert place.problems() == [
         "link 4 (commit 3) does not follow the link before: it was changed, or restored from an older copy"
     ]
 
@@ -215,32 +283,28 @@ def test_any_page_of_the_database_that_is_put_back_is_named_or_changes_nothing(f
 
 
 @pytest.mark.slow
-def test_structural_forgeries_of_rows_are_all_named(folder, config):
+def test_structural_forgeries_of_rows_are_all_named(place):
     """Rows deleted, swapped, doubled and put back from another time, with right checksums, by a forger who reads and writes the database."""
-    database, rng = folder / "gallery.sqlite3", random.Random(5)
-    earlier = content(folder, config)
-    with bd.Engine.open(folder, config) as engine:
+    rng = random.Random(5)
+    earlier = place.content()
+    with place.open() as engine:
         enroll(engine, 7)
         engine.remove("s6")
         with internals(engine).gallery.transaction() as transaction:
             transaction.judge([bd.Verdict("e7", "s7", "s0", "different", "anna", 1.0, "")], [])
-    later, bytes_later, named = content(folder, config), database.read_bytes(), {}
+    later, kept, named = place.content(), place.kept(), {}
     tables = [table for table in CHAINED if later[table]]
     for n in range(40):
         table = tables[n % len(tables)]
         rows, forged = later[table], forged_rows(rng, earlier[table], later[table])
         if sorted(map(repr, forged)) == sorted(map(repr, rows)):
             continue
-        with closing(LocalStorage(config.keys).connect(database, read_only=False)) as connection:
-            connection.execute(f"DELETE FROM {table}")
-            marks = ",".join("?" * (len(rows[0]) + 1))
-            for row in forged:
-                connection.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, row_checksum(row)))
-        assert any(
-            table in problem or "read" in problem or "counters" in problem for problem in problems(folder, config)
-        )
+        place.run(f"DELETE FROM {table}")
+        for row in forged:
+            place.insert(table, row)
+        assert any(table in problem or "read" in problem or "counters" in problem for problem in place.problems())
         named[table] = named.get(table, 0) + 1
-        database.write_bytes(bytes_later)
+        place.put_back(kept)
     assert sum(named.values()) > 25 and {"cell", "verdict", "encounter", "subject"} <= named.keys()
 
 
@@ -278,35 +342,35 @@ def test_a_segment_of_earlier_time_put_back_is_named(folder, config):
     assert any("segment 1" in problem for problem in problems(folder, config))
 
 
-def test_a_whole_gallery_of_an_earlier_time_is_a_rollback_against_a_checkpoint(folder, config, auditor, tmp_path):
-    (key, public), old = auditor, tmp_path / "old"
-    shutil.copytree(folder, old)
-    with bd.Engine.open(folder, config) as engine:
+def test_a_whole_gallery_of_an_earlier_time_is_a_rollback_against_a_checkpoint(place, auditor, tmp_path):
+    (key, public), old = auditor, place.kept()
+    with place.open() as engine:
         enroll(engine, 8)
-    made = jobs.log_checkpoint(folder, key, tmp_path / "c", config, clock=lambda: 5.0)
+    made = jobs.log_checkpoint(place.gallery, key, tmp_path / "c", place.config, clock=lambda: 5.0)
     assert made.time == json.loads((tmp_path / "c").read_text())["time"] == 5.0
-    assert problems(folder, config, checkpoint=tmp_path / "c", public_key=public) == []
-    (problem,) = problems(old, config, checkpoint=tmp_path / "c", public_key=public)
+    assert place.problems(checkpoint=tmp_path / "c", public_key=public) == []
+    place.put_back(old)
+    (problem,) = place.problems(checkpoint=tmp_path / "c", public_key=public)
     assert problem.startswith("rollback")
-    with bd.Engine.open(old, config) as engine:
+    with place.open() as engine:
         enroll(engine, 9)
         enroll(engine, 10)
-    (problem,) = problems(old, config, checkpoint=tmp_path / "c", public_key=public)
+    (problem,) = place.problems(checkpoint=tmp_path / "c", public_key=public)
     assert problem.startswith("fork")
 
 
-def test_a_chain_that_a_forger_computed_anew_is_a_fork_against_a_checkpoint(folder, config, auditor, tmp_path):
+def test_a_chain_that_a_forger_computed_anew_is_a_fork_against_a_checkpoint(place, auditor, tmp_path):
     """In the clear anybody can compute it. With the key, that is the insider who holds it."""
     key, public = auditor
-    jobs.log_checkpoint(folder, key, tmp_path / "c", config)
-    forge(folder, config, "DELETE FROM verdict")
+    jobs.log_checkpoint(place.gallery, key, tmp_path / "c", place.config)
+    place.run("DELETE FROM verdict")
     for table in ("chain", "digest", "row_change"):
-        forge(folder, config, f"DELETE FROM {table}")
-    with bd.Engine.open(folder, config) as engine:
+        place.run(f"DELETE FROM {table}")
+    with place.open() as engine:
         for i in range(8, 12):
             enroll(engine, i)
-    assert not problems(folder, config)
-    (problem,) = problems(folder, config, checkpoint=tmp_path / "c", public_key=public)
+    assert not place.problems()
+    (problem,) = place.problems(checkpoint=tmp_path / "c", public_key=public)
     assert problem.startswith(("fork", "rollback"))
 
 
@@ -369,10 +433,10 @@ def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_log_that_is_not_sound_is_not_signed(folder, config, auditor, tmp_path):
-    forge(folder, config, "DELETE FROM verdict")
+def test_a_log_that_is_not_sound_is_not_signed(place, auditor, tmp_path):
+    place.run("DELETE FROM verdict")
     with pytest.raises(bd.GalleryDamaged, match="not valid"):
-        jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", config)
+        jobs.log_checkpoint(place.gallery, auditor[0], tmp_path / "c", place.config)
     assert not (tmp_path / "c").exists()
 
 

@@ -75,7 +75,7 @@ def test_utf_32_is_known_by_its_mark(tmp_path):
 
 def test_a_table_that_is_not_of_the_declared_encoding_is_refused_in_words(tmp_path):
     path = manifest(tmp_path / "m.csv", "utf-8")
-    with pytest.raises(bd.InvalidInput, match="header that is not UTF-16"):
+    with pytest.raises(bd.InvalidInput, match="is not UTF-16"):
         read_rows(path, TableOptions(encoding="utf-16"))
 
 
@@ -511,7 +511,7 @@ def test_a_guessed_encoding_is_reported(tmp_path):
     manifest(tmp_path / "m.csv", "cp1252")
     code, out, error = run("enroll-batch", "m.csv", "--check", cwd=tmp_path)
     assert code == 12  # the files are not there
-    assert "is read as Windows-1252" in error and "Windows-1252 (found by its letters" in out
+    assert "is read as Windows-1252" in error and "Windows-1252 (guessed from its letters" in out
     assert (
         "Windows-1252, guessed from"
         not in run("enroll-batch", "m.csv", "--check", "--encoding", "cp1252", cwd=tmp_path)[2]

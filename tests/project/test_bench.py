@@ -20,6 +20,7 @@ pytestmark = pytest.mark.bench
     [
         (["captures.py", "--smoke"], "faces a second", False),
         (["chain.py", "--smoke"], "many a commit: ratio", False),
+        (["subject_keys.py", "--smoke"], "a record: us to seal", False),
         (["tamper.py", "--smoke"], "random: undetected                       0", False),
         (["leaks.py", "--smoke"], "found encrypted                          0", False),
         (["front_ends.py", "--smoke"], "enrolments a second", False),

@@ -41,7 +41,6 @@ def verify(
 
     `doctor` also reads the blocks of the segment files.
     """
-    _refuse_url(gallery)
     report = jobs.verify_log(gallery, configured(gallery, config), checkpoint=checkpoint, public_key=public_key)
     counts = [(report.links, "link"), (report.rows, "row"), (report.files, "file"), (report.calls, "recorded call")]
     checked = ", ".join(counted(count, noun) for count, noun in counts)
@@ -143,7 +142,6 @@ def checkpoint(
     as_json: JsonOption = False,
 ) -> None:
     """Verify the hash chain and sign its newest value. Keep the file on another system: it can later prove a rollback or a fork."""
-    _refuse_url(gallery)
     made = jobs.log_checkpoint(gallery, key, out, configured(gallery, config), url=url)
     finish(made.to_dict(), f"commit {made.commit:,} is signed in {out}", as_json)
 
@@ -158,8 +156,3 @@ def key(
     finish(
         {"key": str(file), "public_key": public}, f"the public key {public} is in {file.with_suffix('.pub')}", as_json
     )
-
-
-def _refuse_url(gallery: Path) -> None:
-    if str(gallery).startswith(("postgresql:", "postgres:")):
-        raise InvalidInput("a register in PostgreSQL has no hash chain yet; name a gallery in a folder")

@@ -6,15 +6,20 @@ gallery/catalogue/audit.py defines the form and the hash chain of the records.
 1. A call that changes the gallery is recorded in the commit that carries it out. If the commit fails, both are absent.
 2. Records of other calls wait in memory until the next commit, at most `FLUSH_S`, or until more than `WAITING_MAX` wait; then the call that
    adds the last record commits all of them. A crash loses waiting records. Closing commits them.
-3. A call that cannot be recorded is not answered: if the disk fails and `WAITING_MAX` records wait, calls raise the error.
+3. A call that cannot be recorded is not answered: if the disk fails and `WAITING_MAX` records wait, calls raise the error. A process that only
+   reads commits at once, unless it has done so within the last `FLUSH_S`. Its records wait beside the gallery
+   (gallery/catalogue/readings.py), and the writer takes them in with its next commit.
 4. The record of a stream (except `enroll_many`) is made when its first item is requested, because a stream may never end.
 5. A call inside another call is recorded as well.
+6. A caller without a name is recorded as `os:` and the operating system's user of the process. No principal has such a name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import pwd
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,16 +27,20 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isgeneratorfunction, signature
+from math import inf
 from pathlib import Path
+from time import monotonic, time
 from typing import Any, TypeVar, cast
 
 from biodedup.errors import BiodedupError, GalleryDamaged, InvalidInput
-from biodedup.gallery.catalogue.audit import AuditRecord, archive_of, in_archive
+from biodedup.gallery.catalogue.audit import BROKEN, AuditRecord, archive_of, in_archive
+from biodedup.gallery.catalogue.readings import Waiting
 from biodedup.gallery.files.faults import translated
-from biodedup.gallery.files.filesystem import Storage
+from biodedup.gallery.files.filesystem import MALFORMED, Storage
 from biodedup.gallery.files.private import file_bytes, replace_private
 from biodedup.gallery.gallery import Gallery
 from biodedup.gallery.transaction import Transaction
+from biodedup.principals import USER_PREFIX
 from biodedup.texts import ID_LENGTH_MAX
 from biodedup.values import Decision, Encounter, Verification
 
@@ -74,7 +83,7 @@ class Call:
     ) -> AuditRecord:
         return AuditRecord(
             at=at,
-            principal=self.principal,
+            principal=self.principal or process_user(),
             purpose=self.purpose,
             call=kind,
             subject_id=subject_id,
@@ -131,13 +140,17 @@ class AuditLog:
 
     def __init__(self, gallery: Gallery, mode: str, clock: Callable[[], float]) -> None:
         self.mode, self.clock = mode, clock
-        self.waits = mode == "all" and not gallery.read_only
+        self.waits = mode == "all"
         """Whether calls without a commit are recorded."""
         self._gallery = gallery
         self._waiting: list[AuditRecord] = []
         self._staged: tuple[int, Call | None] = (0, None)
         """(the number of waiting records in the present commit, the call that it carries out)."""
-        self._lock = threading.Lock()
+        self._taken: Waiting | None = None
+        """Calls of readers that the present commit holds."""
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
+        self._flushed = -inf
+        """When a reader last recorded, on the clock of `monotonic`."""
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if mode != "none" and not gallery.read_only:
@@ -171,7 +184,8 @@ class AuditLog:
             return  # the engine is closed
         with self._lock:
             self._waiting += records
-            full = len(self._waiting) > WAITING_MAX
+            due = self._gallery.read_only and monotonic() - self._flushed >= FLUSH_S
+            full = due or len(self._waiting) > WAITING_MAX
             if self._thread is None:
                 self._thread = threading.Thread(target=self._flush_on_time, name="biodedup-audit", daemon=True)
                 self._thread.start()
@@ -189,11 +203,27 @@ class AuditLog:
             waiting = list(self._waiting)
         self._staged = len(waiting), call
         own = [] if call is None else call.records()
-        transaction.add_audit([*waiting, *own, *transaction.audited])
+        transaction.add_audit([*self._of_readers(transaction), *waiting, *own, *transaction.audited])
+
+    def _of_readers(self, transaction: Transaction) -> list[AuditRecord]:
+        """Their calls, which this commit takes in. What is damaged is left for `log verify` to name: it must not stop a writer."""
+        try:
+            self._taken = found = self._gallery.waiting_readings()
+        except (BiodedupError, *MALFORMED) as error:
+            _log.warning("audit: calls of readers cannot be taken in: %s", error)
+            return []
+        if found is None:
+            return []
+        transaction.caller_tables().put_readers_taken(found.last)
+        broken = AuditRecord(at=self.clock(), principal="", purpose="", call=BROKEN, outcome=found.problem)
+        return [*found.records, *([broken] if found.problem else [])]
 
     def settle(self) -> None:
         count, call = self._staged
         self._staged = 0, None
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self._gallery.forget_readings(taken.last.number)
         with self._lock:
             del self._waiting[:count]
         if call is not None:
@@ -201,15 +231,37 @@ class AuditLog:
 
     def flush(self) -> None:
         """Commits the waiting records. Raises StorageUnavailable, GalleryBusy; then the records still wait."""
+        if self._gallery.read_only:
+            self._flush_reader()
+            return
         with self._lock:
-            if not self._waiting:
-                return
+            waiting = bool(self._waiting)
+        if not waiting and not self._has_readings():  # takes the gallery's lock, under which `stage` takes ours
+            return
         token = _current.set(None)
         try:
             with self._gallery.transaction() as transaction:
                 transaction.manifest_changed = True
         finally:
             _current.reset(token)
+
+    def _has_readings(self) -> bool:
+        """Whether calls of readers are to be taken in."""
+        try:
+            return self.mode != "none" and self._gallery.waiting_readings() is not None
+        except (BiodedupError, *MALFORMED) as error:
+            _log.warning("audit: calls of readers cannot be taken in: %s", error)
+            return False
+
+    def _flush_reader(self) -> None:
+        with self._flushing:
+            with self._lock:
+                waiting = list(self._waiting)
+            if waiting:
+                self._gallery.record_reading(waiting)
+                with self._lock:
+                    del self._waiting[: len(waiting)]
+            self._flushed = monotonic()
 
     def close(self) -> None:
         """Commits the waiting records. If that fails, a log message states how many records are lost."""
@@ -234,6 +286,27 @@ class AuditLog:
                 self.flush()
             except (BiodedupError, MemoryError) as error:
                 _log.warning("audit: records of calls wait for the next commit: %s", error)
+
+
+@contextmanager
+def recorded_reading(gallery: Gallery, mode: str, kind: str, count: int) -> Iterator[None]:
+    """Records that a process reads a gallery without an engine, at the end of the block. mode: of `config.AUDITS`; count: of subjects. Raises
+    StorageUnavailable, GalleryBusy where it cannot be recorded."""
+    log = AuditLog(gallery, mode, time)
+    try:
+        with log.made(Call(log, kind, "", "", count=count)):
+            yield
+    finally:
+        log.close()
+
+
+def process_user() -> str:
+    """Who calls without a name: `os:` and the operating system's user of this process."""
+    number = os.geteuid()
+    try:
+        return USER_PREFIX + pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"{USER_PREFIX}{number}"
 
 
 def move_old(transaction: Transaction, storage: Storage, out: Path, before: float) -> int:

@@ -11,7 +11,9 @@ Owns the token buckets and the detection of hill climbing. Never compares with t
    are only in memory: the last few, for a limited number of pairs of caller and subject. The number of rises is in the database.
 4. An answer that is withheld because a subject is exhausted or locked gives the caller information. A caller that receives `climbs_max`
    such answers in a day (without `climbs_max`, `STOPPED_AT`) is stopped for a day. This does not apply to callers without a name.
-5. If the clock is set back, a bucket is at most empty.
+5. The hash chain covers the budgets in the database. They are compared with it at the first call of a process, and then at one call of
+   `_TIDY_CALLS`.
+6. If the clock is set back, a bucket is at most empty.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ NEAR = 0.5
 captures of one person (LFW, 2026-11)."""
 _REMEMBERED, _PAIRS_MAX = 16, 4_096  # failed captures of a pair of caller and subject; pairs
 NO_SUBJECTS: Mapping[str, int] = MappingProxyType({})
-_TIDY_CALLS = 1_000  # after so many calls, expired budgets are deleted
+_TIDY_CALLS = 1_000  # after so many calls, budgets are compared with the hash chain, and expired budgets are deleted
 CLIMBING, STOPPED = "climbing", "stopped"
 STOPPED_AT = 5
 
@@ -62,6 +64,8 @@ class _Counts(Protocol):
 
     def put_budget(self, key: str, until: float, climbs: int) -> None: ...
 
+    def check_budgets(self) -> None: ...
+
     def forget_budgets(self, now: float) -> None: ...
 
     def drop_budget(self, key: str) -> None: ...
@@ -81,6 +85,9 @@ class _InMemory:
 
     def put_budget(self, key: str, until: float, climbs: int) -> None:
         self.rows[key] = until, climbs
+
+    def check_budgets(self) -> None:
+        pass
 
     def forget_budgets(self, now: float) -> None:
         self.rows = {key: row for key, row in self.rows.items() if row[0] > now}
@@ -175,6 +182,7 @@ class Budgets:
         now = self._clock()
         with self._counting(write=bool(buckets)) as counts:
             if self._calls % _TIDY_CALLS == 0:
+                counts.check_budgets()
                 counts.forget_budgets(now)
             self._calls += 1
             if stops:

@@ -36,6 +36,7 @@ from biodedup.gallery.files.names import (
     MERGES_FOLDER,
     NEW_NAME,
     NEW_SUFFIX,
+    READERS_NAME,
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.segments.layout import file_name, number_of
@@ -169,7 +170,7 @@ def _new_database(storage: Storage, path: Path) -> Iterator[sqlite3.Connection]:
 def _copied_databases(storage: Storage, source: Path, target: Path) -> tuple[list[str], tuple[str, ...]]:
     """Copies the databases of jobs, each under its name with NEW_SUFFIX. Returns (the copied ones, the damaged ones)."""
     copied, damaged = [], []
-    for name in (BACKLOG_NAME, LEDGER_NAME):
+    for name in (BACKLOG_NAME, LEDGER_NAME, READERS_NAME):
         if name not in (storage.list_names(source) or ()):
             continue
         try:

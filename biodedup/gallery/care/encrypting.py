@@ -34,12 +34,13 @@ from biodedup.gallery.files.names import (
     LOCK_NAME,
     MERGES_FOLDER,
     NEW_SUFFIX,
+    READERS_NAME,
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.files.private import replace_private
 from biodedup.keys import KeySource
 
-_DATABASES = (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME)
+_DATABASES = (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME, READERS_NAME)
 _AT_CWD, _EXCHANGE = -100, 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 

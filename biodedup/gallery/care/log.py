@@ -1,18 +1,20 @@
 """Verifies the hash chain of a gallery: its links, the present rows, the audit log, and a checkpoint that was kept outside.
 
-Owns the list of problems. Never changes the chain, and never verifies the signature of a checkpoint.
+Owns the list of problems. Never changes the chain, and never verifies the signature of a checkpoint. `cluster/log.py` does the same for a
+register in PostgreSQL.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from biodedup.common.described import Described
-from biodedup.errors import CallerError, GalleryDamaged
+from biodedup.errors import CallerError, GalleryDamaged, StorageUnavailable
 from biodedup.gallery.care.verify import connected, read_manifest
 from biodedup.gallery.catalogue.approvals import wrong_signatures
 from biodedup.gallery.catalogue.chain import (
@@ -27,7 +29,8 @@ from biodedup.gallery.catalogue.chain import (
     is_listed,
     pack_row,
 )
-from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
+from biodedup.gallery.catalogue.readings import Readings
+from biodedup.gallery.catalogue.sqlite import CatalogueTables
 from biodedup.gallery.files.filesystem import MALFORMED, Storage
 
 _NAMED_MAX = 20  # the number of problems that are named for each table
@@ -73,31 +76,61 @@ def verify_chain(
     StorageUnavailable."""
     try:
         with connected(storage, folder) as catalogue:
-            gallery_id = catalogue.meta()["gallery_id"]
             manifest = read_manifest(storage, folder, catalogue)
             for file in manifest.files.values():
                 file.close()
             catalogue.begin_reading()
             try:
                 files = [str(problem) for problem in manifest.problems]
-                return _Check(catalogue, gallery_id, mark, public_keys).report(files, len(manifest.files))
+                report = check_log(catalogue, files, len(manifest.files), mark, public_keys)
             finally:
                 catalogue.rollback()
+            return _with_readings(report, Readings(storage, folder, catalogue.readers_taken, read_only=True))
     except (GalleryDamaged, *MALFORMED) as error:
-        if isinstance(error, CallerError | MemoryError):
-            raise
-        return LogReport(
-            gallery_id="",
-            keyed=False,
-            first_commit=0,
-            commit=0,
-            links=0,
-            rows=0,
-            files=0,
-            problems=(f"the gallery cannot be read: {error}",),
-            notes=(),
-            mark=None,
-        )
+        return unreadable(error)
+
+
+def _with_readings(report: LogReport, readings: Readings) -> LogReport:
+    """What is wrong with the calls of readers that no writer has taken into the audit log yet."""
+    try:
+        with closing(readings):
+            waiting = readings.waiting()
+    except (GalleryDamaged, StorageUnavailable) as error:
+        return replace(report, problems=(*report.problems, f"calls of readers cannot be read: {error}"))
+    if waiting is None:
+        return report
+    note = f"{len(waiting.records)} calls of readers are not in the audit log yet; the next writer takes them in"
+    found = [f"calls of readers: {waiting.problem}"] if waiting.problem else []
+    return replace(report, problems=(*report.problems, *found), notes=(*report.notes, note))
+
+
+def check_log(
+    catalogue: CatalogueTables,
+    problems: Sequence[str],
+    files: int,
+    mark: Mark | None,
+    public_keys: Mapping[str, Collection[str]],
+) -> LogReport:
+    """Of a database alone, inside the caller's transaction. problems: of the segment files; files: how many there are."""
+    return _Check(catalogue, catalogue.meta()["gallery_id"], mark, public_keys).report(problems, files)
+
+
+def unreadable(error: Exception) -> LogReport:
+    """Of a gallery that cannot be read. Raises the error where it is the caller's, or a lack of memory."""
+    if isinstance(error, CallerError | MemoryError):
+        raise error
+    return LogReport(
+        gallery_id="",
+        keyed=False,
+        first_commit=0,
+        commit=0,
+        links=0,
+        rows=0,
+        files=0,
+        problems=(f"the gallery cannot be read: {error}",),
+        notes=(),
+        mark=None,
+    )
 
 
 class _Check:
@@ -105,7 +138,7 @@ class _Check:
 
     def __init__(
         self,
-        catalogue: SqliteCatalogue,
+        catalogue: CatalogueTables,
         gallery_id: str,
         mark: Mark | None,
         public_keys: Mapping[str, Collection[str]],

@@ -21,12 +21,15 @@ from biodedup.gallery.files.names import (
     MERGES_FOLDER,
     NEW_NAME,
     NEW_SUFFIX,
+    READERS_NAME,
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.files.private import refuse_link
 from biodedup.gallery.segments.layout import number_of
 
-_DATABASES = [name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME) for suffix in ("", NEW_SUFFIX)]
+_DATABASES = [
+    name + suffix for name in (DATABASE_NAME, BACKLOG_NAME, LEDGER_NAME, READERS_NAME) for suffix in ("", NEW_SUFFIX)
+]
 _WORKING = {
     NEW_NAME,
     KEY_NAME,

@@ -25,6 +25,7 @@ from biodedup.gallery.files.names import (
     BACKLOG_NAME,
     DATABASE_NAME,
     LEDGER_NAME,
+    READERS_NAME,
     SEGMENT_FOLDER,
 )
 from biodedup.gallery.opening import check_format
@@ -85,7 +86,7 @@ def inspect(storage: Storage, folder: Path) -> list[Problem]:
 def _problems_of_job_databases(storage: Storage, folder: Path) -> list[Problem]:
     """The problems of the databases of the enrolment queue and of field kits."""
     problems = []
-    for name in {BACKLOG_NAME, LEDGER_NAME}.intersection(storage.list_names(folder) or ()):
+    for name in {BACKLOG_NAME, LEDGER_NAME, READERS_NAME}.intersection(storage.list_names(folder) or ()):
         try:
             with (
                 translated(f"reading {folder / name}"),

@@ -32,6 +32,8 @@ AUDIT_COLUMNS = {
     "audit_span": "number INTEGER PRIMARY KEY, last INTEGER, since REAL, until REAL, key_id TEXT, before BLOB, value BLOB, digest BLOB, "
     "records BLOB",
 }
+BROKEN = "readers"
+"""The call of a record that says that calls of readers do not follow from each other (readings.py)."""
 SPAN_ROWS, UNPACKED_MAX = 2_000, 4_000
 """Records in a span; the number of unpacked records at which a span is packed."""
 _ARCHIVE_TITLE = "biodedup audit archive 1"
@@ -250,6 +252,7 @@ class AuditCheck:
             self.problems.append(str(error))
             return
         self.records += len(read)
+        self._note_readers(read)
         if span.key_id in ("", self.chain_hash.key_id):
             *_, value = chained(self.chain_hash if span.key_id else ChainHash(None), span.before, read)
             if value != span.value:
@@ -259,6 +262,13 @@ class AuditCheck:
                 f"audit records {span.number} to {span.last} were made with key {span.key_id}, which is not available"
             )
 
+    def _note_readers(self, records: Iterable[AuditRecord]) -> None:
+        for record in records:
+            if record.call == BROKEN:
+                self.notes.append(
+                    f"audit record {record.number}: calls of readers that were taken in: {record.outcome}"
+                )
+
     def rows(self, rows: Iterable[Sequence[Any]], head: AuditHead) -> None:
         """Verifies the unpacked records and the head."""
         found = []
@@ -267,6 +277,7 @@ class AuditCheck:
         for row in rows:
             record = record_of(row)
             self.records += 1
+            self._note_readers([record])
             if record.number != self._next:
                 lost = f"{self._next} to {record.number - 1}" if record.number - 1 > self._next else f"{self._next}"
                 found.append(f"audit record {lost} is missing: it was deleted or reordered")

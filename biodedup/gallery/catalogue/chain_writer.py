@@ -84,9 +84,9 @@ class ChainWriter:
         if is_chained(table, row):
             self.changes.put(table, packed, listed=is_listed(table, row))
 
-    def drop(self, table: str, row: Sequence[Any]) -> None:
+    def drop(self, table: str, row: Sequence[Any], *, listed: bool = True) -> None:
         if is_chained(table, row):
-            self.changes.drop(table, pack_row(row), listed=is_listed(table, row))
+            self.changes.drop(table, pack_row(row), listed=listed and is_listed(table, row))
 
     # reading ------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from biodedup.gallery.answers import StoredDecision
 from biodedup.gallery.catalogue.audit import AuditHead, AuditRecord, AuditSpan
-from biodedup.gallery.catalogue.chain import ChainHash
+from biodedup.gallery.catalogue.chain import ChainHash, Link
+from biodedup.gallery.catalogue.readings import Place
 from biodedup.gallery.catalogue.sqlite import ColumnModel, JournalCell, State
 from biodedup.gallery.files.encryption.transform import Transform
 from biodedup.gallery.files.index_codec import FaissCodec
@@ -46,8 +47,9 @@ class Catalogue(Protocol):
     def close(self) -> None: ...
 
     def compared_with_chain(self) -> AbstractContextManager[None]:
-        """Inside the context, compares each table that is read completely with the hash chain, if the database has one. Raises
-        GalleryDamaged."""
+        """Inside the context, compares each table that is read completely with the hash chain. Raises GalleryDamaged."""
+
+    def link_of(self, version: int) -> Link | None: ...
 
     # the gallery itself -----------------------------------------------------------------------------------------
 
@@ -86,6 +88,10 @@ class Catalogue(Protocol):
     def forget_cases(self, encounter_ids: Iterable[str]) -> None: ...
 
     def transform(self) -> Transform | None: ...
+
+    def has_subject_keys(self) -> bool: ...
+
+    def set_subject_keys(self) -> None: ...
 
     def set_transform(self, transform_id: str) -> None: ...
 
@@ -137,6 +143,8 @@ class Catalogue(Protocol):
 
     def forget_budgets(self, now: float) -> None: ...
 
+    def check_budgets(self) -> None: ...
+
     def drop_budget(self, key: str) -> None: ...
 
     def alarms(self) -> list[tuple[Any, ...]]: ...
@@ -168,6 +176,10 @@ class Catalogue(Protocol):
     def put_audit_span(self, span: AuditSpan) -> None: ...
 
     def add_audit(self, records: Sequence[AuditRecord]) -> None: ...
+
+    def readers_taken(self) -> Place: ...
+
+    def put_readers_taken(self, place: Place) -> None: ...
 
     # cases ------------------------------------------------------------------------------------------------------
 

@@ -31,9 +31,9 @@ to SQLite.
 | audit | one call, with the hash that chains it to the previous call (audit.py) |
 | audit_span | many old calls, packed; never deleted, but its content may move to an archive file |
 | index_codec | one trained FAISS codec of a column: its factory string, its properties, the empty index |
-| chain | one link of the hash chain over the commits (chain.py); in SQLite only |
-| digest | the digest of the present rows of one table; in SQLite only |
-| row_change | the rows that a commit inserted and deleted, by the first bytes of their hashes; journal rows until they are sealed; in SQLite only |
+| chain | one link of the hash chain over the commits (chain.py) |
+| digest | the digest of the present rows of one table |
+| row_change | the rows that a commit inserted and deleted, by the first bytes of their hashes; journal rows until they are sealed |
 
 Every row ends with a checksum of its values, since SQLite has no checksums. A row with a wrong checksum raises GalleryDamaged.
 """
@@ -44,7 +44,7 @@ import json
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +70,7 @@ from biodedup.gallery.catalogue.chain import (
     AUDIT_HEAD,
     BEGUN,
     CHAIN_COLUMNS,
+    COVERED,
     JOURNAL,
     NO_LINK,
     ChainHash,
@@ -82,6 +83,7 @@ from biodedup.gallery.catalogue.chain import (
     pack_row,
 )
 from biodedup.gallery.catalogue.chain_writer import ChainWriter
+from biodedup.gallery.catalogue.readings import TAKEN, Place
 from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.index_codec import FaissCodec
 from biodedup.gallery.index_settings import IndexSettings, asked_in, read_settings
@@ -124,7 +126,7 @@ COLUMNS_OF = {
     **SIGNATURE_COLUMNS,
 }
 _EVERY = COLUMNS_OF | CHAIN_COLUMNS
-_ADDED = {
+ADDED = {
     "review_case": "cases",
     "verdict": "cases",
     "pending": "encounters",
@@ -136,7 +138,7 @@ _ADDED = {
     "chain": "chain",
     "digest": "chain",
     "row_change": "chain",
-    "budget": "access",
+    "budget": "budgets",
     "alarm": "access",
     "approval": "access",
     "audit": "audit",
@@ -147,9 +149,8 @@ _ADDED = {
 """Table that older releases did not have -> the row of `meta` which says that the table exists. A writer creates missing tables when it
 opens."""
 
-ADDED_SETTINGS = frozenset(_ADDED.values()) - {"chain"}
-"""The settings of tables that both databases have. The hash chain is in SQLite only."""
-_RENEWED = frozenset(_ADDED.values()) - {"encounters"}
+ADDED_SETTINGS = frozenset(ADDED.values())
+_RENEWED = ADDED_SETTINGS - {"encounters"}
 """Settings that `SqliteCatalogue.renew` sets. `Transaction.adopt_cases` sets `encounters`."""
 
 INDEXED = {"verdict": ("encounter_id",), "link": ("encounter_id", "other")}
@@ -197,9 +198,11 @@ class JournalCell:
 
 
 class CatalogueTables(ABC):
-    """The meaning of the rows of a gallery's tables, for any database. Subclasses execute the statements."""
+    """The meaning of the rows of a gallery's tables, for any database. Subclasses execute the statements. Each commit adds a link
+    to the hash chain (chain.py)."""
 
-    tables: Mapping[str, str] = COLUMNS_OF
+    tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
+    chain: ChainWriter
     transforms: Callable[[str], Transform] | None = None
     """transform_id -> the secret transform of stored embeddings; None without a key."""
 
@@ -228,11 +231,12 @@ class CatalogueTables(ABC):
 
     def set_state(self, state: State) -> None:
         self.put("meta", [("state", json.dumps(vars(state)))])
+        self.chain.state = state
 
     def policies(self) -> list[PolicyVersion]:
         """All versions of the policy, the version in force last. In a gallery without the table, its settings hold the only version."""
         rows = list(self._all("policy", "version"))
-        if not rows and _ADDED["policy"] not in self.meta():
+        if not rows and ADDED["policy"] not in self.meta():
             return [PolicyVersion(1, from_settings(self.meta()["config"]))]
         if [version for version, *_ in rows] != list(range(1, len(rows) + 1)) or not rows:
             raise GalleryDamaged("table policy lacks versions; run `biodedup doctor`")
@@ -254,6 +258,13 @@ class CatalogueTables(ABC):
             return None
         transform_id = next((value for _, value, *_ in self._all("meta", None, "key = ?", ("turn",))), "")
         return self.transforms(transform_id) if transform_id else None
+
+    def has_subject_keys(self) -> bool:
+        """Whether minutiae are sealed by keys of subjects (files/encryption/subject_keys.py)."""
+        return "subject_keys" in self.meta()
+
+    def set_subject_keys(self) -> None:
+        self.put("meta", [("subject_keys", "1")])
 
     def transform_ids(self) -> set[str]:
         """The transforms that the journal and the index codecs use."""
@@ -279,9 +290,8 @@ class CatalogueTables(ABC):
         self.put("group_set", [(number, json.dumps(sorted(names)))])
 
     def compared_with_chain(self) -> AbstractContextManager[None]:
-        """Inside the context, compares each table that is read completely with the hash chain, if the database has one. Raises
-        GalleryDamaged."""
-        return nullcontext()
+        """Inside the context, compares each table that is read completely with the hash chain. Raises GalleryDamaged."""
+        return self.chain.comparing()
 
     def problems(self) -> list[str]:
         """Problems that the database's own check, the checksums of all rows and the rules of the journal show."""
@@ -420,6 +430,12 @@ class CatalogueTables(ABC):
     def drop_budget(self, key: str) -> None:
         self._delete("budget WHERE key = ?", [(key,)])
 
+    def check_budgets(self) -> None:
+        """Compares all of them with the hash chain, before this transaction changes any. Raises GalleryDamaged."""
+        with self.compared_with_chain():
+            for _ in self._all("budget"):
+                pass
+
     def alarms(self) -> list[tuple[Any, ...]]:
         """(number, kind, caller, subject_id, raised_at), oldest first."""
         return list(self._all("alarm", "number"))
@@ -458,7 +474,7 @@ class CatalogueTables(ABC):
 
     def audit_hash(self) -> ChainHash:
         """The hash that chains the records of the audit log."""
-        return ChainHash(None)
+        return self.chain.hash
 
     def audit_check(self) -> AuditCheck:
         """Verifies every record. Raises GalleryDamaged."""
@@ -512,6 +528,13 @@ class CatalogueTables(ABC):
         self.put_audit_span(pack_records(rows, before, head.key_id))
         self._delete("audit WHERE number <= ?", [(last,)])
         return replace(head, first=last + 1)
+
+    def readers_taken(self) -> Place:
+        """Of the newest record of a reader that is in the audit log. Raises GalleryDamaged."""
+        return Place.from_json(next((value for _, value in self._all("meta", None, "key = ?", (TAKEN,))), None))
+
+    def put_readers_taken(self, place: Place) -> None:
+        self.put("meta", [(TAKEN, place.to_json())])
 
     def put_held(self, rows: Iterable[tuple[str, int, str, bytes | None, bytes | None, float | None]]) -> None:
         """Inserts held templates. rows: (encounter_id, column index, model_id, vector, minutiae, quality)."""
@@ -619,6 +642,43 @@ class CatalogueTables(ABC):
         for table in JOURNAL:
             self._delete(table)
 
+    # the hash chain ---------------------------------------------------------------------------------------------
+
+    def links(self) -> Iterator[Link]:
+        """The chain, oldest first. Raises GalleryDamaged."""
+        return (Link(*row) for row in self._all("chain", "number"))
+
+    def last_links(self) -> list[Link]:
+        """The newest link and the link before it; fewer if the chain is shorter."""
+        return [Link(*row) for row in self._all("chain", "number DESC LIMIT 2")]
+
+    def link_of(self, version: int) -> Link | None:
+        """The first link with a version of the content, by binary search: versions only grow. None if no link has it, and for the version
+        at which the chain began."""
+        low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
+        while low <= high:
+            middle = (low + high) // 2
+            link = next((Link(*row) for row in self._all("chain", None, "number = ?", (middle,))), None)
+            if link is None:
+                return None
+            at = json.loads(link.state)[0]
+            if at == version:
+                first = link
+            low, high = (middle + 1, high) if at < version else (low, middle - 1)
+        return None if first is None or first.reason == BEGUN else first
+
+    def digests(self) -> dict[str, Digest]:
+        """Table -> its stored digest, at the newest link. Raises GalleryDamaged."""
+        return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
+
+    def row_changes(self) -> Iterator[RowChange]:
+        """The stored lists of changed rows, oldest first. Raises GalleryDamaged."""
+        for _, link, _, packed in self._all("row_change", "number"):
+            yield from changes_in(link, packed)
+
+    def forget_journal_changes(self) -> None:
+        self._delete("row_change WHERE journal = 1")
+
     # implemented for each database ------------------------------------------------------------------------------
 
     @abstractmethod
@@ -628,6 +688,14 @@ class CatalogueTables(ABC):
     @abstractmethod
     def put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Inserts rows with their checksums. In the tables of REPLACED, a row with the same key is replaced."""
+
+    @abstractmethod
+    def exists(self, table: str) -> bool:
+        """Whether the database has a table."""
+
+    @abstractmethod
+    def rows_of(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, without its checksum. Raises GalleryDamaged."""
 
     @abstractmethod
     def _all(
@@ -657,9 +725,7 @@ class CatalogueTables(ABC):
 
 
 class SqliteCatalogue(CatalogueTables):
-    """The tables in SQLite, over one connection. Each commit adds a link to the hash chain (chain.py)."""
-
-    tables: Mapping[str, str] = COLUMNS_OF | CHAIN_COLUMNS
+    """The tables in SQLite, over one connection."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -681,13 +747,8 @@ class SqliteCatalogue(CatalogueTables):
     def commit(self) -> None:
         self.chain.extend()
         self._connection.execute("COMMIT")
-
-    def set_state(self, state: State) -> None:
-        super().set_state(state)
-        self.chain.state = state
-
-    def compared_with_chain(self) -> AbstractContextManager[None]:
-        return self.chain.comparing()
+        if self.chain.anew == COVERED:
+            self.chain.anew = ""
 
     def rollback(self) -> None:
         if self._connection.in_transaction:
@@ -707,7 +768,7 @@ class SqliteCatalogue(CatalogueTables):
         self._connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         self.put("meta", [("gallery_id", gallery_id), ("config", config), ("format", str(FORMAT_VERSION))])
-        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS | {"chain"})])
+        self.put("meta", [(name, "1") for name in sorted(ADDED_SETTINGS)])
 
     def is_current(self) -> bool:
         """Whether `renew` has nothing to do."""
@@ -716,7 +777,9 @@ class SqliteCatalogue(CatalogueTables):
     def renew(self) -> None:
         """Creates the tables that a gallery of an older format lacks, inside the caller's transaction."""
         first, settings = self.policies(), self.meta()
-        for table, setting in _ADDED.items():
+        if "chain" in settings and ADDED["budget"] not in settings:
+            self.chain.anew = COVERED
+        for table, setting in ADDED.items():
             if setting not in settings and not self.exists(table):
                 self._create(table)
                 if table == "policy":
@@ -751,7 +814,7 @@ class SqliteCatalogue(CatalogueTables):
                     f"the database holds a {kind} {name!r:.60} that this program does not create; restore it from a backup"
                 )
             found.add((kind, name))
-        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(_ADDED))]:
+        if lacking := [name for kind, name in expected if (kind, name) not in found | set(_schema(ADDED))]:
             raise GalleryDamaged(f"table {lacking[0]} is lost; restore the database from a backup")
 
     def has_own(self, table: str) -> bool:
@@ -791,8 +854,8 @@ class SqliteCatalogue(CatalogueTables):
     def _all(
         self, table: str, order: str | None = None, where: str = "", which: tuple[Any, ...] = ()
     ) -> Iterator[tuple[Any, ...]]:
-        if table in _ADDED and not self.exists(table):
-            if _ADDED[table] in self.meta():
+        if table in ADDED and not self.exists(table):
+            if ADDED[table] in self.meta():
                 raise GalleryDamaged(f"table {table} is lost; run `biodedup doctor`")
             return
         query = (
@@ -801,7 +864,7 @@ class SqliteCatalogue(CatalogueTables):
         yield from self._checked(table, query, which, None if where else self.chain.reading(table))
 
     def _checked(
-        self, table: str, query: str, which: tuple[str, ...] = (), rows: Sum | None = None
+        self, table: str, query: str, which: tuple[Any, ...] = (), rows: Sum | None = None
     ) -> Iterator[tuple[Any, ...]]:
         """Rows whose types and checksums are right. rows: collects them for the comparison with the chain. Raises GalleryDamaged."""
         for *values, checksum in self._connection.execute(query, which):
@@ -823,46 +886,6 @@ class SqliteCatalogue(CatalogueTables):
             self._note_dropped(which, values)
         self._connection.executemany(f"DELETE FROM {which}", values)
         self.erased = True
-
-    # the hash chain -----------------------------------------------------------------------------------------------
-
-    def audit_hash(self) -> ChainHash:
-        return self.chain.hash
-
-    def links(self) -> Iterator[Link]:
-        """The chain, oldest first. Raises GalleryDamaged."""
-        return (Link(*row) for row in self._all("chain", "number"))
-
-    def last_links(self) -> list[Link]:
-        """The newest link and the link before it; fewer if the chain is shorter."""
-        return [Link(*row) for row in self._checked("chain", "SELECT * FROM chain ORDER BY number DESC LIMIT 2")]
-
-    def link_of(self, version: int) -> Link | None:
-        """The first link with a version of the content, by binary search: versions only grow. None if no link has it, and for the version
-        at which the chain began."""
-        low, high, first = 1, self._last_number("chain") if self.chain.exists() else 0, None
-        while low <= high:
-            middle = (low + high) // 2
-            link = next((Link(*row) for row in self._all("chain", None, "number = ?", (str(middle),))), None)
-            if link is None:
-                return None
-            at = json.loads(link.state)[0]
-            if at == version:
-                first = link
-            low, high = (middle + 1, high) if at < version else (low, middle - 1)
-        return None if first is None or first.reason == BEGUN else first
-
-    def digests(self) -> dict[str, Digest]:
-        """Table -> its stored digest, at the newest link. Raises GalleryDamaged."""
-        return {name: Digest(rows, int.from_bytes(total, "big")) for name, rows, total in self._all("digest")}
-
-    def row_changes(self) -> Iterator[RowChange]:
-        """The stored lists of changed rows, oldest first. Raises GalleryDamaged."""
-        for _, link, _, packed in self._all("row_change", "number"):
-            yield from changes_in(link, packed)
-
-    def forget_journal_changes(self) -> None:
-        self._delete("row_change WHERE journal = 1")
 
     def _last_number(self, table: str) -> int:
         return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone()[0])

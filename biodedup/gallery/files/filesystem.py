@@ -108,6 +108,10 @@ class Storage(Protocol):
         """Called before anything in a gallery is read. Returns the id of the register's key; None for a gallery in the clear. new: the
         gallery is being created; it gets a key file if this storage has a key. Raises KeyMismatch, GalleryDamaged."""
 
+    def register_chain_key(self, folder: Path) -> bytes | None:
+        """Of the hash chain in PostgreSQL; folder: has the register's key file. None for a register in the clear. Raises KeyMismatch,
+        GalleryDamaged."""
+
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
         """Called before a gallery is copied: gives the target the source's key file, if there is one. lost: the target has files under this
         key, and has lost its key file. Raises InvalidInput, KeyMismatch."""
@@ -189,6 +193,10 @@ class LocalStorage:
             replace_private(folder / KEY_NAME, new_key_file(self._register))
             self.sync_folder(folder)
         return None if self._register is None else self._register.key_id
+
+    def register_chain_key(self, folder: Path) -> bytes | None:
+        key = self._key_in(folder)
+        return None if key is None else key.derived("chain of a register")
 
     def share_key(self, source: Path, target: Path, *, lost: bool = False) -> None:
         source_key, target_key = stored_key(source), stored_key(target)

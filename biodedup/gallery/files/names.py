@@ -17,6 +17,8 @@ CANARIES_NAME = "sentinels"
 BACKLOG_NAME, LEDGER_NAME, MERGES_FOLDER = "backlog.sqlite3", "kits.sqlite3", "merges"
 """Files of other jobs (jobs/enrolment/queue.py, jobs/kits/ledger.py, jobs/merging/log.py): not part of the content, but part of a
 backup."""
+READERS_NAME = "readers.sqlite3"
+"""Calls of processes that only read, until the writer takes them into the audit log (catalogue/readings.py)."""
 NEW_NAME = DATABASE_NAME + NEW_SUFFIX  # a new database; it gets its name when it is complete
 _UNFINISHED = re.compile(r"(\.of-\d+)?\.new")
 

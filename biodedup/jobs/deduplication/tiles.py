@@ -78,7 +78,9 @@ def sent_with(engine: Engine) -> tuple[Path, Config]:
 def opened_elsewhere(folder: Path, config: Config) -> Engine:
     """An engine that reads, in a process that does pieces. config: with the policy in force. Raises as `Engine.open`."""
     try:
-        return Engine.open(folder, replace(config, log=Config().log), read_only=True, override_policy=True)
+        # the job is recorded, not each of its workers
+        quiet = replace(config, log=Config().log, audit="none")
+        return Engine.open(folder, quiet, read_only=True, override_policy=True)
     except NotAGallery as error:
         raise InvalidInput(
             f"a Ray node does not have the gallery {folder}; use a folder that all nodes share"

@@ -26,11 +26,13 @@ import biodedup
 from biodedup.common import quality as quality_scale
 from biodedup.common.described import Described
 from biodedup.config import Config
+from biodedup.engine.callers.audit import recorded_reading
 from biodedup.engine.callers.export_right import note_export
 from biodedup.errors import InvalidInput
 from biodedup.gallery.answers import StoredDecision, inflated, parsed
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue
 from biodedup.gallery.files import packed
+from biodedup.gallery.files.encryption.subject_keys import unsealed
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
 from biodedup.gallery.gallery import Gallery
@@ -57,6 +59,7 @@ from biodedup.jobs.exchange.gallery_files import (
 )
 from biodedup.jobs.shared.files import new_folder
 from biodedup.jobs.shared.progress import Progress, silent
+from biodedup.values import COLUMNS
 
 _COPY_NAME = "database.copy"
 
@@ -85,16 +88,23 @@ def export_gallery(
     note_export(config or Config(), "a whole gallery")
     storage = LocalStorage(None if config is None else config.keys)
     with (
-        closing(Gallery.open_to_read(gallery, storage, (config or Config()).gallery)) as opened,
+        closing(_opened(gallery, storage, config or Config())) as opened,
         translated(f"writing {folder}"),
         new_folder(folder, (*NAMES, _COPY_NAME, f"{_COPY_NAME}-journal")) as new,
     ):
-        with _database(opened, storage, new) as (snapshot, catalogue):
+        with (
+            _database(opened, storage, new) as (snapshot, catalogue),
+            recorded_reading(opened, (config or Config()).audited, "export_gallery", snapshot.live_count),
+        ):
             about = _write_tables(catalogue, snapshot, opened.gallery_id, new, progress)
         about.write(new, biodedup.__version__)
         size = sum(path.stat().st_size for path in new.iterdir())
         rows, decisions = (sum(part.rows for part in about.parts), sum(part.decisions for part in about.parts))
     return ExportedGallery(folder, snapshot.live_count, rows, decisions, snapshot.version, size)
+
+
+def _opened(gallery: Path, storage: Storage, config: Config) -> Gallery:
+    return Gallery.open_to_read(gallery, storage, config.gallery, config.subject_keys)
 
 
 @contextmanager
@@ -187,7 +197,8 @@ def _rows_of(snapshot: Snapshot, part: Part, positions: NDArray[np.int64], schem
         vectors, minutiae, quality = np.zeros((0, model.dimension or 0), np.float32), [], np.zeros(0, np.float32)
         if column is not None and has.any():
             present = all_cells[has]
-            vectors, minutiae = column.vectors_at(present), column.minutiae_at(present)
+            vectors = column.vectors_at(present)
+            minutiae = unsealed(snapshot.keys, COLUMNS.index(name), column.minutiae_at(present))
             first, last = int(present[0]), int(present[-1]) + 1
             quality = quality_scale.each_from_stored(name, column.quality(first, last)[present - first])
         cells[name] = _lists(vectors, has)

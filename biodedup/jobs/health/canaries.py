@@ -82,7 +82,7 @@ def watch(
     config = config or Config()
     storage = storage or LocalStorage(config.keys)
     with (
-        closing(Gallery.open_to_read(gallery, storage, config.gallery)) as stored,
+        closing(Gallery.open_to_read(gallery, storage, config.gallery, config.subject_keys)) as stored,
         Engine.open(gallery, config, read_only=True, storage=storage) as engine,
     ):
         try:

@@ -9,9 +9,10 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from biodedup.common.arguments import checked
@@ -44,20 +45,20 @@ class Checkpoint(Described):
 
 @checked
 def verify_log(
-    gallery: Path, config: Config | None = None, *, checkpoint: Path | None = None, public_key: Path | None = None
+    gallery: str | Path, config: Config | None = None, *, checkpoint: Path | None = None, public_key: Path | None = None
 ) -> LogReport:
-    """Verifies the chain of a gallery, the rows of its database, and the headers of its files.
+    """Verifies the chain of a gallery, the rows of its database, and the headers of its files; of a register, the whole files.
 
-    checkpoint: an earlier checkpoint, which must be in this chain; public_key: PEM file of its signer, without which the signature only proves
-    that the file is complete. Raises InvalidInput, NotAGallery, KeyMismatch, StorageUnavailable.
+    gallery: a folder, or the URL of a register, with `Config(cluster=...)`. checkpoint: an earlier checkpoint, which must be in this chain;
+    public_key: PEM file of its signer, without which the signature only proves that the file is complete. Raises InvalidInput, NotAGallery,
+    KeyMismatch, StorageUnavailable.
     """
-    storage = LocalStorage(None if config is None else config.keys)
     public_keys = {} if config is None else config.public_keys
     if checkpoint is None:
-        return verify_chain(storage, gallery, public_keys=public_keys)
+        return _verified(gallery, config, None, public_keys)
     document, wrong = _read(checkpoint, public_key)
     mark = Mark(document["gallery_id"], document["number"], document["commit"], document["chain"])
-    report = verify_chain(storage, gallery, None if wrong else mark, public_keys)
+    report = _verified(gallery, config, None if wrong else mark, public_keys)
     notes = report.notes
     if public_key is None and not wrong:
         signer = document["signed_by"]
@@ -70,7 +71,7 @@ def verify_log(
 
 @checked
 def log_checkpoint(
-    gallery: Path,
+    gallery: str | Path,
     key: Path,
     out: Path,
     config: Config | None = None,
@@ -88,10 +89,11 @@ def log_checkpoint(
         raise InvalidInput(f"{out} exists, and a checkpoint is never overwritten; name a new file")
     if url is not None and not url.startswith(("https://", "http://")):
         raise InvalidInput(f"the address {url!r} is not an HTTP address; begin it with https://")
-    report = verify_chain(LocalStorage(None if config is None else config.keys), gallery)
+    report = _verified(gallery, config)
     mark = report.mark
     if report.problems or mark is None:
-        raise GalleryDamaged(f"the log of {gallery} is not valid: {report.problems[0]}; nothing was signed")
+        name = "the register" if _is_register(gallery) else gallery  # a URL may hold a password
+        raise GalleryDamaged(f"the log of {name} is not valid: {report.problems[0]}; nothing was signed")
     values = (1, mark.gallery_id, mark.number, mark.commits, mark.value, round(float(clock()), 3))
     document = sign_document(_TITLE, dict(zip(_FIELDS, values, strict=True)), key)
     content = json.dumps(document, indent=2).encode() + b"\n"
@@ -99,6 +101,31 @@ def log_checkpoint(
     if url is not None:
         _post(url, content, out)
     return Checkpoint(*values[1:], document["signed_by"])
+
+
+def _verified(
+    gallery: str | Path,
+    config: Config | None,
+    mark: Mark | None = None,
+    public_keys: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> LogReport:
+    config = config or Config()
+    storage = LocalStorage(config.keys)
+    if not _is_register(gallery):
+        return verify_chain(storage, Path(gallery), mark, public_keys)
+    if config.cluster is None:
+        raise InvalidInput(
+            "a register in PostgreSQL needs Config(cluster=ClusterConfig(segments=...)): where its segments are"
+        )
+    try:
+        from biodedup.cluster.log import verify_register  # other galleries need no psycopg
+    except ImportError as error:
+        raise InvalidInput(f"a register in PostgreSQL needs {error.name}; pip install 'biodedup[cluster]'") from error
+    return verify_register(storage, str(gallery), config.cluster, mark, public_keys)
+
+
+def _is_register(gallery: str | Path) -> bool:
+    return isinstance(gallery, str) and gallery.startswith(("postgresql://", "postgres://"))
 
 
 def _read(path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:

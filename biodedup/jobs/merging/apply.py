@@ -35,7 +35,7 @@ from biodedup.gallery.segments.part import Part
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.jobs.merging.log import log_batches, log_path, logged_merges, read_log, templates_of, write_log
 from biodedup.jobs.merging.model import AbsorbedRecord
-from biodedup.jobs.merging.registers import Origins, step_of
+from biodedup.jobs.merging.registers import Origins, refuse_sealed, step_of
 from biodedup.jobs.shared.acting import NOBODY, Actor, authorised_job
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import Template
@@ -168,6 +168,7 @@ def undo(
     gallery, NotAllowed, ApprovalNeeded (`Policy.two_people`).
     """
     config = config or Config()
+    refuse_sealed(config)
     storage = storage or LocalStorage(config.keys)
     log = log_path(folder, merge_id)
     Gallery.open_to_read(

@@ -46,6 +46,7 @@ from biodedup.jobs.merging.registers import (
     named,
     opened,
     policy_of,
+    refuse_sealed,
     shared_ids,
     stage,
 )
@@ -114,6 +115,7 @@ def merge(
     ModelMismatch, NotAGallery, GalleryBusy (another job writes this result), GalleryDamaged, StorageUnavailable.
     """
     _check_request(sources, out, into, apply)
+    refuse_sealed(config)
     storage = storage or LocalStorage(None if config is None else config.keys)
     run = _Run(out, config or Config(), storage, progress, executor)
     central = None if into is None else named(into)[1]

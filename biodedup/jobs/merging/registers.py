@@ -83,6 +83,14 @@ def named(source: str | Path) -> tuple[str, Path]:
     return name, Path(folder)
 
 
+def refuse_sealed(config: Config | None) -> None:
+    """Raises InvalidInput where the settings name keys of subjects: a merge copies records as they are stored, and each gallery has its own."""
+    if config is not None and config.subject_keys is not None:
+        raise InvalidInput(
+            "minutiae that are sealed by keys of their subjects cannot be merged; leave subject_keys out"
+        )
+
+
 @contextmanager
 def opened(sources: Sequence[str | Path], storage: Storage, config: Config) -> Iterator[list[Register]]:
     """Opens the galleries for reading. Raises InvalidInput if one is named twice, NotAGallery, ModelMismatch."""
