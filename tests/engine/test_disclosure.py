@@ -302,7 +302,7 @@ def test_a_gallery_of_a_release_without_budgets_gets_their_tables(opened, tmp_pa
     with sqlite3.connect(tmp_path / "gallery" / DATABASE_NAME) as database:
         for table in ("budget", "alarm", "approval", *CHAIN_COLUMNS):  # that gallery had no hash chain either
             database.execute(f"DROP TABLE {table}")
-        database.execute("DELETE FROM meta WHERE key IN ('access', 'chain')")
+        database.execute("DELETE FROM meta WHERE key IN ('access', 'chain', 'budgets')")
     engine = opened()
     engine.set_policy(bd.Policy(subject_calls_per_day=1), by="chief", reason="test")
     engine.verify(seen(mate(3)), "s3")
