@@ -87,8 +87,8 @@ class BatchedSearch:
 
         The earlier probes may become rows before the probe is decided. Comparisons that cannot change the decision are left out. One call
         compares all pairs, which is faster than a search for each probe. The result is None for a probe that only has embeddings, and
-        for a probe with fewer candidates than the search returns. All results are None in these cases: too many rows were added; an added row is of a subject with several rows; the model of a probe
-        differs from the present model of its column."""
+        for a probe with fewer candidates than the search returns. All results are None in these cases: too many rows were added; an added
+        row is of a subject with several rows; the model of a probe differs from the present model of its column."""
         from_row, count, columns = (
             seen.snapshot.row_count,
             now.row_count,
