@@ -32,7 +32,7 @@ MEANINGS: Mapping[Outcome, Meaning] = {
         "it is not certain whether this is an enrolled person; a case waits", 11, "a trained person judges the case"
     ),
     "refused": Meaning(
-        "captures are missing or cannot be used; nothing is enrolled",
+        "captures are missing or unusable; nothing is enrolled",
         12,
         "follow the reason: capture again, or repair the record, and send it again",
     ),

@@ -63,7 +63,7 @@ def test_the_log_of_a_register_is_verified_and_signed_and_a_receipt_has_its_plac
     for file in files:
         file.unlink()
     assert called("log", "verify")[0] == 4
-    with pytest.raises(bd.GalleryDamaged, match=r"the register is not sound: segment 1: .* lacks"):
+    with pytest.raises(bd.GalleryDamaged, match=r"the register is not valid: segment 1: .* lacks"):
         called("log", "checkpoint", "--sign", str(tmp_path / "a.key"), "--out", str(tmp_path / "d"))
 
 

@@ -222,9 +222,9 @@ def test_a_clock_that_gives_no_time_is_refused_and_nothing_is_stored(tmp_path, n
     with bd.Engine.open(tmp_path / "g", CONFIG, clock=lambda: at[0]) as engine:
         at[0] = now
         sent = bd.Encounter("s0", templates={"face": FACES[0]}, encounter_id="e0")
-        with pytest.raises(bd.InvalidInput, match="the clock gives"):
+        with pytest.raises(bd.InvalidInput, match="the clock returned"):
             engine.enroll(sent)
-        with pytest.raises(bd.InvalidInput, match="the clock gives"):
+        with pytest.raises(bd.InvalidInput, match="the clock returned"):
             engine.set_policy(bd.Policy(duplicate_db=90.0), by="me", reason="a test")
         assert len(engine) == 0 and engine.decision("e0") is None
         at[0] = 1_000_001.0
@@ -252,7 +252,7 @@ def test_a_clock_that_goes_backwards_is_noted_and_decisions_go_on(tmp_path, capl
             notes = engine.notes(at[0])
             engine.compact()
         assert "2 of the newest 3 decisions have an earlier date than a previous decision, by up to 3,600 s" in notes[0]
-        assert "3,600 s after this machine's clock" in notes[1]
+        assert "3,600 s ahead of this machine's clock" in notes[1]
         caplog.clear()
         with bd.Engine.open(tmp_path / "g", CONFIG, clock=lambda: at[0]) as engine:
             assert engine.enroll(sent(3)).outcome == "unique"
@@ -297,7 +297,7 @@ def test_of_many_look_alikes_some_are_named_and_all_counted(tmp_path):
         ids = [f"{prefix}{i}" for i in range(100) for prefix in ("s", "S", "x-")]
         engine.add_templates(ids, {"face": FACES[:300]})
         notes = engine.notes(0.0)
-    assert len(notes) == 21 and notes[0].endswith("'s0', 'S0'") and notes[-1].startswith("... and 80 groups more")
+    assert len(notes) == 21 and notes[0].endswith("'s0', 'S0'") and notes[-1].startswith("... and 80 more groups")
 
 
 def test_one_subject_is_not_its_own_look_alike(engine):
