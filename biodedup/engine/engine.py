@@ -685,7 +685,7 @@ class Engine:
         In a large gallery, each of the k nearest rows is missed with a probability of at most `SearchConfig.miss_risk`; with 0, none is
         missed.
         probes: one column -> float32 (q, d), unit rows. groups: search only subjects in at least one of these groups. model_id: the model
-        of the probes; None means the model of the column. Raises ModelMismatch if the column has another model.
+        of the probes; None means the model of the column. Raises ModelMismatch if the column has another model or dimension.
         Returns ids (q, k), similarity float32 (q, k), descending.
         """
         self._check("search")
@@ -731,7 +731,7 @@ class Engine:
         """Returns the present plan of a join of all subjects, with the share of mates that it may miss. `plan.estimate` estimates the
         duration and the number of impostor pairs.
 
-        threshold_db: the lowest score of a pair, in dB; None means the policy's threshold for links. listed: the number of subjects to
+        threshold_db: the lowest score of a pair, in dB; None means `Policy.link_db`. listed: the number of subjects to
         compare with all; None means all. For a large gallery, this takes some seconds. A join that follows reuses the plan.
         """
         self._check("administer")
@@ -768,7 +768,7 @@ class Engine:
         Pairs with the verdict `different` are left out. In a large gallery, a pair may be returned more than once, and a mate is missed
         with a probability of at most `SearchConfig.miss_risk`.
 
-        threshold_db: the lowest score of a pair, in dB; None means the policy's threshold for links. skip: the number of subjects to skip,
+        threshold_db: the lowest score of a pair, in dB; None means `Policy.link_db`. skip: the number of subjects to skip,
         because an earlier call compared them. subject_ids: compare only these subjects, each with all others; a pair of two of them is
         returned twice. Ids of subjects that are not enrolled are ignored.
         since: (row, rows). Of subject_ids, compare only rows with at least the number `row`. Also compare every subject that was enrolled
