@@ -1,7 +1,7 @@
-"""Decide: makes a decision from the candidates of a search, and a verification from a 1:1 comparison.
+"""Makes a decision from the candidates of a search, and a verification from a 1:1 comparison.
 
-Owns the choice of rows that count as candidates, the verification of an update against its own subject, and the review threshold, which is
-computed from the scores that a mate would reach with these captures. Never searches and never writes. `match/judgement.py` holds the rules.
+Owns the choice of candidates, the verification of an update against its own subject, and the review threshold. The threshold is computed
+from the scores that a mate is expected to reach with these captures. `match/judgement.py` holds the rules. Never searches and never writes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from biodedup.values import Candidate, Decision, Encounter, Kind, Refusal, Verif
 
 @dataclass(frozen=True, eq=False)
 class Decider:
-    """Decides with the policy in force. samples: the subjects on which calibrations are measured; clock: returns the time in seconds since
-    1970, for `decided_at`. Thread-safe."""
+    """Decides with the policy in force. samples: the subjects that calibrate the scores; clock: returns the time in seconds since 1970, for
+    `decided_at`. Thread-safe."""
 
     config: Config
     policy: Callable[[], Policy]
@@ -40,11 +40,11 @@ class Decider:
     clock: Callable[[], float]
 
     def calibrated_on(self, searched: Snapshot) -> Decider:
-        """A decider that scores with the calibrations of the searched snapshot."""
+        """Returns a decider that scores with the calibrations of the searched snapshot."""
         return self.with_comparer(self.comparer.calibrated_on(self.samples.of(searched)))
 
     def with_comparer(self, comparer: Comparer) -> Decider:
-        """A decider that scores with this comparer."""
+        """Returns a decider that scores with this comparer."""
         return replace(self, comparer=comparer)
 
     def decide(
@@ -57,10 +57,10 @@ class Decider:
         own: Sequence[int] = (),
         different: Collection[int] = (),
     ) -> Decision:
-        """The decision on a probe. found: the search's result; now: the snapshot on which the decision is made.
+        """Decides on a probe. found: the result of the search; now: the snapshot of the decision, which may be newer.
 
-        version: of the gallery after the commit of the decision; own: rows that cannot be candidates, namely those of the case that is
-        decided again and of the subject that is updated; different: rows that a person has judged to be of another subject.
+        version: the version of the gallery after the commit; own: rows that cannot be candidates (the row of a case that is decided again,
+        the rows of a subject that is updated); different: rows that a person has judged to be of another subject.
         """
         policy = self.policy()
         duplicate_db, band_db = policy.thresholds_db(now.searched_count)
@@ -112,7 +112,7 @@ class Decider:
         different: Collection[int],
         resembling_db: tuple[float, float],
     ) -> tuple[list[Comparison], list[Comparison]]:
-        """The result of `first_of` for all compared rows. resembling_db: the thresholds for `Ranked.resembling`."""
+        """Calls `first_of` for all compared rows. resembling_db: the thresholds for `Ranked.resembling`."""
         if not len(ranked):
             return [], []
         count = self.config.search.returned
@@ -126,13 +126,13 @@ class Decider:
         )
 
     def incomplete(self, probe: Probe, lacks: Sequence[Refusal], now: Snapshot, *, version: int) -> Decision:
-        """The refusal of an encounter without the captures that the policy requires. lacks: each such capture, with the reason."""
+        """Refuses an encounter that lacks required captures of the policy. lacks: the refusal of each missing capture."""
         decision = self.decide(probe, CandidateSet(), now, version=version)
         refusals = tuple(dict.fromkeys((*probe.refusals, *lacks)))
         return replace(decision, outcome="refused", reasons=(INCOMPLETE,), refusals=refusals)
 
     def confirmed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
-        """The decision on an update, which goes to review if its captures do not verify as the subject's. own: the subject's rows."""
+        """Verifies an update. If its captures do not verify as the subject, the outcome becomes `review`. own: the subject's rows."""
         if decision.outcome not in ("unique", "review"):
             return decision
         compared = self._with_subject(probe, now, own)
@@ -145,21 +145,22 @@ class Decider:
         return decision
 
     def _replayed(self, decision: Decision, compared: Sequence[Comparison], now: Snapshot) -> Decision:
-        """The decision `review` on an update whose capture is a copy of one of the subject's."""
+        """Returns the decision `review` on an update with a copy of an enrolled capture of the subject."""
         (subject,) = _candidates(now, compared, kinds_of(compared, decision.duplicate_db, decision.review_db))
         others = (replace(other, rank=rank) for rank, other in enumerate(decision.candidates, start=2))
         reasons = tuple(dict.fromkeys(("replay_suspected", *decision.reasons)))
         return replace(decision, outcome="review", candidates=(subject, *others), reasons=reasons)
 
     def _drifted(self, probe: Probe, now: Snapshot, own: Sequence[int]) -> bool:
-        """Whether the subject's first row contradicts captures that later rows confirm. Such captures may be of another person, who got in
-        through an intermediate row, for example a morph of two faces. own: ascending."""
+        """Whether the subject's first row contradicts captures that later rows confirm.
+
+        The captures may be of another person. A later row may resemble both people, for example a morph of two faces. own: ascending."""
         first = self._with_subject(probe, now, own[:1]) if len(own) > 1 else ()
         return bool(first) and first[0].llr_db <= SPEAKS_AGAINST_DB
 
     def disputed(self, decision: Decision, probe: Probe, now: Snapshot, own: Sequence[int]) -> Decision:
-        """The decision `review` with the subject itself as the first candidate: a person must judge whether the captures are the
-        subject's."""
+        """Returns the decision `review`, with the subject itself as the first candidate. A person must judge whether the captures are of
+        the subject."""
         compared = self._with_subject(probe, now, own)
         kinds = kinds_of(compared, decision.duplicate_db, decision.review_db)
         kind: Kind = kinds[0] if kinds and kinds[0] not in ("", *TRUSTED_KINDS) else "another_person"
@@ -185,7 +186,7 @@ class Decider:
         return -10 * float(np.log10(self.policy().verify_fmr))
 
     def refused(self, encounter: Encounter, error: BiodedupError, now: Snapshot) -> Decision:
-        """The decision `refused` for an encounter of a batch that cannot be decided because of an error. It is not recorded."""
+        """Returns the decision `refused` for an encounter of a batch that raised an error. This decision is not recorded."""
         reason = error.reason if isinstance(error, CaptureUnavailable) else _snake_case(type(error).__name__)
         refusal = Refusal("encounter", reason, str(error))
         duplicate_db, review_db = self.policy().thresholds_db(now.searched_count)
@@ -204,7 +205,7 @@ class Decider:
         )
 
     def verify(self, probe: Probe, subject_id: str, now: Snapshot, own: Sequence[int]) -> Verification:
-        """Compares the probe 1:1 with all rows of a subject. own: these rows."""
+        """Compares the probe 1:1 with all rows of a subject. own: the rows of the subject."""
         threshold_db = self._verify_db()
         compared = self._with_subject(probe, now, own)
         if not compared:
@@ -231,11 +232,11 @@ def first_of(
     resembles: NDArray[np.bool_],
     is_different: Callable[[int], bool],
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(the candidates, strongest first; the rows before the last candidate that were judged to be of another subject).
+    """Returns (the candidates, strongest first; the rows ahead of the last candidate that a person judged to be of another subject).
 
-    Rows that resemble the probe come first. Other rows follow in the order of their embeddings, which is the order of the search. most:
-    (the largest number of resembling candidates, the number up to which other rows are added); counts: bool (n,), the rows that can be
-    candidates; resembles: bool (n,); is_different: whether a row was judged different.
+    Rows that resemble the probe are chosen first. Other rows follow in the order of their embeddings' scores, which is the order of the
+    search. most: (the largest number of resembling candidates, the number of candidates up to which other rows are added); counts: bool
+    (n,), the rows that can be candidates; resembles: bool (n,); is_different: whether a person judged a row to be of another subject.
     """
     others = np.lexsort((ranked.rows, *-ranked.by_embeddings[::-1]))
     resembling = np.flatnonzero(resembles & counts)

@@ -1,29 +1,29 @@
 """The public class `Engine`: enrols, searches, verifies and adjudicates on one open gallery.
 
-Owns the order of the steps of each call. Never decodes, compares or stores itself.
+Owns the order of the steps of each call. Other modules decode, compare and store.
 
-    enroll:    prepare -> search -> (under the writer's lock) search the rows added since -> decide -> commit -> answer
+    enroll:    prepare -> search -> (under the writer's lock) search the newer rows -> decide -> commit -> answer
     identify:  prepare -> search -> decide -> answer
 
 Each step has a module:
 
-    prepare.py   an encounter becomes a probe: templates, checked
-    search.py    the newest snapshot is searched, for several callers at once
-    sample.py    the subjects of that snapshot that scores are calibrated on
-    decide.py    the candidates become a decision, by the policy in force (policy.py)
-    enrol.py     search, lock, decide, commit: `enroll`, `update`, `enroll_many`
-    review.py    cases and verdicts: `dispute`, `adjudicate`
-    load.py      subjects added without a search: `add_templates`, `load_templates`, `import_captures`
+    prepare.py   turns an encounter into a probe: checked templates
+    search.py    searches the newest snapshot, for several callers at once
+    sample.py    draws the subjects of that snapshot that calibrate the scores
+    decide.py    turns the candidates into a decision, by the policy in force (policy.py)
+    enrol.py     searches, locks, decides, commits: `enroll`, `update`, `enroll_many`
+    review.py    keeps cases and verdicts: `dispute`, `adjudicate`
+    load.py      adds subjects without a search: `add_templates`, `load_templates`, `import_captures`
 
 Invariants:
 
-1. Nothing is answered before its commit is durable.
-2. Enrolment is linearizable: under the lock a probe is compared with every row that its search had not seen, also with those of its own
-   batch. Of two simultaneous enrolments of one person at most one is `unique`.
-3. An `encounter_id` that was used before gets its first answer again, and changes nothing. Only a refusal of captures is not final: with
-   other captures the encounter is decided anew.
+1. A call returns its answer after the commit is durable.
+2. Enrolment is linearizable: under the lock, a probe is compared with every row that is newer than its search, including the rows of its
+   own batch. If two calls enrol one person at the same time, at most one outcome is `unique`.
+3. A repeated `encounter_id` returns the first answer and changes nothing. A refusal of captures is the exception: with other captures,
+   the encounter is decided again.
 4. Group commit: decisions that wait for the lock are committed together, with one sync of the disk.
-5. A decision uses one snapshot's calibration, that of the snapshot that was searched.
+5. A decision uses the calibration of the snapshot that was searched.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ if TYPE_CHECKING:
 @within_memory
 @checked_methods
 class Engine:
-    """An open gallery with its models. Thread-safe; close it, or use it as a context manager.
+    """An open gallery with its models. Thread-safe. Close it after use, or use it as a context manager.
 
-    Every method raises OutOfMemory if memory does not suffice. Nothing was acknowledged then, and the engine stays usable. An argument of
-    another type than stated raises InvalidInput.
+    Every method raises OutOfMemory if the memory is too small. The call then acknowledges nothing, and the engine stays usable. Every
+    method raises InvalidInput for an argument of the wrong type.
     """
 
     def __new__(cls, *given: Any, **named: Any) -> Engine:
@@ -235,12 +235,13 @@ class Engine:
     ) -> Engine:
         """Opens the gallery in a folder, and creates it if the folder is absent or empty.
 
-        path: the folder; or the URL of a register on several machines, `postgresql://user@host/database?gallery=NAME`, with
-        `Config.cluster`. There, any number of processes may write, and `read_only` needs a register that is there.
-        A gallery keeps the policy that it was created with until `set_policy` stores another one. A given config.policy must equal the
-        stored one. override_policy: decide by config.policy in this process alone, and store nothing.
-        storage, clock, new_id: the disk, the time in seconds, and new identifiers, for tests to replace. A time before that of the newest
-        decision is accepted, with a warning in the log `biodedup.gallery`.
+        path: the folder, or the URL of a register on several machines, `postgresql://user@host/database?gallery=NAME`, with
+        `Config.cluster`. Any number of processes may write to a register. read_only: open without the right to write; a register must
+        exist already.
+        A gallery keeps its first policy until `set_policy` stores another policy. A given config.policy must equal the stored policy.
+        override_policy: use config.policy in this process only, and store nothing.
+        storage, clock, new_id: the disk, the time in seconds, and new identifiers; tests replace them. A time before the newest decision
+        is accepted, with a warning in the log `biodedup.gallery`.
         Raises NotAGallery, KeyMismatch, PolicyMismatch, IndexMismatch, ModelMismatch, GalleryBusy (another writer), GalleryDamaged, StorageUnavailable.
         """
         config = config or Config()
@@ -259,10 +260,10 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Releases the gallery and its files at once; answers that were given stay valid.
+        """Releases the gallery and its files at once. Earlier answers stay valid.
 
-        A call that still reads in another thread, and a generator that has not ended, raise EngineClosed. Closing again does nothing, and
-        so does closing in a forked child: the gallery is the parent's.
+        A call that still reads in another thread raises EngineClosed, and so does an unfinished generator. A second close does nothing. In
+        a forked child, close does nothing, because the gallery belongs to the parent process.
         """
         if not self._closed.is_set():
             self._closed.set()
@@ -284,7 +285,7 @@ class Engine:
         self.close()
 
     def __len__(self) -> int:
-        """How many subjects are enrolled."""
+        """The number of enrolled subjects."""
         return self._gallery.snapshot().live_count
 
     def __contains__(self, subject_id: object) -> bool:
@@ -293,17 +294,17 @@ class Engine:
 
     @property
     def folder(self) -> Path | None:
-        """The gallery's folder; None of a register in PostgreSQL."""
+        """The gallery's folder; None for a register in PostgreSQL."""
         return self._gallery.folder if self._config.cluster is None else None
 
     @property
     def gallery_version(self) -> int:
-        """Grows by one with every durable change."""
+        """The version of the gallery. It grows by one with every durable change."""
         return self._gallery.snapshot().version
 
     @property
     def pairs(self) -> PairComparer:
-        """Compares two sets of templates, calibrated as in searches of this gallery."""
+        """Compares two sets of templates, with the calibration that searches of this gallery use."""
         self._gallery.check_process()
         return self._pairs
 
@@ -311,24 +312,25 @@ class Engine:
 
     @property
     def config(self) -> Config:
-        """The configuration that the engine was opened with, with the policy in force."""
+        """The configuration at opening, with the policy in force."""
         return self._config if self._config.policy == self.policy else replace(self._config, policy=self.policy)
 
     @property
     def policy(self) -> Policy:
-        """The policy in force: the gallery's, or the one that overrides it in this process."""
+        """The policy in force: the gallery's policy, or the policy that overrides it in this process."""
         return self._policy()
 
     def policies(self) -> list[PolicyVersion]:
-        """Every version of the gallery's policy, the first one first."""
+        """All versions of the gallery's policy, oldest first."""
         self._check("audit", "administer")
         return list(self._gallery.policies)
 
     @audited(changes=True)
     def set_policy(self, policy: Policy, *, by: str = "", reason: str) -> PolicyVersion:
-        """Stores a policy as the gallery's next version, in force from now on. The present policy changes nothing.
+        """Stores a policy as the next version of the gallery's policy. It takes effect at once. The present policy changes nothing.
 
-        by: the person who changes it, of a principal's engine always the principal; reason: why. Readers see it when they refresh.
+        by: the person who changes the policy; with `as_principal`, always the principal. reason: why the policy changes. A read-only engine
+        sees the new policy after `refresh`.
         Raises InvalidInput, NotAllowed, ApprovalNeeded (`Policy.two_people`), StorageUnavailable.
         """
         self._check("administer")
@@ -352,16 +354,17 @@ class Engine:
         return stored
 
     def bound_models(self) -> list[BoundModel]:
-        """The model cards that the gallery's decisions rest on, oldest first; a card that changed comes again."""
+        """The model cards behind the gallery's decisions, oldest first. A changed card is listed again."""
         self._check("audit", "administer")
         return [BoundModel(*row) for row in self._gallery.cards()]
 
     @audited(changes=True)
     def accept_models(self) -> list[str]:
-        """Notes the cards of this process that differ from those that the gallery has noted, in the hash chain. The first change by another
-        card notes it by itself, unless `Policy.two_people` names `model`: then nothing is written until two people called this.
+        """Notes changed model cards in the hash chain. A card is changed if this process has another version than the gallery.
 
-        Returns the model_ids. Raises NotAllowed, ApprovalNeeded, StorageUnavailable."""
+        Without this call, the first commit after the change notes the card. If `Policy.two_people` names `model`, commits that change the
+        gallery's content raise NotAllowed until two people have called this method.
+        Returns the model_ids of the changed cards. Raises NotAllowed, ApprovalNeeded, StorageUnavailable."""
         self._check("administer")
         with self._gallery.transaction() as transaction:
             changed = {card.model_id: card.digest for card in self._binding.changed(transaction)}
@@ -375,13 +378,14 @@ class Engine:
     # callers ------------------------------------------------------------------------------------------------------
 
     def as_principal(self, principal: Principal | str, *, purpose: str = "", key: Path | None = None) -> Engine:
-        """This engine for one caller: its roles and budgets apply, and what is recorded names it. It shares everything with this engine;
-        closing either closes both.
+        """Returns this engine for one caller. The caller's roles and budgets apply, and records name the caller.
 
-        principal: or the name of one of `Config.identities`. With identities, another principal, or one with more roles than configured, raises
-        NotAllowed. So does a call on the engine of a principal, which makes no other one. purpose: why it calls, in words for the audit log
-        (`Config.audit`). key: the file of its Ed25519 private key, PEM. It signs requests and approvals of calls that need two people, and is
-        needed for these where the identity states a public key.
+        The two engines share everything; closing one closes both.
+        principal: a Principal, or a name in `Config.identities`. If the configuration has identities, a principal with an unknown name or
+        with more roles than configured raises NotAllowed. This method also raises NotAllowed on an engine that already has a principal.
+        purpose: why the caller calls, in words for the audit log (`Config.audit`).
+        key: the file of the caller's Ed25519 private key, PEM. The key signs requests and approvals of calls that need two people. It is
+        required for these calls if the identity states a public key.
         """
         self.check_open()
         known = self._config.identities
@@ -405,25 +409,25 @@ class Engine:
 
     @audited()
     def unrestricted(self) -> Engine:
-        """This engine with all scores and without budgets, for jobs that measure or compare. Of a principal's, the role `administer` is needed."""
+        """Returns this engine with all scores and without budgets, for jobs that measure. A principal needs the role `administer`."""
         self._check("administer")
         return self._view(self._caller, restricted=False, purpose=self._purpose)
 
     @audited()
     def approvals(self) -> list[Approval]:
-        """The requests for calls that need two people, with their approvals, oldest first."""
+        """The requests and approvals of calls that need two people, oldest first."""
         self._check("audit", "supervise", "administer", "review")
         return self._approvals.listed()
 
     @audited()
     def alarms(self) -> list[Alarm]:
-        """The lock-outs of callers that approached a subject (`Policy.climbs_max`), oldest first."""
+        """The lock-outs of callers whose scores climbed towards a subject (`Policy.climbs_max`), oldest first."""
         self._check("audit", "supervise", "administer")
         return self._budgets.alarms()
 
     @audited(changes=True)
     def end_lockout(self, caller: str, subject_id: str) -> None:
-        """Ends the lock-out of a caller from a subject. Without one, nothing happens."""
+        """Ends the lock-out of a caller from a subject. Does nothing if there is no lock-out."""
         self._check("supervise")
         self._budgets.release(caller, subject_id)
 
@@ -433,13 +437,13 @@ class Engine:
     def enroll(self, encounter: Encounter, *, across_positions: bool | None = None) -> Decision:
         """Searches the gallery, and enrols the subject if no enrolled subject or open case is the same person.
 
-        Only the outcome `unique` enrols the subject. `review` opens a case, which holds the templates. `duplicate` and `refused` record
-        the decision alone. An encounter without the captures that `Policy.required` asks for is `refused` with the reason `incomplete`,
-        and its refusals name each such capture; repaired, it may be sent again under its encounter_id.
-        across_positions: compare each finger with fingers of all positions; `Candidate.swaps` lists the labels that look wrong. None
-        takes `SearchConfig.across_positions`, here and in other calls.
-        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput; StorageUnavailable if nothing was written;
-        CaptureUnavailable if a capture's file is absent or cannot be read: nothing was recorded, so send the encounter again.
+        The outcome `unique` enrols the subject. `review` opens a case, which holds the templates. `duplicate` and `refused` record the
+        decision only. An encounter that lacks a capture of `Policy.required` is `refused` with the reason `incomplete`. Its refusals name
+        each missing capture. The complete encounter may be sent again with the same encounter_id.
+        across_positions: compare each finger with fingers of all positions; `Candidate.swaps` lists the labels that look wrong. None means
+        `SearchConfig.across_positions`, here and in other calls.
+        Raises SubjectExists, EncounterConflict, ModelMismatch, InvalidInput. Raises StorageUnavailable if nothing was written. Raises
+        CaptureUnavailable if a capture's file is absent or unreadable; nothing was recorded, so send the encounter again.
         """
         return self._enrol(encounter, across_positions, replaces=False)
 
@@ -452,14 +456,15 @@ class Engine:
         replace: bool = False,
         reason: str = "",
     ) -> Decision:
-        """Adds an encounter to an enrolled subject, if its captures verify as this subject's and as no other's.
+        """Adds an encounter to an enrolled subject, if the captures match this subject and no other subject.
 
         The captures are compared 1:1 with the subject's rows, at `policy.verify_fmr`, and 1:N with the rest of the gallery. `unique`: the
-        encounter becomes a further row of the subject; columns that were not sent stay. Beyond `GalleryConfig.encounters_max` rows the
-        best are kept. `review`: a case; with the reason `another_person` the captures did not verify as the subject's. `duplicate`: they
-        are of another subject. All outcomes but `unique` leave the subject as it was.
-        replace: replaces all rows of the subject, without a verification. It needs a reason, which the decision records; of a principal the
-        role `supervise`; with `Policy.two_people` a second principal who sends the same.
+        encounter becomes another row of the subject, and columns without a new capture stay. If the subject then has more than
+        `GalleryConfig.encounters_max` rows, the best rows are kept. `review`: the encounter opens a case; the reason `another_person`
+        means that the captures did not verify as the subject. `duplicate`: the captures match another subject. Only `unique` changes the
+        subject.
+        replace: replace all rows of the subject, without a verification. This needs a reason, which the decision records. A principal needs
+        the role `supervise`. With `Policy.two_people`, a second principal must send the same call.
         Raises UnknownSubject, EncounterConflict, ModelMismatch, InvalidInput, CaptureUnavailable, StorageUnavailable.
         """
         if replace != bool(reason):
@@ -473,15 +478,15 @@ class Engine:
         return self._enrol(encounter, across_positions, replaces=True, reason=reason)
 
     def _approved_replacement(self, encounter: Encounter, reason: str) -> tuple[Encounter, Approve | None]:
-        """The encounter with its captures read, and its approval, once two people sent it with the same content."""
+        """Returns the encounter with its captures read, and its approval. Two people must send the same content."""
         require_subject(encounter)
         encounter = in_memory(encounter, self.config.capture)
         subject_id, operation = str(encounter.subject_id), f"replace: {reason}"
         if earlier_answer(self._gallery.answer, encounter, digest_of(encounter, operation), self._gallery.snapshot):
-            return encounter, None  # sent again: it gets its first answer, and changes nothing
+            return encounter, None  # a repeated encounter gets its first answer, and changes nothing
         named = replace(
             encounter, encounter_id=encounter.encounter_id or "unnamed"
-        )  # without an id nothing is digested
+        )  # only an encounter with an id has a digest
         digest = digest_of(named, operation).hex()
         facts = {"subject_id": subject_id, "reason": reason}
 
@@ -512,15 +517,15 @@ class Engine:
     def enroll_many(
         self, encounters: Iterable[Encounter], *, across_positions: bool | None = None
     ) -> Iterator[Decision]:
-        """Enrols a stream of encounters in batches of `Config.batch_size`; decisions come in the order of the stream.
+        """Enrols a stream of encounters in batches of `Config.batch_size`. Decisions come in the order of the stream.
 
-        The next batch is prepared and searched while one is committed. Rows of the previous batch are searched at the commit.
+        While a batch is committed, the next batch is prepared and searched. Rows of the previous batch are searched at the commit.
 
-        An encounter for which `enroll` would raise a CallerError or CaptureUnavailable comes out `refused`, with the error's text as
-        its detail. Nothing is recorded of it, and it may be sent again.
+        If `enroll` would raise a CallerError or CaptureUnavailable for an encounter, its decision is `refused`, with the error's text as
+        the detail. This decision is not recorded, and the encounter may be sent again.
         """
         with self._audit.made(self._new_call("enroll_many")) as call:
-            call.itemised = True  # unless it fails
+            call.itemised = True  # a call is recorded here only if it fails
             self._check("enrol")
         across, stream = self._across(across_positions), map(_encounter, encounters)
         batches = iter(lambda: list(islice(stream, self._config.batch_size)), [])
@@ -532,7 +537,7 @@ class Engine:
                 yield self._named(self._told(answer))
 
     def _committed(self, batch: Sequence[Encounter], prepared: PreparedBatch) -> list[Answer]:
-        """The answers to a batch of a stream, committed and recorded."""
+        """Commits a batch of a stream, records the call, and returns the answers."""
         with self._audit.made(self._new_call("enroll_many")) as call:
             call.count, call.itemised = len(batch), True
             self._check("enrol")
@@ -548,10 +553,10 @@ class Engine:
 
     @audited()
     def dispute(self, encounter: Encounter) -> Decision:
-        """Opens a case for an enrolled subject whose new captures did not verify: a person judges whether they are the subject's.
+        """Opens a case for an enrolled subject whose new captures did not verify. A person then judges whether they are of the subject.
 
         The decision is `review`, with the subject as its candidate. Raises UnknownSubject, EncounterConflict, ModelMismatch,
-        InvalidInput (also without a usable capture), CaptureUnavailable, StorageUnavailable.
+        InvalidInput (also if no capture is usable), CaptureUnavailable, StorageUnavailable.
         """
         self._check("enrol")
         self._take(subjects=[encounter.subject_id] if encounter.subject_id else ())
@@ -559,19 +564,19 @@ class Engine:
 
     @audited()
     def cases(self) -> Iterator[Case]:
-        """The open cases, in the order of their encounter_ids."""
+        """The open cases, ordered by encounter_id."""
         self._check("review", "audit")
         yield from self._review.open_cases()
 
     @audited()
     def case(self, encounter_id: str) -> Case:
-        """One case, open or closed. Raises InvalidInput for an encounter that never went to review."""
+        """Returns one case, open or closed. Raises InvalidInput if the encounter never went to review."""
         self._check("review", "audit")
         return self._review.case(encounter_id)
 
     @audited()
     def verdicts(self) -> list[Verdict]:
-        """All verdicts ever given, oldest first."""
+        """All verdicts, oldest first."""
         self._check("review", "audit")
         return self._gallery.verdicts()
 
@@ -579,26 +584,26 @@ class Engine:
     def adjudicate(
         self, case: str | Case, ruling: Ruling, by: str = "", note: str = "", *, candidate: str | None = None
     ) -> Decision:
-        """Records a person's verdict on a case, and returns the decision as it stands afterwards.
+        """Records a person's verdict on a case, and returns the new decision.
 
-        ruling `same`: the encounter is of the candidate; it becomes a `duplicate` and is not enrolled. `different`: it is not of the
-        candidate; once no candidate is left, neither listed nor in a new search, the subject is enrolled or updated, and otherwise the
+        ruling `same`: the encounter is of the candidate. It becomes a `duplicate` and is not enrolled. `different`: the encounter is not of
+        the candidate. The subject is enrolled or updated if the case has no other candidate and a new search returns none. Otherwise the
         case stays in `review`. `recapture`: the encounter is refused, and its templates are dropped.
-        A verdict covers the rows that were compared; a subject that gets another row is asked about again. Open cases that are linked with
-        this one are decided again. The same verdict again changes nothing.
+        A verdict covers the rows that were compared. If a candidate gets another row, it needs another verdict. Open cases that are linked
+        with this case are decided again. A repeated verdict changes nothing.
 
-        case: its encounter_id, or the Case as the person saw it; then a candidate that was added or changed meanwhile raises
-        EncounterConflict. candidate: the `Candidate.key` that the verdict is about; None means the only candidate, or with `different` all
-        candidates.
+        case: the encounter_id, or the Case that the person saw. With a Case, a candidate that was added or changed since then raises
+        EncounterConflict. candidate: the `Candidate.key` that the verdict is about. None means the only candidate; for `different`, it
+        means all candidates.
 
-        If the subject itself is the candidate (`dispute`, or an update that did not verify), `different` refuses the encounter. `same`
-        accepts it as a further row of the subject, once no other candidate is left; if the subject was enrolled anew meanwhile, the
-        captures are verified against its new rows, or the case stays open.
+        The subject itself may be the candidate (`dispute`, or an update that did not verify). Then `different` refuses the encounter.
+        `same` adds the encounter to the subject as another row, if no other candidate is left. If the subject has been enrolled again since
+        the case was opened, the captures must verify against its new rows; otherwise the case stays open.
 
-        by: the person; of a principal's engine always the principal. With `Policy.two_people` the first call raises ApprovalNeeded.
+        by: the person; with `as_principal`, always the principal. With `Policy.two_people`, the first call raises ApprovalNeeded.
 
-        Raises EncounterConflict for a verdict that contradicts an earlier one, SubjectExists or UnknownSubject if the subject was enrolled
-        or removed otherwise, InvalidInput, StorageUnavailable.
+        Raises EncounterConflict if the verdict contradicts an earlier verdict. Raises SubjectExists or UnknownSubject if another call has
+        enrolled or removed the subject. Raises InvalidInput, StorageUnavailable.
         """
         self._check("review")
         by = self._signed(by, "review")
@@ -610,7 +615,7 @@ class Engine:
             return [] if now is None else sorted((one.key, list(map(int, one.rows))) for one in now.undecided)
 
         if self._approvals.needed("adjudicate"):
-            self._review.case(encounter_id)  # raises where there is none
+            self._review.case(encounter_id)  # raises InvalidInput if there is no case
         approve = self._approvals.require("adjudicate", self._caller, lambda: facts, about, self._sign)
         return self._review.adjudicate(case, ruling, by, note, candidate, approve=approve)
 
@@ -625,10 +630,10 @@ class Engine:
         across_positions: bool | None = None,
         from_db: float | None = None,
     ) -> Decision:
-        """1:N: the search and decision of `enroll`, without writing anything. The encounter needs no subject_id.
+        """Searches and decides 1:N as `enroll` does, and writes nothing. The encounter needs no subject_id.
 
-        groups: search only subjects that are in one of them. across_positions: as in `enroll`. from_db: the score from which candidates are
-        looked for, if lower than the review threshold; it changes no outcome, and takes longer.
+        groups: search only subjects in at least one of these groups. across_positions: as in `enroll`. from_db: the lowest score in dB of
+        a candidate, if lower than the review threshold. A lower from_db takes longer and changes no outcome.
         """
         self._check("search")
         if from_db is not None and not isfinite(from_db):
@@ -636,7 +641,7 @@ class Engine:
         self._take()
         probe, across = self._prepared(encounter), self._across(across_positions)
         seen = self._searches.search([probe], across=across, groups=_checked(groups), from_db=from_db)
-        check_models(probe.templates, seen.snapshot.models)  # a column may have got its first model since
+        check_models(probe.templates, seen.snapshot.models)  # a column may get its first model before the search
         decider = self._decider.calibrated_on(seen.snapshot)
         decision = decider.decide(probe, seen.found[0], seen.snapshot, version=seen.snapshot.version)
         self._log.decided("identify", decision, level=logging.DEBUG)
@@ -648,7 +653,8 @@ class Engine:
 
     @audited()
     def verify(self, encounter: Encounter, subject_id: str) -> Verification:
-        """1:1 with an enrolled subject, at `policy.verify_fmr`. Not accepted without a usable capture. Raises UnknownSubject."""
+        """Compares an encounter 1:1 with an enrolled subject, at `policy.verify_fmr`. Without a usable capture, it is not accepted. Raises
+        UnknownSubject."""
         self._check("verify")
         self._take(subjects=[subject_id])
         probe = self._prepared(encounter)
@@ -674,11 +680,12 @@ class Engine:
         groups: Collection[str] | None = None,
         model_id: str | None = None,
     ) -> SearchResult:
-        """The nearest subjects by one column's embeddings.
+        """Returns the k nearest subjects of each probe, by the embeddings of one column.
 
-        In a large gallery a row among the k nearest is missed with at most the probability `SearchConfig.miss_risk`; with 0, never.
-        probes: one column -> float32 (q, d), unit rows. groups: search only subjects that are in one of them. model_id: the model of the
-        probes, which must be the column's; None: it is. Raises ModelMismatch.
+        In a large gallery, each of the k nearest rows is missed with a probability of at most `SearchConfig.miss_risk`; with 0, none is
+        missed.
+        probes: one column -> float32 (q, d), unit rows. groups: search only subjects in at least one of these groups. model_id: the model
+        of the probes; None means the model of the column. Raises ModelMismatch if the column has another model or dimension.
         Returns ids (q, k), similarity float32 (q, k), descending.
         """
         self._check("search")
@@ -700,7 +707,7 @@ class Engine:
         return disclosed
 
     def plan(self, columns: Collection[str] = ("face",)) -> SearchPlan:
-        """How a search of these columns is done at present, and which share of mates it may miss; see `SearchPlan.explain`."""
+        """Returns the present plan of a search of these columns, with the share of mates that it may miss; see `SearchPlan.explain`."""
         self._check("search", "administer")
         for column in columns:
             check_column(column)
@@ -721,10 +728,11 @@ class Engine:
         )
 
     def plan_join(self, threshold_db: float | None = None, *, listed: int | None = None) -> JoinPlan:
-        """How a join of all subjects is done at present, for pairs that reach a threshold, and which share of mates it may miss; how long it
-        takes, and how many pairs impostors are expected to make (`plan.estimate`).
+        """Returns the present plan of a join of all subjects, with the share of mates that it may miss. `plan.estimate` estimates the
+        duration and the number of impostor pairs.
 
-        listed: only so many subjects are compared with all. Takes some seconds for a large gallery; a join that follows reuses the plan.
+        threshold_db: the lowest score of a pair, in dB; None means `Policy.link_db`. listed: the number of subjects to
+        compare with all; None means all. For a large gallery, this takes some seconds. A join that follows reuses the plan.
         """
         self._check("administer")
         if threshold_db is None:
@@ -736,7 +744,9 @@ class Engine:
     def find_duplicates(
         self, *, threshold_db: float | None = None, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Cluster]:
-        """The clusters of `join`. progress: called with the subjects done and their total. `jobs.find_duplicates` can be interrupted."""
+        """Returns the clusters of duplicates that `join` finds. progress: called with the number of compared subjects and of all subjects.
+
+        A large gallery takes long; `jobs.find_duplicates` can be interrupted and continued."""
         links = Links()
         for tile in self.join(threshold_db=threshold_db):
             links.add(tile.links, tile.left_out)
@@ -753,15 +763,16 @@ class Engine:
         since: tuple[int, int] | None = None,
         among: Sequence[str] | None = None,
     ) -> Iterator[JoinedTile]:
-        """N:N, tile by tile: each tile compares some subjects with all that were enrolled after them, as of now.
+        """Compares N:N, tile by tile, on one snapshot. Each tile compares some subjects with all subjects that were enrolled later.
 
-        Pairs that were judged different are left out. In a large gallery a pair may come up more than once, and a mate is missed with at
-        most the probability `SearchConfig.miss_risk`.
+        Pairs with the verdict `different` are left out. In a large gallery, a pair may be returned more than once, and a mate is missed
+        with a probability of at most `SearchConfig.miss_risk`.
 
-        threshold_db: None takes the policy's duplicate threshold. skip: subjects that are done already. subject_ids: only these
-        subjects, each compared with all others, so that a pair of two of them comes up twice; ids that are not enrolled are ignored.
-        since: (row, rows): of subject_ids, only those from this row on, and also every subject that was enrolled or updated since the
-        gallery had so many rows. among: deprecated name of subject_ids.
+        threshold_db: the lowest score of a pair, in dB; None means `Policy.link_db`. skip: the number of subjects to skip,
+        because an earlier call compared them. subject_ids: compare only these subjects, each with all others; a pair of two of them is
+        returned twice. Ids of subjects that are not enrolled are ignored.
+        since: (row, rows). Of subject_ids, compare only rows with at least the number `row`. Also compare every subject that was enrolled
+        or updated after the gallery had `rows` rows. among: deprecated name of subject_ids.
         """
         if among is not None:
             warnings.warn("join(among=...) is join(subject_ids=...) now", DeprecationWarning, stacklevel=2)
@@ -779,7 +790,7 @@ class Engine:
         subject_ids: Sequence[str] | None = None,
         since: tuple[int, int] | None = None,
     ) -> Joining:
-        """The join that `join` goes through, as steps that do not depend on each other. Arguments as of `join`."""
+        """Returns the join of `join` as independent steps. The arguments are those of `join`."""
         return self._joining(threshold_db, subject_ids, since)
 
     def _joining(
@@ -807,15 +818,15 @@ class Engine:
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> int:
-        """Adds subjects without a search, all or none. Returns how many were added.
+        """Adds subjects without a search, all or none. Returns the number of added subjects.
 
-        templates: column -> float32 (n, d), unit rows; for a finger also n minutiae records, of the model `FingerConfig.record_model_id`,
-        None for a subject without one. model_id: the model of the vectors, one for all or by column; optional if the gallery's column
-        has a model already. groups: the groups of each subject. encounter_id: names the whole call; sent again, the call adds nothing
-        and returns 0.
+        templates: column -> float32 (n, d), unit rows. A finger may have n minutiae records instead, of the model
+        `FingerConfig.record_model_id`, with None for a subject without a record. model_id: the model of the vectors, one for all columns
+        or one for each; optional if the column has a model already. groups: the groups of each subject. encounter_id: names the
+        whole call. A repeated call adds nothing and returns 0.
 
-        subject_ids alone may be a pyarrow.RecordBatch or Table with the ids, and with vectors, minutiae, qualities and models of all columns
-        ("Templates in Arrow" in docs/reference/schemas.md); then templates and groups are left out. A row that cannot be used raises
+        Instead, subject_ids may be a pyarrow.RecordBatch or Table that holds the ids, and the vectors, minutiae, qualities and models of
+        all columns ("Templates in Arrow" in docs/reference/schemas.md). Leave out templates and groups then. An unusable row raises
         InvalidInput. Raises InvalidInput, SubjectExists, ModelMismatch, EncounterConflict, StorageUnavailable.
         """
         self._check("administer")
@@ -831,14 +842,16 @@ class Engine:
         groups: Sequence[Sequence[str]] | None = None,
         encounter_id: str | None = None,
     ) -> Loaded:
-        """As `add_templates`, but subjects that are enrolled already are kept; the result counts those with the same templates, and
-        lists those with other templates. Of an Arrow batch a row that cannot be used is left out, and named in `refused`."""
+        """Adds subjects as `add_templates` does, and keeps subjects that are enrolled already.
+
+        The result counts the enrolled subjects whose templates are the same, and lists the enrolled subjects whose templates differ. An
+        unusable row of an Arrow batch is left out, and `refused` names it."""
         while True:
             self._check("administer")
             try:
                 return self._load(subject_ids, templates, model_id, groups, encounter_id, keep_enrolled=True)
             except SubjectExists:
-                continue  # another thread enrolled some since they were compared
+                continue  # another thread enrolled a subject after the comparison
 
     def _load(
         self,
@@ -865,14 +878,14 @@ class Engine:
 
     @audited()
     def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
-        """Adds subjects from their captures without a search, in one commit: an archive to be deduplicated afterwards.
+        """Adds subjects from their captures without a search, in one commit. Use it for an archive, and deduplicate the archive afterwards.
 
-        Decisions have no candidates, and `unique` means added, with the captures that can be used; `Policy.required` is not applied.
-        An enrolled subject is replaced by its new encounter. An encounter_id that was used before changes nothing.
+        Decisions have no candidates. `unique` means that the subject was added, with its usable captures. `Policy.required` is not applied.
+        The new encounter of an enrolled subject replaces its rows. A repeated encounter_id changes nothing.
         """
         self._check("administer")
         listed = list(map(_encounter, encounters))
-        if any(one.subject_id is not None and one.subject_id in self for one in listed):  # these would be replaced
+        if any(one.subject_id is not None and one.subject_id in self for one in listed):  # replaces rows
             self._check("supervise")
             if self._approvals.needed("replace"):
                 raise NotAllowed(
@@ -887,8 +900,9 @@ class Engine:
 
     @audited(changes=True)
     def remove(self, subject_id: str, *others: str) -> None:
-        """Removes a subject, or several in one commit, from all later searches. Raises UnknownSubject; then none is removed; NotAllowed,
-        ApprovalNeeded (`Policy.two_people`)."""
+        """Removes one or several subjects, in one commit, from all later searches.
+
+        Raises UnknownSubject, and removes none, if one of them is not enrolled. Raises NotAllowed, ApprovalNeeded (`Policy.two_people`)."""
         named(subject_id, *others)
         self._check("supervise")
         names = sorted({subject_id, *others})
@@ -907,16 +921,17 @@ class Engine:
 
     @audited()
     def retention_due(self) -> Due:
-        """The refused decisions and closed cases that the policy keeps no longer (`Policy.keep_refused_days`, `keep_cases_days`)."""
+        """The refused decisions and closed cases past the policy's retention periods (`Policy.keep_refused_days`, `keep_cases_days`)."""
         self._check("administer", "audit")
         return due(self._gallery, self._limits())
 
     @audited(changes=True)
     def run_retention(self) -> tuple[Due, int, int | None, ChainLink | None]:
-        """Erases what is due; `jobs.run_retention` verifies it and signs a receipt. Enrolments and searches go on meanwhile.
+        """Erases the records of `retention_due`. Enrolments and searches continue meanwhile.
 
-        Returns what was due, the segments written anew, and the number and the place in the hash chain of the note of this run. Raises
-        InvalidInput for a register on PostgreSQL, StorageUnavailable.
+        `jobs.run_retention` also verifies the erasure and signs a receipt. Returns the erased records, the number of rewritten segments,
+        and the number and hash chain link of this run's note. The last two are None if nothing was due. Raises InvalidInput for a register
+        on PostgreSQL. Raises StorageUnavailable.
         """
         self._check("administer")
         limits = self._limits()
@@ -933,25 +948,27 @@ class Engine:
 
     @audited(changes=True)
     def compact(self) -> None:
-        """Merges all segments into one, while searches and enrolments go on. Afterwards the templates of removed subjects are erased
-        from the disk. Needs as much free disk as the gallery takes. Raises StorageUnavailable."""
+        """Merges all segments into one segment, and erases the templates of removed subjects from the disk.
+
+        Searches and enrolments continue meanwhile. The free disk space must be at least the size of the gallery. Raises
+        StorageUnavailable."""
         self._check("administer")
         self._gallery.compact()
 
     @audited(changes=True)
     def maintain(self) -> None:
-        """Seals and merges what is due, now instead of in the background; after a bulk load, for example."""
+        """Seals rows and merges segments at once, instead of in the background. Use it after a bulk load, for example."""
         self._check("administer")
         self._gallery.maintain()
 
     @audited(changes=True)
     def seal(self) -> None:
-        """Turns the rows of the journal into a segment, now; `maintain` does so when they are many."""
+        """Seals the rows of the journal into a segment at once. `maintain` does so only for many rows."""
         self._check("administer")
         self._gallery.seal()
 
     def index(self, column: str) -> str:
-        """The index engine that a column asks for: `native`, or `faiss:FACTORY`."""
+        """The index engine that is configured for a column: `native`, or `faiss:FACTORY`."""
         self._check("administer", "audit")
         check_column(column)
         return str(self._gallery.snapshot().indexing.spec(column))
@@ -964,18 +981,19 @@ class Engine:
         force: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Changes the index engine, of all columns or by column, and builds the indexes of all sealed rows; see `GalleryConfig.index`.
+        """Changes the index engine of all or some columns, and builds the indexes of all sealed rows; see `GalleryConfig.index`.
 
-        Searches and enrolments go on meanwhile, each segment with the index that it has. An interrupted call goes on when it is repeated,
-        or in the background. A column without enough rows to train on gets its index once it has them.
-        force: use an index even if it misses more than `SearchConfig.miss_risk`; without it such an index raises InvalidInput, and nothing
-        changes. progress: called with the rows indexed and their total. Raises InvalidInput, StorageUnavailable.
+        Searches and enrolments continue meanwhile, and use the present index of each segment. A repeated call continues an interrupted
+        call, and so does the maintenance in the background. If a column has too few rows to train its index, the index is built later,
+        when it has enough rows.
+        force: use an index even if it misses more than `SearchConfig.miss_risk`. Without force, such an index raises InvalidInput, and
+        nothing changes. progress: called with the number of indexed rows and of all rows. Raises InvalidInput, StorageUnavailable.
         """
         self._check("administer")
         specs, now = parse_specs(index), self._gallery.snapshot().indexing
         if isinstance(index, Mapping) and EVERY_COLUMN not in index:
             specs = {**now.specs, **specs}
-        approve: Approve = needs_none  # as to go on with what was asked for before
+        approve: Approve = needs_none  # the continuation of an approved call needs no approval
         if (specs, force) != (now.specs, now.forced):
             facts = {"index": {column: str(spec) for column, spec in sorted(specs.items())}, "force": force}
             approve = self._approvals.require("index", self._caller, lambda: facts, sign=self._sign)
@@ -998,23 +1016,23 @@ class Engine:
             if not self._gallery.rekey_goes_on(renewable=renewable):
                 facts = {"rekey": "renewable" if renewable else "plain"}
                 approve = self._approvals.require("key", self._caller, lambda: facts, sign=self._sign)
-                self._end_rekey()  # a secret that an interrupted change left is not used again
+                self._end_rekey()  # destroys the secret that an interrupted change left
             transform_id = self._gallery.rekey(renewable=renewable, report=progress, approve=approve)
             self._end_rekey()
         return transform_id
 
     def _end_rekey(self) -> None:
-        """Destroys the secrets that nothing is stored with any more."""
+        """Destroys the secrets of transforms that no stored row uses."""
         rekey_canaries(self._gallery.storage, self._gallery.folder, self._gallery.snapshot().transform)
         self._gallery.forget_transforms()
 
     @audited()
     def faiss_index(self, column: str = "face") -> Any:
-        """A `faiss.IndexShards` over the sealed rows of a column, to search by FAISS's own means; `maintain` or `compact` seals rows.
+        """Returns a `faiss.IndexShards` over the sealed rows of a column, for direct use of FAISS. `maintain` or `compact` seals rows.
 
-        Its ids are row numbers, int64; `subjects_of_rows` names their subjects. Removed rows and open cases are left out, as of now. It
-        shares memory with the engine: search it, and never change it. Similarities are FAISS's estimates. Raises InvalidInput where the
-        column has no FAISS index.
+        Its ids are row numbers, int64; `subjects_of_rows` returns their subjects. Rows that are removed or pending at the time of the call
+        are left out. The index shares memory with the engine: search it, and never change it. Similarities are FAISS's estimates. Raises
+        InvalidInput if the column has no FAISS index.
         """
         self._check("administer")
         self._exported(f"the FAISS index of {column}")
@@ -1023,7 +1041,7 @@ class Engine:
 
     @audited()
     def faiss_copies(self, column: str = "face") -> Iterator[tuple[int, Any, NDArray[np.int64], list[str]]]:
-        """Copies of the indexes of `faiss_index`, one a segment: (number of the segment, the index, its rows, their subject_ids)."""
+        """Yields a copy of each segment's index in `faiss_index`: (segment number, index, rows int64 (n,), their n subject_ids)."""
         self._check("administer")
         self._exported(f"FAISS indexes of {column}")
         check_column(column)
@@ -1034,7 +1052,7 @@ class Engine:
 
     @audited()
     def subjects_of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
-        """The subject_id of each row number, '' for one that is not there or removed."""
+        """Returns the subject_id of each row number, '' for a row that is unknown or removed. rows: integers (n,)."""
         self._check("administer")
         snapshot = self._gallery.snapshot().enrolled
         numbers = np.asarray(rows)
@@ -1056,12 +1074,12 @@ class Engine:
         self.maintain()
 
     def refresh(self) -> int:
-        """With read_only: reads what the writer has committed since. Returns the version now seen."""
+        """Reads the writer's newest commits, in an engine that was opened with read_only. Returns the new `gallery_version`."""
         self.check_open()
         self._gallery.refresh()
         return self.gallery_version
 
-    # looking in -------------------------------------------------------------------------------------------------
+    # read access ------------------------------------------------------------------------------------------------
 
     @audited()
     def subject_ids(self) -> list[str]:
@@ -1071,7 +1089,7 @@ class Engine:
 
     @audited()
     def subjects(self, groups: Collection[str] | None = None) -> Iterator[ListedSubject]:
-        """The enrolled subjects without their templates, in order of enrolment; with groups, those that are in one of them."""
+        """The enrolled subjects without their templates, in order of enrolment. groups: only subjects in at least one of these groups."""
         self._check("audit", "administer")
         for subject in listed(self._gallery.snapshot(), _checked(groups)):
             yield subject
@@ -1079,9 +1097,10 @@ class Engine:
 
     @audited()
     def subject(self, subject_id: str) -> Subject:
-        """What the gallery holds of an id: its rows, the decisions on its encounters, and its open cases; also of one that was removed
-        or never enrolled, if a decision is about it. Raises UnknownSubject. Reads every decision, as `decisions` does. Without templates
-        where `Config.allow_template_export` is False."""
+        """Returns the records of a subject: its rows, the decisions on its encounters, and its open cases.
+
+        A subject that was removed or never enrolled is returned too, if the gallery holds a decision about it. The call reads every
+        decision, as `decisions` does. Templates are left out if `Config.allow_template_export` is False. Raises UnknownSubject."""
         self._check("audit", "administer")
         check_id(subject_id, "subject_id")
         subject = subject_of(self._gallery, subject_id)
@@ -1090,24 +1109,24 @@ class Engine:
         return subject
 
     def groups(self) -> dict[str, int]:
-        """group -> how many enrolled subjects are in it, in the order of the names."""
+        """group -> number of its enrolled subjects, ordered by name."""
         self._check("audit", "administer")
         return group_counts(self._gallery.snapshot())
 
     def are_enrolled(self, subject_ids: Sequence[str]) -> NDArray[np.bool_]:
-        """bool (n,): whether each of these is enrolled."""
+        """bool (n,): whether each subject is enrolled."""
         return np.asarray(self.rows_of(subject_ids) >= 0)
 
     @audited()
     def rows_of(self, subject_ids: Sequence[str]) -> NDArray[np.int64]:
-        """int64 (n,): the newest row of each subject, -1 if not enrolled. Row numbers only grow; an updated subject gets a further row."""
+        """int64 (n,): the newest row of each subject, -1 if not enrolled. Row numbers only grow. An update gives a subject another row."""
         self._check("administer", "audit")
         return self._gallery.snapshot().rows_of(_packed(subject_ids))
 
     @audited()
     def templates(self, subject_id: str) -> dict[str, Template]:
-        """column -> the subject's best template, by quality, then the newest. Embeddings of sealed rows have eight bits a number.
-        Raises UnknownSubject."""
+        """column -> the subject's template of the highest quality; of equal qualities, the newest. Embeddings of sealed rows are quantised
+        to eight bits per dimension. Raises UnknownSubject."""
         self._check("administer")
         self._exported("of one subject", subject_id)
         templates = self._gallery.templates_of(subject_id)
@@ -1117,7 +1136,7 @@ class Engine:
 
     @audited()
     def encounters(self, subject_id: str) -> list[EnrolledEncounter]:
-        """The rows of an enrolled subject with their encounters, oldest first. Raises UnknownSubject."""
+        """The encounters of an enrolled subject with their rows, oldest first. Raises UnknownSubject."""
         self._check("administer")
         self._exported("of one subject", subject_id)
         encounters = self._gallery.snapshot().encounters_of(subject_id)
@@ -1127,15 +1146,15 @@ class Engine:
 
     @audited()
     def decision(self, encounter_id: str) -> Decision | None:
-        """The decision on an encounter, None for an unknown encounter_id. For a case: as it stands now."""
+        """The decision on an encounter, None for an unknown encounter_id. A case has its present decision."""
         self._check("audit", "review")
         stored = self._gallery.answer(encounter_id)
         return None if stored is None or stored.kind != "decision" else from_json(stored.text)
 
     @audited()
     def decisions(self, subject_id: str | None = None) -> Iterator[Decision]:
-        """The decisions on the encounters of a subject, or all, in their order; each as it stands now. Reads every decision that the
-        gallery holds."""
+        """The present decisions on the encounters of a subject, or on all encounters, in the order of the decisions. Reads every decision
+        of the gallery."""
         self._check("audit", "review")
         for decision in decisions_of(self._gallery, subject_id):
             yield decision
@@ -1150,9 +1169,11 @@ class Engine:
         principal: str | None = None,
         subject_id: str | None = None,
     ) -> Iterator[AuditRecord]:
-        """The audit log (`Config.audit`), oldest first: calls at or after `since` and before `until` (seconds since 1970), of one principal, or
-        about one subject. Records in archive files are left out. Those of readers that no writer has taken in yet are last, with the
-        number 0. Raises GalleryDamaged."""
+        """Yields the records of the audit log (`Config.audit`), oldest first, without the records in archive files.
+
+        since, until: only calls at or after `since` and before `until`, in seconds since 1970. principal: only calls of this principal.
+        subject_id: only calls about this subject. Records of readers come last, with the number 0, until a writer adds them to the log.
+        Raises GalleryDamaged."""
         self._check("audit")
         self._audit.flush()
         spans, rows = self._gallery.audit_log()
@@ -1165,30 +1186,32 @@ class Engine:
 
     @audited(changes=True)
     def archive_audit(self, out: Path, *, before: float) -> int:
-        """Moves packed records of the audit log that are older than `before` (seconds since 1970) to a new file, in the clear, so that the
-        gallery does not grow without end. The gallery keeps what proves them. Returns how many were moved; with none, there is no file.
+        """Moves packed records of the audit log that are older than `before` (seconds since 1970) to a new file. This limits the size of
+        the gallery. The new file is not encrypted. The gallery keeps the hashes that prove the moved records.
 
-        The newest records, 2,000 to 4,000, are not packed yet and stay. Raises InvalidInput where the file exists, StorageUnavailable."""
+        Returns the number of moved records; if it is 0, no file is written. The newest 2,000 to 4,000 records are not packed yet and stay.
+        Raises InvalidInput if the file exists. Raises StorageUnavailable."""
         self._check("administer")
         with self._gallery.transaction() as transaction:
             return move_old(transaction, self._gallery.storage, out, before)
 
     @audited()
     def archived_audit(self, file: Path) -> Iterator[AuditRecord]:
-        """The records of a file of `archive_audit`, oldest first, checked against what the gallery keeps. Raises InvalidInput, GalleryDamaged."""
+        """Yields the records of a file of `archive_audit`, oldest first, checked against the gallery's hashes. Raises InvalidInput,
+        GalleryDamaged."""
         self._check("audit")
         yield from read_archive(self._gallery, file)
 
     @audited()
     def receipt(self, encounter_id: str) -> Receipt:
-        """What a decision rests on, and where it stands in the gallery's log; `jobs.write_receipt` signs it. Raises InvalidInput where the
+        """Returns the evidence of a decision, and its place in the gallery's log. `jobs.write_receipt` signs it. Raises InvalidInput if the
         gallery holds no decision on the encounter."""
         self._check("audit")
         return receipt_of(self._gallery, encounter_id, self._extractor.cards)
 
     @audited()
     def recall(self, encounter: Encounter) -> Decision | None:
-        """The decision that this encounter got, None if it was not sent before. Writes nothing. Raises EncounterConflict if its
+        """Returns the earlier decision on this encounter, None if the encounter is new. Writes nothing. Raises EncounterConflict if the
         encounter_id was used with other content."""
         self._check("enrol")
         encounter = in_memory(encounter, self.config.capture)
@@ -1196,24 +1219,24 @@ class Engine:
         return None if known is None else self._told(known)
 
     def info(self) -> dict[str, Any]:
-        """Counts, models and thresholds, JSON-ready."""
+        """Returns counts, models and thresholds, as values that JSON can hold."""
         self._check("audit", "administer")
         return info_of(self._gallery, self.policy)
 
     def problems(self) -> list[str]:
-        """The faults that a full check of the stored data finds; empty if it is sound."""
+        """Checks all stored data, and returns the faults; empty if the data is sound."""
         self._check("audit", "administer")
         own = self._gallery.problems()
         return own if own is not None else [str(p) for p in inspect(self._gallery.storage, self._gallery.folder)]
 
     def notes(self, now: float) -> list[str]:
-        """Oddities that are no damage: ids that look alike, decisions dated by a clock that was set back. now: the time in seconds."""
+        """Returns warnings that are not faults: ids that look alike, decisions after the clock was set back. now: the time in seconds."""
         self._check("audit", "administer")
         return notes_of(self._gallery.snapshot(), now)
 
     @audited()
     def backup(self, target: str | Path) -> Copied:
-        """Copies the gallery, and what jobs keep beside it, to a folder. A later backup to the same folder copies only new segments.
+        """Copies the gallery and the files of jobs beside it to a folder. A later backup to the same folder copies only new segments.
 
         Raises InvalidInput if the folder holds something else, GalleryDamaged, StorageUnavailable.
         """
@@ -1232,13 +1255,13 @@ class Engine:
         return probe
 
     def check_open(self) -> None:
-        """Raises EngineClosed, and InvalidInput in a forked child of the process that opened it."""
+        """Raises EngineClosed if the engine is closed. Raises InvalidInput in a forked child of the process that opened it."""
         self._gallery.check_process()
         if self._closed.is_set():
             raise EngineClosed("the engine was closed; open it again")
 
     def _check(self, *roles: str) -> None:
-        """Raises EngineClosed, and NotAllowed unless the caller has one of these roles."""
+        """Raises EngineClosed if the engine is closed. Raises NotAllowed if the caller has none of these roles."""
         self.check_open()
         if self._caller is None:
             return
@@ -1247,25 +1270,25 @@ class Engine:
             raise NotAllowed("a trace shows scores that the policy does not disclose; it needs the role audit")
 
     def _take(self, calls: int = 1, subjects: Collection[str] = ()) -> None:
-        """Counts calls, and answers about subjects, against the budgets."""
+        """Counts calls, and answers about subjects, against the budgets. Raises BudgetExhausted."""
         if self._restricted and (calls or subjects):
             self._budgets.take(self._name, calls, self._enrolled(dict.fromkeys(subjects, 1)))
 
     def _count_named(self, subjects: Iterable[str]) -> None:
-        """Counts each time that an answer names an enrolled subject. Raises BudgetExhausted."""
+        """Counts each enrolled subject that an answer names, once per occurrence. Raises BudgetExhausted."""
         counts = Counter(subjects) if self._restricted else Counter[str]()
         if counts:
             self._budgets.name(self._name, self._enrolled(counts))
 
     def _enrolled(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Those of enrolled subjects, where the policy counts answers about subjects; else none."""
+        """Returns the counts of enrolled subjects. Empty if the policy has no budget of answers about subjects."""
         if not counts or not self._budgets.of_subjects:
             return {}
         rows = self._gallery.snapshot().rows_of(_packed(list(counts)))
         return {name: count for (name, count), row in zip(counts.items(), rows.tolist(), strict=True) if row >= 0}
 
     def _named(self, decision: Decision) -> Decision:
-        """A decision that is made already, without its candidates where one of them was answered about too often."""
+        """Counts the subjects that a finished decision names. If a budget is exhausted, returns the decision without candidates."""
         try:
             self._count_named(
                 c.subject_id for c in decision.candidates if not c.case and c.subject_id != decision.subject_id
@@ -1276,16 +1299,16 @@ class Engine:
 
     @property
     def _name(self) -> str:
-        """The caller's, "" without one."""
+        """The caller's name, "" without a caller."""
         return "" if self._caller is None else self._caller.name
 
     def _told(self, decision: Decision) -> Decision:
-        """What the policy discloses of a decision."""
+        """Returns the part of a decision that the policy discloses."""
         return disclosed_decision(decision, self.policy) if self._restricted else decision
 
     def _signed(self, by: str, role: str) -> str:
-        """The name to record for a person's act: the principal's, or `by`, which must be a configured identity with the role if there are
-        any. Raises NotAllowed."""
+        """Returns the name to record for a person's act: the principal's name, or `by` without a principal. If the configuration has
+        identities, `by` must be an identity with the role. Raises NotAllowed."""
         if self._caller is not None:
             if by not in ("", self._caller.name):
                 raise NotAllowed(f"by is {by!r}, and {self._caller.name!r} calls; leave `by` out")
@@ -1295,15 +1318,15 @@ class Engine:
         return by
 
     def _exported(self, what: str, subject_id: str = "") -> None:
-        """Logs that templates are handed out. Raises NotAllowed where `Config.allow_template_export` forbids it."""
+        """Logs an export of templates. Raises NotAllowed if `Config.allow_template_export` forbids it."""
         note_export(self._config, what, caller=self._name, subject_id=subject_id)
 
     def _told_search(self, column: str, result: SearchResult) -> SearchResult:
-        """What the policy discloses of a search."""
+        """Returns the part of a search result that the policy discloses."""
         snapshot = self._gallery.snapshot()
         model = snapshot.models.get(column)
         if model is None:
-            return result  # nothing is enrolled there
+            return result  # the column is empty
         _, review_db = self.policy.thresholds_db(snapshot.searched_count)
         score_db = self._pairs.calibrations.of(model.model_id).score_db
         return disclosed_search(result, self.policy, review_db, score_db)
@@ -1318,8 +1341,8 @@ class Engine:
 
 
 def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:
-    """The rows of each subject, to which a request is bound. It looks up the ids one by one, because a request names few subjects. Raises
-    UnknownSubject."""
+    """Returns the rows of each subject; an approval holds for these rows only. The ids are looked up one by one, because a request names
+    few subjects. Raises UnknownSubject."""
     rows = [list(map(int, snapshot.rows_under(name))) for name in subject_ids]
     for name, of_subject in zip(subject_ids, rows, strict=True):
         if not of_subject:
@@ -1329,9 +1352,10 @@ def _rows_of(snapshot: Snapshot, subject_ids: Sequence[str]) -> list[list[int]]:
 
 @checked
 def compare(a: Template, b: Template) -> Score:
-    """1:1, without a gallery. score_db = -10 log10(FMR); similarity for embeddings, minutiae for fingers, else None.
+    """Compares two templates 1:1, without a gallery.
 
-    Raises ModelMismatch for templates of two models, InvalidInput for a face against a finger and for an unsound record.
+    Returns score_db = -10 log10(FMR), the similarity of embeddings, and the minutiae score of fingers; a score that does not apply is None.
+    Raises ModelMismatch if the templates are of two models. Raises InvalidInput for a face against a finger, and for an unsound record.
     """
     return shipped_pair_comparer().score(a, b)
 
@@ -1379,12 +1403,12 @@ def _opened_register(path: str, config: Config, storage: Storage, gallery_id: st
 
 
 def _shards_elsewhere(gallery: Gallery, config: Config) -> RayShards | None:
-    """What searches a register's segments in other processes; None where this one does."""
+    """Returns the client of the processes that search a register's segments; None if this process searches them."""
     if config.cluster is None or config.cluster.ray_address is None:
         return None
     from biodedup.cluster.gallery import ClusterGallery
     from biodedup.cluster.key import ActorKey
-    from biodedup.cluster.shards.ray_actors import RayShards  # others need no Ray
+    from biodedup.cluster.shards.ray_actors import RayShards  # only Ray actors need this import
 
     assert isinstance(gallery, ClusterGallery), "only a register has Config.cluster"
     key = ActorKey.of(config.keys, gallery.key_file)
@@ -1392,7 +1416,7 @@ def _shards_elsewhere(gallery: Gallery, config: Config) -> RayShards | None:
 
 
 def _encounter(item: object) -> Encounter:
-    """An item of a stream of encounters. Raises InvalidInput."""
+    """Checks an item of a stream of encounters. Raises InvalidInput."""
     if not isinstance(item, Encounter):
         raise InvalidInput(
             f"a stream of encounters holds {type(item).__name__}, wanted Encounter; write bd.Encounter(subject_id, [bd.Face(path)])"
@@ -1405,8 +1429,8 @@ def _unknown(subject_id: str) -> UnknownSubject:
 
 
 def _packed(subject_ids: Sequence[str]) -> Packed:
-    """The ids in the form that look-ups take. Characters that UTF-8 cannot encode become `?`: no subject has such an id. Raises
-    InvalidInput for an item that is no text."""
+    """Returns the ids in the form that look-ups take. Characters that UTF-8 cannot encode become `?`; no enrolled id has such characters.
+    Raises InvalidInput for an item that is not a str."""
     for subject_id in subject_ids:
         if not isinstance(subject_id, str):
             raise InvalidInput(f"a subject_id is a str, got {type(subject_id).__name__}; convert it, as str(value)")
@@ -1414,7 +1438,7 @@ def _packed(subject_ids: Sequence[str]) -> Packed:
 
 
 def _checked(groups: Collection[str] | None) -> tuple[str, ...] | None:
-    """The groups to search in, checked. Old galleries may have groups that today's rules for new ids would refuse."""
+    """Checks and returns the groups of a search. Old galleries may have groups that the present rules for new ids refuse."""
     if groups is None or isinstance(groups, str):
         return None if groups is None else check_groups(groups)
     return check_groups([KnownId(group) if isinstance(group, str) else group for group in groups])

@@ -1,14 +1,14 @@
-"""Enrol: searches for encounters, then decides on them and commits the decisions in one transaction.
+"""Searches for encounters, then decides on them and commits the decisions in one transaction.
 
 Owns the steps between a search and its durable answer, and the queue of calls that wait to commit. Never compares and never judges.
 
     without the lock:  prepare -> search
-    with the lock:     search the rows added since -> decide -> verify an update -> stage -> commit -> answer
+    with the lock:     search the newer rows -> decide -> verify an update -> stage -> commit -> answer
 
-1. Under the lock a probe is compared with every row that its search had not seen, also with those of its own batch.
-2. Group commit: the thread that gets the lock commits for all calls that wait. One sync of the disk acknowledges them all, or none.
-3. A caller's mistake is raised for that caller alone; the other encounters of the group are decided all the same.
-4. An update is verified against the enrolled rows and adds a row. Only an update with a reason replaces them.
+1. Under the lock, a probe is compared with every row that is newer than its search, including the rows of its own batch.
+2. Group commit: the thread that gets the lock commits for all calls that wait. One sync of the disk acknowledges all calls, or none.
+3. A caller's mistake raises an error in that caller's call only. The other encounters of the group are still decided.
+4. An update is verified against the enrolled rows and adds a row. Only an update with a reason replaces the enrolled rows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ Answer: TypeAlias = Decision | CallerError | CaptureUnavailable
 
 @dataclass(eq=False)
 class _Waiting:
-    """Searched probes of one call that wait to be decided. replaces: they update subjects; reason: why all rows are replaced, or ""."""
+    """The searched probes of one call that waits for the commit. replaces: whether the probes update subjects; reason: why all rows are
+    replaced, or ""."""
 
     probes: Sequence[Probe]
     digests: Sequence[bytes]
@@ -60,10 +61,10 @@ class _Waiting:
     reason: str
     answers: list[Decision | CallerError] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
-    """The probes whose answers the commit recorded."""
+    """The indices of the probes whose answers the commit recorded."""
     call: Call | None = None
     approve: Callable[[Transaction], None] | None = None
-    """Of a replacement that two people ask for."""
+    """Called in the transaction, if a replacement needs two people."""
     error: BiodedupError | None = None
     done: bool = False
 
@@ -74,8 +75,9 @@ class _Waiting:
 
 @dataclass(eq=False)
 class PreparedBatch:
-    """Encounters after their search. answers: those known already; waiting: the probes to be decided, None without any; places: the
-    index of each such probe; fresh: the encounters whose decision was committed, and not known before."""
+    """A batch of encounters after its search. answers: one for each encounter, None until it is known; waiting: the undecided probes, None
+    if there are none; places: the index in the batch of each undecided probe; fresh: the indices of the encounters whose decision is new
+    and committed."""
 
     answers: list[Answer | None]
     places: tuple[int, ...] = ()
@@ -84,8 +86,8 @@ class PreparedBatch:
 
 
 class Enrolment:
-    """Enrols and updates subjects of one gallery. new_id: makes ids for encounters without one; encounters_max: how many rows a subject
-    keeps. Thread-safe."""
+    """Enrols and updates subjects of one gallery. new_id: makes ids for encounters without an id; encounters_max: the largest number of
+    rows of a subject. Thread-safe."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Enrolment:
     def search(
         self, encounters: Sequence[Encounter], across: bool, *, replaces: bool = False, reason: str = ""
     ) -> PreparedBatch:
-        """Prepares encounters, and searches the newest snapshot for them."""
+        """Prepares encounters, and searches the newest snapshot with their probes."""
         answers: list[Answer | None] = [None] * len(encounters)
         operation = "enroll" if not replaces else f"replace: {reason}" if reason else "update"
         encounters, digests = list(encounters), [b""] * len(encounters)
@@ -142,7 +144,7 @@ class Enrolment:
         before = self._gallery.snapshot()
         extra_k = max(
             before.count_under(probe.subject_id) for probe in searched
-        )  # the subjects' own rows are no candidates
+        )  # a subject's own rows cannot be candidates
         seen = self._searches.search(searched, across=across, extra_k=extra_k)
         waiting = _Waiting(searched, [digests[i] for i in probes], seen, replaces, reason)
         return PreparedBatch(answers, tuple(probes), waiting)
@@ -150,7 +152,7 @@ class Enrolment:
     def ahead(
         self, batches: Iterator[list[Encounter]], across: bool
     ) -> Iterator[tuple[list[Encounter], PreparedBatch]]:
-        """Each batch with its search; the next batch is searched while the caller works on this one."""
+        """Yields each batch with its search results. The next batch is searched while the caller handles the present batch."""
         if tracing() is not None:  # a trace needs its steps in order
             yield from ((batch, self.search(batch, across)) for batch in batches)
             return
@@ -165,8 +167,8 @@ class Enrolment:
     # the commit -------------------------------------------------------------------------------------------------
 
     def commit(self, prepared: PreparedBatch, approve: Callable[[Transaction], None] | None = None) -> list[Answer]:
-        """Decides on searched encounters and commits the decisions. One answer for each encounter. approve: of a replacement, is called in
-        its transaction."""
+        """Decides on searched encounters and commits the decisions. Returns one answer for each encounter. approve: called in the
+        transaction of a replacement."""
         if prepared.waiting is not None:
             waiting = prepared.waiting
             waiting.call, waiting.approve = current_call(), approve
@@ -190,7 +192,7 @@ class Enrolment:
                 group: list[_Waiting] = []
                 try:
                     with untraced(), self._gallery.transaction() as transaction:  # the probes belong to several callers
-                        group = self._all_waiting()  # only now: more calls came while other front-ends wrote
+                        group = self._all_waiting()  # taken last: more calls arrive while other front-ends write
                         for waiting in group:
                             self._decide_all(transaction, waiting)
                 except BaseException as error:
@@ -206,7 +208,7 @@ class Enrolment:
             raise call.error
 
     def _all_waiting(self) -> list[_Waiting]:
-        """Takes the calls that wait."""
+        """Returns the calls that wait, and empties the queue."""
         with self._waiting_lock:
             group, self._waiting = self._waiting, []
         return group
@@ -246,10 +248,10 @@ class Enrolment:
         same: Collection[int] = (),
         added: Ranked | None = None,
     ) -> Decision:
-        """The decision inside the transaction, so that no row can be added between its search and its commit.
+        """Decides on a probe inside the transaction, so that no row can be added between the search and the commit.
 
         case: the open case that is decided again, if any. required: as in `Policy`. same: rows that a person judged to be of the same
-        person as the case; an update is verified unless the subject still has one of them. added: as of
+        person as the case. If the subject still has one of these rows, an update needs no verification. added: the result of
         `BatchedSearch.compared_with_added`.
         """
         now = transaction.snapshot()
@@ -260,17 +262,17 @@ class Enrolment:
             raise UnknownSubject(f"subject {probe.subject_id!r} is not enrolled; enrol it, there is nothing to update")
         check_models(probe.templates, transaction.models)
         keeps = now.best_templates(probe.subject_id) if request.replaces and not request.reason and required else None
-        usable = probe.templates.keys() | (keeps or {}).keys()  # columns that an update does not send stay
+        usable = probe.templates.keys() | (keeps or {}).keys()  # an update keeps columns without a new capture
         if lacks := shortfall(required, usable, probe.refusals, probe.missing):
             return self._decider.incomplete(probe, lacks, now, version=transaction.version)
-        own = subject_rows + now.pending_under(probe.subject_id)  # under the same name no second identity slips past
+        own = subject_rows + now.pending_under(probe.subject_id)  # every row under the same subject_id
         different = now.different.get(case.row, ()) if case is not None and case.row is not None else ()
         found = self._searches.search_since(probe, found, seen, now, {*own, *different}, added)
         decider = self._decider.with_comparer(seen.searcher.comparer)
         decision = decider.decide(probe, found, now, version=transaction.version, own=own, different=different)
         if request.reason:
             decision = replace(decision, replacement=request.reason)
-        # a replacement was asked for what was enrolled then, not for a person that got the id since
+        # a replacement applies to the rows at the time of the request, not to a later enrolment under the same id
         enrolled_anew = case is not None and case.row is not None and min(subject_rows, default=-1) > case.row
         if not request.replaces or (request.reason and not enrolled_anew) or not set(same).isdisjoint(subject_rows):
             return decision
@@ -279,7 +281,7 @@ class Enrolment:
     def record(
         self, transaction: Transaction, probe: Probe, decision: Decision, digest: bytes, request: Request
     ) -> Decision:
-        """Stages a new decision and its effect: a row for `unique`, a case for `review`."""
+        """Stages a new decision and its effect: `unique` adds a row, `review` opens a case."""
         encounter_id = probe.encounter.encounter_id or self._new_id()
         decision = replace(decision, encounter_id=encounter_id)
         if decision.outcome == "unique":
@@ -296,7 +298,7 @@ class Enrolment:
         return decision
 
     def thin_out(self, transaction: Transaction, subject_id: str) -> None:
-        """Stages the removal of the rows that a subject has beyond encounters_max."""
+        """Stages the removal of redundant rows of a subject that has more than encounters_max rows (`kept_rows`)."""
         now = transaction.snapshot()
         rows = now.rows_under(subject_id)
         if len(rows) > self._encounters_max:
@@ -305,7 +307,7 @@ class Enrolment:
 
 
 def _for_waiting(error: BaseException) -> BiodedupError:
-    """The error for the other calls of a group whose commit failed."""
+    """Returns the error for the other calls of a group whose commit failed."""
     if isinstance(error, BiodedupError):
         return type(error)(str(error))
     if isinstance(error, MemoryError):

@@ -1,11 +1,11 @@
-"""Load: adds subjects without a search, from columns of templates or from archives of captures.
+"""Adds subjects without a search, from columns of templates or from archives of captures.
 
-Owns the checks of a batch, its outcome, and whether it goes through the journal or becomes a segment. Never searches.
+Owns the checks of a batch, its outcome, and the choice between the journal and a new segment. Never searches.
 
 1. A batch is added whole or not at all.
-2. A batch that is sent again under the same encounter_id adds nothing.
-3. A small batch goes through the journal. A large one is written as a segment without the lock, and attached under the lock if none
-   of its subjects was enrolled meanwhile.
+2. A repeated batch with the same encounter_id adds nothing.
+3. A small batch goes through the journal. A large batch is written as a segment without the lock. The segment is attached under the lock
+   if none of its subjects was enrolled meanwhile.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ from biodedup.values import (
     model_of,
 )
 
-_SAME_COSINE = 0.999  # between a vector and its own eight-bit code it is above 0.9995 (tests/gallery/test_gallery.py)
+_SAME_COSINE = 0.999  # a vector and its own eight-bit code have a cosine above 0.9995 (tests/gallery/test_gallery.py)
 
 ArrowBatch: TypeAlias = pa.RecordBatch | pa.Table
 """Ids and templates of all columns (engine/arrow/templates.py)."""
 Cells = NDArray[Any] | Sequence[bytes | None]
-"""A column as it is given: embeddings (n, d), or n minutiae records."""
+"""The caller's templates of a column: embeddings (n, d), or n minutiae records."""
 
 
 @dataclass(frozen=True)
 class Loaded(Described):
-    """The outcome of a batch of templates. added: how many subjects are new; present: how many were enrolled before with the same
-    templates; conflicting: indices of the subjects that are enrolled with other templates, which were kept; refused: (index, reason) of
-    each row of an Arrow batch that cannot be used, in order."""
+    """The outcome of a batch of templates. added: number of new subjects; present: number of subjects that are already enrolled with the
+    same templates; conflicting: indices of the subjects that are enrolled with other templates, which stay unchanged; refused: (index,
+    reason) of each unusable row of an Arrow batch, in order."""
 
     added: int
     present: int
@@ -76,7 +76,7 @@ class Loaded(Described):
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Subjects to add. ids: texts; cells: column -> its templates; digest: SHA-256 of the batch as it was sent."""
+    """Subjects to add. ids: texts; cells: column -> its templates; digest: SHA-256 of the batch as sent."""
 
     ids: Packed
     cells: Mapping[str, NewCells]
@@ -89,7 +89,7 @@ class _Batch:
         return len(self.ids)
 
     def at(self, rows: NDArray[np.int64]) -> _Batch:
-        """The subjects at these indices, ascending."""
+        """Returns the batch of the subjects at these indices. rows: int64 (n,), ascending."""
         if len(rows) == self.count:
             return self
         cells = {column: some.at(rows, self.count) for column, some in self.cells.items()}
@@ -101,7 +101,7 @@ class _Batch:
         )
 
     def was_added(self, answer_of: AnswerOf) -> bool:
-        """Whether this batch was added before. Raises EncounterConflict if its encounter_id was used for other content."""
+        """Whether an earlier call added this batch. Raises EncounterConflict if its encounter_id was used for other content."""
         return self.encounter_id is not None and batch_answered_before(
             answer_of(self.encounter_id), self.encounter_id, self.digest
         )
@@ -114,8 +114,8 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class Loader:
-    """Adds subjects to one gallery. new_id: makes ids for encounters without one; seal_rows: batches of so many rows become a segment;
-    threads: that read the columns of a batch. Thread-safe."""
+    """Adds subjects to one gallery. new_id: makes ids for encounters without an id; seal_rows: a batch with at least this number of rows
+    becomes a segment; threads: the number of threads that read the columns of a batch. Thread-safe."""
 
     gallery: Gallery
     preparer: Preparer
@@ -137,8 +137,9 @@ class Loader:
     ) -> Loaded:
         """Adds a batch of templates.
 
-        model_id: the embeddings' model, one for all or by column. keep_enrolled: subjects that are enrolled already are kept and
-        reported; otherwise they raise SubjectExists, as do subjects that another thread enrols meanwhile.
+        model_id: the embeddings' model, one for all columns or one for each. keep_enrolled: keep and report subjects that are enrolled
+        already. Without it, such a subject raises SubjectExists. If another thread enrols a subject meanwhile, it always raises
+        SubjectExists.
         """
         check_model_ids(model_id)
         return self._logged(
@@ -157,8 +158,10 @@ class Loader:
         model_id: str | Mapping[str, str] | None = None,
         keep_enrolled: bool,
     ) -> Loaded:
-        """As `add`, of an Arrow record batch or table. keep_enrolled: bad rows are refused and reported, too, and the batch is named by its content
-        where it has no encounter_id; otherwise a bad row raises InvalidInput."""
+        """Adds an Arrow record batch or table as `add` does.
+
+        keep_enrolled: also refuse and report unusable rows; without an encounter_id, the batch gets an id from its digest. If keep_enrolled
+        is False, an unusable row raises InvalidInput."""
         check_model_ids(model_id)
         if encounter_id is not None:
             check_encounter_id(encounter_id)
@@ -234,7 +237,7 @@ class Loader:
         return _Batch(packed, sent, named, encounter_id, _digest_of(packed, sent, named))
 
     def _compare_enrolled(self, batch: _Batch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """(enrolled, enrolled with the same templates), bool (n,) each."""
+        """Returns (enrolled, enrolled with the same templates), bool (n,) each."""
         snapshot = self.gallery.snapshot()
         rows = snapshot.rows_of(batch.ids)
         enrolled = rows >= 0
@@ -258,7 +261,9 @@ class Loader:
     def _compare_records(
         self, rows: NDArray[np.int64], at: NDArray[np.int64], column: str, cells: NewCells, same: NDArray[np.bool_]
     ) -> None:
-        """same gets False at the subjects `at`, ascending, that are enrolled with another record, or with one that is not sent."""
+        """Sets `same` to False for subjects whose enrolled record differs from the sent record, or is enrolled or sent only.
+
+        at: the indices of the subjects to compare, ascending."""
         records = self.gallery.snapshot().minutiae(rows[at].tolist(), column)
         sent = (
             dict(zip(cells.positions.tolist(), cells.minutiae.to_pylist(), strict=True)) if cells.has_minutiae else {}
@@ -267,7 +272,7 @@ class Loader:
             same[at] &= [records.get(int(rows[i]), b"") == sent.get(i, b"") for i in at.tolist()]
 
     def _through_journal(self, batch: _Batch) -> bool:
-        """Whether the batch was added; False if another thread added it meanwhile."""
+        """Adds the batch through the journal. Returns False if another thread has added it meanwhile."""
         with self.gallery.transaction() as transaction:
             if batch.was_added(transaction.answer):
                 return False
@@ -278,7 +283,7 @@ class Loader:
         return True
 
     def _as_segment(self, batch: _Batch) -> bool:
-        """As `_through_journal`."""
+        """Adds the batch as a new segment. Returns False if another thread has added it meanwhile."""
         with self.gallery.transaction() as transaction:
             group_sets = transaction.group_sets_of(batch.groups)
         entry = self.gallery.write_rows(batch.ids, batch.cells, group_sets)
@@ -294,15 +299,15 @@ class Loader:
                 carried_out(count=batch.count)
         except (
             CallerError
-        ):  # after another error the commit may stand; the next writer deletes segments that no commit names
+        ):  # after any other error, the commit may be durable; the next writer deletes segments that no commit names
             self.gallery.discard_rows(entry)
             raise
         return True
 
     def import_captures(self, encounters: Sequence[Encounter]) -> list[Decision]:
-        """Adds subjects from their captures, and replaces enrolled ones. The outcome `unique` means added.
+        """Adds subjects from their captures, and replaces enrolled subjects. The outcome `unique` means that the subject was added.
 
-        An encounter whose file is absent or cannot be read is `refused`, and not recorded.
+        An encounter with an absent or unreadable file is `refused`, and not recorded.
         """
         for encounter in encounters:
             require_subject(encounter)
@@ -324,7 +329,7 @@ class Loader:
                     answers[i] = self.decider.refused(encounters[i], probe, self.gallery.snapshot())
                     continue
                 answer = earlier_answer(transaction.answer, probe.encounter, digests[i], transaction.snapshot)
-                if answer is not None:  # sent twice in this batch, or by another thread meanwhile
+                if answer is not None:  # repeated in this batch, or sent by another thread meanwhile
                     answers[i] = answer
                     continue
                 check_models(probe.templates, transaction.models)
@@ -332,7 +337,7 @@ class Loader:
                 decision = self.decider.decide(
                     probe, CandidateSet(), transaction.snapshot(), version=transaction.version
                 )
-                outcome: Outcome = "unique" if probe.templates else "refused"  # nothing was searched
+                outcome: Outcome = "unique" if probe.templates else "refused"  # there was no search
                 answers[i] = decision = replace(decision, encounter_id=encounter_id, outcome=outcome, reasons=())
                 if outcome == "unique":
                     if transaction.snapshot().row_of(probe.subject_id) is not None:

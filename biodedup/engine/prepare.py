@@ -1,11 +1,11 @@
-"""Prepare: turns an encounter into a probe, that is, templates to search with and the refusals of its other captures.
+"""Turns an encounter into a probe: the templates to search with, and the refusals of unusable captures.
 
-Owns the checks of captures, templates and bare embeddings before anything is searched or stored. Never searches and never stores.
+Owns the checks of captures, templates and bare embeddings before a search or a commit. Never searches and never stores.
 
-1. A gallery column holds templates of one model. A template of another model raises ModelMismatch. Bare vectors need a model_id, unless
-   the column has a model already.
-2. Of two captures of one column the one of higher quality is kept; the other is refused as `superseded`.
-3. An error in one encounter never stops a batch: that encounter's result is the error.
+1. A gallery column holds templates of one model. A template of another model raises ModelMismatch. Bare vectors need a model_id if the
+   column has no model yet.
+2. If an encounter has two captures of one column, the capture of higher quality is kept. The other capture is refused as `superseded`.
+3. An error in one encounter never stops a batch. The error becomes the result of that encounter.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from biodedup.values import (
 
 @dataclass(frozen=True)
 class Probe:
-    """An encounter with its templates in place of its images. refusals: the captures that were declined."""
+    """An encounter with templates instead of images. refusals: of the declined captures."""
 
     encounter: Encounter
     templates: Mapping[str, Template]
@@ -58,7 +58,7 @@ class Probe:
 
     @property
     def subject_id(self) -> str:
-        """The encounter's subject_id; `require_subject` must have checked that it has one."""
+        """The encounter's subject_id. Call `require_subject` first."""
         assert self.encounter.subject_id is not None, "call require_subject first"
         return self.encounter.subject_id
 
@@ -69,7 +69,7 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Preparer:
-    """Prepares the probes of one gallery, and the columns of templates that are loaded into it. Thread-safe."""
+    """Prepares the probes of one gallery, and the columns of templates to load into the gallery. Thread-safe."""
 
     gallery: Gallery
     extractor: Extractor
@@ -77,27 +77,27 @@ class Preparer:
     config: Config
     policy: Callable[[], Policy]
     clock: Callable[[], float]
-    """The time in seconds, for verdicts of capture devices that end."""
+    """Returns the time in seconds since 1970. Verdicts of capture devices expire."""
 
     @cached_property
     def _cards(self) -> tuple[ModelCard, ...]:
-        """The shipped cards and the configured ones, read once."""
+        """The shipped cards and the configured cards, read once."""
         return (*shipped_cards(), *self.extractor.cards)
 
     @cached_property
     def _makes(self) -> dict[str, int | None]:
-        """As `_dimensions`, of all cards."""
+        """The result of `_dimensions` for all cards."""
         return _dimensions(self._cards)
 
     def probe(self, encounter: Encounter) -> Probe:
-        """The probe of one encounter. Raises CallerError."""
+        """Returns the probe of one encounter. Raises CallerError."""
         (probe,) = self.probes([encounter])
         if isinstance(probe, CallerError):
             raise probe
         return probe
 
     def probes(self, encounters: Sequence[Encounter]) -> list[Probe | CallerError]:
-        """The probe of each encounter, or its error. The captures of all encounters are extracted together."""
+        """Returns the probe of each encounter, or its error. The captures of all encounters are extracted together."""
         captures = [c for encounter in encounters for c in encounter.captures if not isinstance(c, Missing)]
         results: list[Template | Refusal | CallerError] = []
         try:
@@ -143,7 +143,7 @@ class Preparer:
         return Probe(replace(encounter, captures=missing), templates, (*encounter.declined, *refusals))
 
     def _in_time(self, capture: Capture, result: Template | Refusal | CallerError) -> Template | Refusal | CallerError:
-        """The result, or the refusal of a face whose device's verdict has ended."""
+        """Returns the result, or the refusal of a face if the verdict of its capture device has expired."""
         verdict = capture.device if isinstance(capture, Face) else None
         if verdict is None or verdict.valid_until is None or not isinstance(result, Template):
             return result
@@ -152,7 +152,7 @@ class Preparer:
         return Refusal("face", "untrusted_device", "the verdict has ended")
 
     def _unproved(self, template: Template) -> Refusal | None:
-        """The refusal of a face that the policy wants a proof of life of."""
+        """Returns the refusal of a face that lacks the proof of liveness that the policy requires, else None."""
         wanted = self.policy().require_liveness
         if template.column != "face" or not wanted:
             return None
@@ -179,7 +179,7 @@ class Preparer:
         return Template(column, model, rows[0])
 
     def column(self, column: str, cells: NDArray[Any] | Sequence[bytes | None], given: str | None) -> NewCells:
-        """Bare embeddings, or minutiae records. given: the embeddings' model_id. Raises InvalidInput, ModelMismatch."""
+        """Checks a column of bare embeddings or minutiae records. given: the embeddings' model_id. Raises InvalidInput, ModelMismatch."""
         if isinstance(cells, (str, bytes)) or not hasattr(cells, "__len__") or not hasattr(cells, "__iter__"):
             raise InvalidInput(
                 f"column {column} is {type(cells).__name__}, wanted vectors (n, d) or n minutiae records; write {{column: vectors}}"
@@ -195,11 +195,11 @@ class Preparer:
         if bad.any():
             self.calibrations.sound(
                 Template(column, model_id, minutiae=cells[int(np.argmax(bad))])
-            )  # says what is wrong
+            )  # raises InvalidInput with the fault
         return records_alone(model_id, from_whole(offsets, data))
 
     def modelled(self, column: str, cells: NewCells, given: str | None) -> NewCells:
-        """Checked templates with the model_id that they get. given: the caller's, of the vectors. Raises InvalidInput, ModelMismatch."""
+        """Returns checked templates with a model_id. given: the caller's model_id of the vectors. Raises InvalidInput, ModelMismatch."""
         check_column(column)
         stated = cells.model_id or None
         if cells.dimension is None:
@@ -216,15 +216,15 @@ class Preparer:
         return replace(cells, model_id=model_id)
 
     def embeddings(self, column: str, vectors: NDArray[Any], given: str | None) -> tuple[str, Float32]:
-        """(model_id, unit rows) of bare embeddings. Raises as `model_of_vectors`."""
+        """Returns (model_id, float32 (n, d) unit rows) for bare embeddings. Raises InvalidInput, ModelMismatch."""
         check_column(column)
         rows = unit_rows(vectors, what=f"the {column} vectors")
         return self.model_of_vectors(column, rows.shape[1], given), rows
 
     def model_of_vectors(self, column: str, dimension: int, given: str | None) -> str:
-        """The model_id of bare embeddings: the column's, or else the given one.
+        """Returns the model_id of bare embeddings: the column's model_id, or else the given model_id.
 
-        Raises ModelMismatch if the two differ, InvalidInput if there is neither.
+        Raises ModelMismatch if the two differ. Raises InvalidInput if both are absent.
         """
         known = self.gallery.snapshot().models.get(column)
         if known is not None:
@@ -237,15 +237,15 @@ class Preparer:
         return model_id
 
     def probes_of(self, column: str, vectors: NDArray[Any], given: str | None) -> Float32:
-        """Unit rows to search a column with. A column without templates accepts vectors of any model."""
+        """Returns the probes of a search of one column: float32 (q, d), unit rows. An empty column accepts vectors of any model."""
         known = column in self.gallery.snapshot().models
         return self.embeddings(column, vectors, given or (None if known else "any"))[1]
 
     def _check_modality(self, column: str, model_id: str) -> None:
-        """Raises ModelMismatch for a finger's model in the face's column, and the other way round: its scores would mean nothing."""
+        """Raises ModelMismatch for a finger model in the face column, or a face model in a finger column. Its scores have no meaning."""
         cards = self._cards
         faces = {card.model_id for card in cards if card.kind == "face-embedding"}
-        networks = {card.model_id for card in cards if card.weights is not None}  # cards without may leave the kind out
+        networks = {card.model_id for card in cards if card.weights is not None}  # without weights, kind may be absent
         if column != "face" and model_id in faces & networks:
             raise ModelMismatch(f"{model_id} is a model of faces, the column is {column}; name the model that made it")
         if column == "face" and (model_id == EXTERNAL_MINUTIAE or model_id in self._makes.keys() - faces):
@@ -259,7 +259,7 @@ class Preparer:
             raise ModelMismatch(f"{model_id} makes {makes}, got {dimension}; name the model that made the vectors")
 
     def _unnamed(self, column: str, dimension: int) -> str:
-        """Raises InvalidInput for vectors without a model_id: a model is never guessed."""
+        """Raises InvalidInput for vectors without a model_id. The model is never guessed."""
         configured = self.extractor.model_ids["face" if column == "face" else "finger"]
         likely = configured if _dimensions(self.extractor.cards).get(configured) == dimension else "my-model-1"
         raise InvalidInput(
@@ -269,7 +269,7 @@ class Preparer:
 
 
 def _dimensions(cards: Sequence[ModelCard]) -> dict[str, int | None]:
-    """model_id -> dimension of its embeddings; 0 for a model that makes minutiae alone, None if the card does not state it."""
+    """Returns model_id -> dimension of its embeddings; 0 for a model that only makes minutiae, None if the card states no dimension."""
     found: dict[str, int | None] = {EXTERNAL_MINUTIAE: 0}
     found |= {card.model_id: 0 if card.kind == "minutiae" else card.dimension for card in cards}
     for card in cards:
@@ -280,9 +280,10 @@ def _dimensions(cards: Sequence[ModelCard]) -> dict[str, int | None]:
 
 
 def in_memory(encounter: Encounter, limits: CaptureConfig) -> Encounter:
-    """The encounter with the content of its files in place of their paths, so that digest and templates are of the same bytes.
+    """Reads the files of an encounter, and returns the encounter with their content instead of paths. The digest and the templates are then
+    made from the same bytes.
 
-    Raises CaptureUnavailable for a file that may become readable later. Nothing is recorded then, since a recorded refusal would stay.
+    Raises CaptureUnavailable for a file that may become readable later. The caller then records nothing, because a record is permanent.
     """
     captures = held(encounter.captures, limits)
     unread = absent(captures)
@@ -301,13 +302,13 @@ def require_subject(encounter: Encounter) -> None:
 
 
 def check_column(column: str) -> None:
-    """Raises InvalidInput for a column that does not exist."""
+    """Raises InvalidInput for an unknown column."""
     if column not in _COLUMN_SET:
         raise InvalidInput(f"column {column!r} is not known; use face or a finger position")
 
 
 def check_models(templates: Mapping[str, Template], models: Mapping[str, ColumnModel]) -> None:
-    """Raises ModelMismatch for a template of another model than its column's. models: column -> model of the gallery."""
+    """Raises ModelMismatch if a template's model differs from the model of its column. models: column -> model of the gallery."""
     for column, template in templates.items():
         known = models.get(column)
         got = ColumnModel(template.model_id, None if template.embedding is None else len(template.embedding))
@@ -318,7 +319,7 @@ def check_models(templates: Mapping[str, Template], models: Mapping[str, ColumnM
 def refuse_other_models(gallery: Gallery, extractor: Extractor) -> None:
     """Raises ModelMismatch if a column holds templates that were extracted with another configuration.
 
-    A column of ready-made templates, whose model no card describes, fits every configuration.
+    Ready-made templates may be of a model without a card. Their column fits every configuration.
     """
     cards = (*shipped_cards(), *extractor.cards)
     made = {card.model_id for card in cards if card.kind in ("face-embedding", "minutiae")}

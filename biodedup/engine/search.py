@@ -1,6 +1,6 @@
-"""Search: searches the newest snapshot of the gallery for several callers at once.
+"""Searches the newest snapshot of the gallery for several callers at once.
 
-Owns which snapshot a search sees, and how many extra candidates it asks for. Never compares (`search/searcher.py`), decides or writes.
+Owns the choice of the snapshot, and the number of extra candidates. Never compares (`search/searcher.py`), decides or writes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from biodedup.values import Float32, SearchResult, Template
 
 _Groups = tuple[str, ...] | None
 _ADDED_MAX = 1024
-"""If more rows were added since a search, each probe is searched for among them."""
+"""If more than this number of rows were added after a search, each probe is searched separately."""
 
 
 @dataclass(frozen=True)
 class SearchSnapshot:
-    """The results of some probes, in their order. snapshot: the snapshot that was searched; across: whether fingers were compared across
-    positions; extra_k: how many more candidates were searched for than are returned; searcher: with the calibrations of this search, which
-    the whole decision uses."""
+    """The search results of some probes. found: one result for each probe, in the order of the probes; snapshot: the searched snapshot;
+    across: whether fingers were compared across positions; extra_k: the number of extra candidates that were searched for; searcher: the
+    searcher with the calibrations of this search, which the whole decision uses."""
 
     found: Sequence[CandidateSet]
     snapshot: Snapshot
@@ -48,7 +48,8 @@ class SearchSnapshot:
 
 
 class BatchedSearch:
-    """Searches one gallery. Calls that wait at the same time share a pass. samples: what scores are calibrated on. Thread-safe."""
+    """Searches one gallery. Calls that wait at the same time share one scan. samples: the subjects that calibrate the scores.
+    Thread-safe."""
 
     def __init__(
         self, gallery: Gallery, searcher: Searcher, join: SelfJoin, samples: GallerySamples, log: EngineLog
@@ -70,9 +71,10 @@ class BatchedSearch:
         extra_k: int = 0,
         from_db: float | None = None,
     ) -> SearchSnapshot:
-        """Subjects and open cases that may be the same person as each probe. groups: search only subjects in one of them. extra_k: how
-        many more candidates to search for, because so many may be left out by the decision. from_db: the score from which candidates
-        matter, where it is lower than the review threshold."""
+        """Searches for subjects and open cases that may be the same person as each probe.
+
+        groups: search only subjects in at least one of these groups. extra_k: the number of extra candidates, because the decision may
+        leave out this number of candidates. from_db: the lowest score in dB of a candidate, if lower than the review threshold."""
         with self._log.timed(len(probes), self._gallery.snapshot().row_count):
             seen = self._probes((groups, across, extra_k, from_db), [probe.templates for probe in probes])
         _, snapshot, searcher = seen[0]
@@ -81,10 +83,12 @@ class BatchedSearch:
     def compared_with_added(
         self, probes: Sequence[Probe], seen: SearchSnapshot, now: Snapshot
     ) -> Sequence[Ranked | None]:
-        """Compares each probe with the rows that were added since its search, and with the probes before it in this batch, whose rows may
-        be added next: those that may matter to the decision on it. All pairs in one call, so that a batch is not searched for probe by
-        probe. None for probes that this does not serve: they have only embeddings to compare, a subject has several rows of which one was
-        added, or a probe of the batch is of another model than its column has now."""
+        """Compares each probe with the rows that were added after its search, and with the earlier probes of its batch.
+
+        The earlier probes may become rows before the probe is decided. Comparisons that cannot change the decision are left out. One call
+        compares all pairs, which is faster than a search for each probe. The result is None for a probe that only has embeddings, and
+        for a probe with fewer candidates than the search returns. All results are None in these cases: too many rows were added; an added
+        row is of a subject with several rows; the model of a probe differs from the present model of its column."""
         from_row, count, columns = (
             seen.snapshot.row_count,
             now.row_count,
@@ -101,7 +105,7 @@ class BatchedSearch:
             for probe in probes:
                 check_models(probe.templates, now.models)
         except ModelMismatch:
-            return nothing  # which is an error of that probe alone
+            return nothing  # `Enrolment.decide` raises the error for that probe only
         since = np.arange(from_row, count)
         since = since[now.are_present(since)]
         if now.with_siblings(since)[1] is not None:
@@ -137,10 +141,10 @@ class BatchedSearch:
         uncounted: Collection[int] = (),
         added: Ranked | None = None,
     ) -> CandidateSet:
-        """The result of `search` for one probe, completed by the rows that were added since. uncounted: rows that are no candidates; added:
-        as of `compared_with_added`.
+        """Completes the result of `search` for one probe with the rows that were added after the search.
 
-        If more rows do not count than extra candidates were searched for, they may have hidden others: then all rows are searched again.
+        uncounted: rows that cannot be candidates. added: the result of `compared_with_added`. If more rows are left out than extra
+        candidates were searched for, the search may have missed other candidates. Then all rows are searched again.
         """
         before, extra_k = found.comparisons, max(seen.extra_k, len(uncounted))
         searcher, left_out = seen.searcher, np.zeros(len(before), bool)
@@ -153,13 +157,13 @@ class BatchedSearch:
         if not search_all and added is not None and not (len(added) or len(changed) or joined or left_out.any()):
             return replace(
                 found, comparisons=before.with_others(added)
-            )  # which has no rows, only the count of its comparisons
+            )  # `added` has no rows, only a count of comparisons
         if not search_all:
             from_row = seen.snapshot.row_count
             may_find = searcher.may_find(now, probe.templates, from_row, thresholds_db[1], across=seen.across)
             if not may_find and not len(changed):
                 return found
-            # a subject with several rows may be weaker than one of its rows
+            # a subject with several rows may score lower than one of its rows
             above = None if now.extra_rows else searcher.weakest_shown(before, ~left_out, extra_k)
             since = self._since(searcher, probe, now, seen, from_row, extra_k, above=above, also=changed)
             before = before.without(changed)
@@ -187,17 +191,17 @@ class BatchedSearch:
         return found
 
     def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
-        """The k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""
+        """Returns the k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""
         key = (column, k, groups)
         with self._log.timed(len(probes), self._gallery.snapshot().row_count):
-            if len(probes) >= PROBES or not len(probes):  # large enough for a pass of its own
+            if len(probes) >= PROBES or not len(probes):  # large enough for its own scan
                 return self._nearest(key, probes)
             results = self._vectors(key, list(probes))
         ids, similarity = np.stack([r.ids for r in results]), np.stack([r.similarity for r in results])
         return SearchResult(ids, similarity, results[0].gallery_version, results[0].incomplete)
 
     def joining(self, snapshot: Snapshot, rows: NDArray[np.int64], threshold_db: float, *, with_all: bool) -> Joining:
-        """The join of these live rows with those behind them; with_all: with all others."""
+        """Returns the join of these live rows with all later rows. with_all: join them with all other rows instead."""
         join = self._join.calibrated_on(self._samples.of(snapshot))
         return Joining(join, snapshot, rows, threshold_db, with_all=with_all)
 
@@ -226,16 +230,18 @@ class BatchedSearch:
             if not snapshot.extra_rows:
                 return SearchResult(names, nearest.similarity, snapshot.version, bool(nearest.failures))
             ids, similarity = _first_of_each(names, nearest.similarity, k)
-            # each subject counts by its nearest row, so that row_k rows may hold fewer than k subjects
+            # several rows may be of one subject, so row_k rows may hold fewer than k subjects
             if not (is_row[:, -1] & (ids[:, -1] == "")).any():
                 return SearchResult(ids, similarity, snapshot.version, bool(nearest.failures))
             row_k *= 2
 
 
 def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
-    """(the rows, ascending, of subjects that had a row, and gained or lost one since: their rows are compared together, so that none of them
-    scores as it did; whether any row that was gained belongs to a subject with several rows). A subject gains the row of an open case that
-    is closed. compared: rows of the earlier snapshot; those that are no longer held count as lost."""
+    """Returns (all rows, ascending, of subjects that had a row before and have gained or lost a row; whether a gained row is of a subject
+    with several rows).
+
+    The rows of one subject are scored together, so a gained or lost row changes the scores of the others. A subject also gains a row if a
+    case is closed in its favour. compared: rows of the earlier snapshot; a row that is absent now is a lost row."""
     changed = np.zeros(0, np.int64)
     if not before.extra_rows and not now.extra_rows:
         return changed, False
@@ -258,7 +264,8 @@ def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64])
 
 
 def _first_of_each(names: NDArray[np.object_], similarity: Float32, k: int) -> tuple[NDArray[np.object_], Float32]:
-    """(ids, similarity) of the k nearest subjects of each probe, each by its nearest row. names: (q, rows), most similar first."""
+    """Returns (ids, similarity), (q, k) each: the k nearest subjects of each probe, with the similarity of the nearest row of each subject.
+    names: (q, rows), most similar first."""
     ids, nearest = np.full((len(names), k), "", object), np.full((len(names), k), -np.inf, np.float32)
     for i, of_probe in enumerate(names.tolist()):
         first = {name: at for at, name in reversed(list(enumerate(of_probe))) if name}

@@ -1,6 +1,6 @@
 """Checks a whole Arrow column of ids.
 
-Owns which texts are ids there, and the texts of refusals. `jobs/manifests/fields.py` gives a single cell the same meaning.
+Owns the rules for ids in such a column, and the texts of refusals. `jobs/manifests/fields.py` has the same rules for a single cell.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SPOILT = {
     r"^[0-9]{8,}[.,]0+$": "has decimals, as ids have that a program took for numbers; write the column as text",
     r"^#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!|#+)$": "is an error of a spreadsheet; repair the cell",
 }
-"""What is no id, since a program wrote it over ids: pattern -> the refusal. Several people would share it, or one have two ids."""
+"""Texts that a program wrote in place of ids: pattern -> the refusal. Several people may have the same such text, or one person two ids."""
 
 
 def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
-    """(an Arrow array of strings; object (n,): why each is not a usable id, '' where it is one).
+    """Returns (the ids, an Arrow array of strings; object (n,): why each is not usable, '' for a usable id).
 
     cells: an Arrow array of strings or whole numbers. Raises InvalidInput for another type.
     """
@@ -50,12 +50,12 @@ def ids_of(cells: Any, column: str) -> tuple[Any, NDArray[np.object_]]:
 
 
 def were_rounded(texts: Any) -> NDArray[np.bool_]:
-    """bool (n,): which texts of an Arrow array are numbers that a spreadsheet rounded, as `3.17E+15`."""
+    """bool (n,): whether each text of an Arrow array is a number that a spreadsheet rounded, such as `3.17E+15`."""
     return mask(pc.match_substring_regex(texts, ROUNDED))
 
 
 def utf8_of(texts: Any) -> Any:
-    """An Arrow array of strings in which bytes that are not UTF-8 are replaced by `UNREADABLE`."""
+    """Returns an Arrow array of strings, with `UNREADABLE` in place of bytes that are not UTF-8."""
     try:
         return texts.cast(pa.binary()).cast(pa.string())
     except pa.ArrowInvalid:
@@ -64,7 +64,7 @@ def utf8_of(texts: Any) -> Any:
 
 
 def _id_problems(texts: Any) -> NDArray[np.object_]:
-    """object (n,): why each text of an Arrow array is no id, '' where it is one. A null is an empty id."""
+    """object (n,): why each text of an Arrow array is not an id, '' for an id. A null is an empty id."""
     length = pc.utf8_length(texts)
     plain = pc.and_(
         pc.and_(pc.string_is_ascii(texts), pc.utf8_is_printable(texts)), pc.less_equal(length, ID_LENGTH_MAX)
@@ -77,5 +77,5 @@ def _id_problems(texts: Any) -> NDArray[np.object_]:
 
 
 def mask(cells: Any) -> NDArray[np.bool_]:
-    """bool (n,); False for a null."""
+    """Converts an Arrow array of booleans to bool (n,). A null becomes False."""
     return np.asarray(pc.fill_null(cells, False).to_numpy(zero_copy_only=False), bool)

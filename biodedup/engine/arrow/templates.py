@@ -1,10 +1,10 @@
-"""Reads templates of many subjects from one Arrow record batch, column by column, and says of each bad row why it is refused.
+"""Reads templates of many subjects from one Arrow record batch, column by column, and states the reason for each refused row.
 
-Owns the columns of such a batch (docs/reference/schemas.md, "Templates in Arrow") and the checks of its rows. Never knows a gallery, and
+Owns the columns of such a batch (docs/reference/schemas.md, "Templates in Arrow") and the checks of its rows. Never uses a gallery, and
 never stores.
 
-1. A row that cannot be used is refused with a reason; the others are read. A batch whose columns cannot be read raises InvalidInput.
-2. No Python object a cell: vectors are one array, minutiae records two.
+1. An unusable row is refused with a reason, and the other rows are read. An unreadable column raises InvalidInput for the whole batch.
+2. Cells are not Python objects: the vectors of a column are one array, and its minutiae records are two arrays.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from biodedup.gallery.segments.new_cells import NewCells
 from biodedup.values import COLUMNS, Float32, check_groups, check_id
 
 MINUTIAE, QUALITY = "_minutiae", "_quality"
-"""Suffixes of the columns beside that of the vectors."""
+"""Suffixes of the columns that accompany a column of vectors."""
 EXPORTED = ("row", "state", "encounter_id", "presence", "again")
-"""Columns of an export's rows that say nothing of a template. `state` is looked at: a row that waits in a case is refused."""
+"""Columns of an export that do not describe templates. Only `state` is read: a row of an open case is refused."""
 KNOWN = (
     "subject_id",
     "groups",
@@ -40,15 +40,16 @@ KNOWN = (
     *(f"{column}{suffix}" for column in COLUMNS for suffix in (MINUTIAE, QUALITY) if column + suffix != "face_minutiae"),
 )  # fmt: skip
 _UNIT_OFF = 0.01
-"""How far the length of a vector may be from 1; it is scaled to exactly 1."""
+"""The largest deviation of a vector's length from 1. The vector is then scaled to length 1."""
 
 Refusals = NDArray[np.object_]
 
 
 @dataclass(frozen=True, eq=False)
 class ReadTemplates:
-    """subject_ids: Arrow strings; refusals: object (n,), why each row is refused, '' where it is not; cells: column -> templates of the
-    rows that are not refused, their model_id '' where the batch states none; groups: of each row, None without such a column."""
+    """The templates of a batch. subject_ids: Arrow strings; refusals: object (n,), why each row is refused, '' for a usable row; cells:
+    column -> templates of the usable rows, with the model_id '' if the batch states none; groups: the groups of each row, None if the batch
+    has no such column."""
 
     subject_ids: Any
     refusals: Refusals
@@ -58,7 +59,8 @@ class ReadTemplates:
 
 @dataclass(eq=False)
 class _Column:
-    """What was read of one column, and the refusals of its rows alone. has: rows with a template; vectors, minutiae: of these."""
+    """The content of one column. has: bool (n,), whether each row has a template; vectors, minutiae, quality: one for each row; refusals:
+    object (n,), the reasons in this column only."""
 
     model_id: str
     has: NDArray[np.bool_]
@@ -69,7 +71,7 @@ class _Column:
 
 
 def one_batch(table: Any) -> Any:
-    """A record batch of what may be a table of several chunks."""
+    """Returns a record batch of all rows of a batch or of a table."""
     if isinstance(table, pa.RecordBatch):
         return table
     chunks = table.combine_chunks().to_batches()
@@ -77,7 +79,7 @@ def one_batch(table: Any) -> Any:
 
 
 def read_templates(batch: Any, *, threads: int = 1) -> ReadTemplates:
-    """batch: pyarrow.RecordBatch. threads: that read columns side by side. Raises InvalidInput for columns that cannot be read."""
+    """Reads a batch. batch: pyarrow.RecordBatch. threads: the number of reading threads. Raises InvalidInput for an unreadable column."""
     names = batch.schema.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InvalidInput(f"the batch has {', '.join(twice)} twice; leave one of them out")
@@ -118,7 +120,7 @@ def _each(work: Callable[[str], _Column], names: list[str], threads: int) -> lis
 
 
 def _refuse(refusals: Refusals, rows: NDArray[np.bool_], reason: str | Refusals) -> None:
-    """The first reason of a row stays."""
+    """Refuses these rows for a reason. A row that already has a reason keeps it."""
     rows = rows & (refusals == "")
     refusals[rows] = reason[rows] if isinstance(reason, np.ndarray) else reason
 
@@ -138,12 +140,12 @@ def is_binary(kind: Any) -> bool:
 
 
 def _holds_records(batch: Any, name: str, *of: str) -> bool:
-    """Whether a column, of these names, holds minutiae records without vectors."""
+    """Whether the column `name` is in `of` and in the batch, and holds minutiae records without vectors."""
     return name in of and name in batch.schema.names and is_binary(batch.column(name).type)
 
 
 def _ids(cells: Any) -> tuple[Any, Refusals]:
-    """(an Arrow array of strings; object (n,): why each row is refused, '' where it is not)."""
+    """Returns (the subject_ids, an Arrow array of strings; object (n,): why each row is refused, '' for a usable row)."""
     subject_ids, problems = ids_of(cells, "subject_id")
     refusals = np.full(len(subject_ids), "", object)
     indices = subject_ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -158,7 +160,7 @@ def _ids(cells: Any) -> tuple[Any, Refusals]:
 def _groups(cells: Any, refusals: Refusals) -> list[tuple[str, ...]]:
     if not (pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type) or pa.types.is_null(cells.type)):
         raise InvalidInput(f"column groups is of type {cells.type}; wanted a list of strings")
-    known: dict[tuple[Any, ...], tuple[str, ...] | None] = {(): ()}  # most rows have the groups of others
+    known: dict[tuple[Any, ...], tuple[str, ...] | None] = {(): ()}  # many rows have equal groups
     rows: list[tuple[str, ...]] = []
     for i, names in enumerate(cells.to_pylist()):
         key = tuple(names or ())
@@ -178,7 +180,7 @@ def _groups(cells: Any, refusals: Refusals) -> list[tuple[str, ...]]:
 
 
 def _read(batch: Any, name: str, filed: Packed | None) -> _Column:
-    """A column with what stands beside it. filed: records of the column `unknown` that state this position, one a row."""
+    """Reads a column with its minutiae and qualities. filed: for each row, the record of the column `unknown` that states this position."""
     count, names = len(batch), batch.schema.names
     refusals = np.full(count, "", object)
     fields = [n for n in (name, name + MINUTIAE) if n in names and not _is_null(batch, n)]
@@ -215,7 +217,7 @@ def _cells(column: _Column, kept: NDArray[np.bool_]) -> NewCells:
 
 
 def _model_of(batch: Any, fields: list[str]) -> str:
-    """The model_id in the metadata of the columns, '' without one. Raises InvalidInput."""
+    """Returns the model_id in the metadata of the columns, '' if there is none. Raises InvalidInput if they state two models."""
     stated = {(batch.schema.field(name).metadata or {}).get(b"model_id", b"") for name in fields} - {b""}
     if len(stated) > 1:
         raise InvalidInput(f"{' and '.join(fields)} state different models; one column is of one model")
@@ -226,7 +228,7 @@ def _model_of(batch: Any, fields: list[str]) -> str:
 
 
 def _vectors(cells: Any, name: str, refusals: Refusals) -> tuple[Float32, NDArray[np.bool_]]:
-    """(float32 (n, d), unit rows where there is a vector; bool (n,): where there is one)."""
+    """Returns (the vectors, float32 (n, d), unit rows, zeros for a row without a vector; bool (n,): whether each row has a vector)."""
     kind = cells.type
     if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
         raise InvalidInput(f"column {name} is of type {kind}; wanted a list of float32, or binary minutiae records")
@@ -265,7 +267,7 @@ def _vectors(cells: Any, name: str, refusals: Refusals) -> tuple[Float32, NDArra
 def _records(
     cells: Any | None, name: str, filed: Packed | None, count: int, refusals: Refusals
 ) -> tuple[Packed, NDArray[np.bool_]]:
-    """(records as galleries store them, one a row, empty where there is none; bool (n,): where there is one)."""
+    """Returns (a record for each row, in the gallery's format, empty for none; bool (n,): whether each row has a record)."""
     if cells is not None and not is_binary(cells.type):
         raise InvalidInput(f"column {name}{MINUTIAE} is of type {cells.type}; wanted binary minutiae records")
     records, has = empties(count), np.zeros(count, bool)
@@ -281,7 +283,7 @@ def _records(
 
 
 def _qualities(cells: Any, name: str, has: NDArray[np.bool_], refusals: Refusals) -> Float32:
-    """As files keep them."""
+    """Returns the qualities, float32 (n,), on the scale of the gallery's files; NaN for none."""
     if not (pa.types.is_floating(cells.type) or pa.types.is_integer(cells.type)):
         raise InvalidInput(f"column {name}{QUALITY} is of type {cells.type}; wanted float32")
     values = pc.fill_null(cells.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False)
@@ -293,8 +295,8 @@ def _qualities(cells: Any, name: str, has: NDArray[np.bool_], refusals: Refusals
 
 
 def _filed(batch: Any, refusals: Refusals) -> dict[str, Packed]:
-    """Records of the binary column `unknown`, filed under the positions that they state: position -> a record a row. One by one: such a
-    record may hold several fingers."""
+    """Sorts the records of the binary column `unknown` by the positions that they state. Returns position -> a record for each row. The
+    records are read one by one, because a record may hold several fingers."""
     if not _holds_records(batch, "unknown", "unknown"):
         return {}
     filed: dict[str, list[bytes]] = {}

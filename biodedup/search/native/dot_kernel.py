@@ -1,10 +1,10 @@
-"""Dot products of eight-bit probes with the four-bit numbers of stored rows, in the instructions of this processor.
+"""Computes dot products of eight-bit probes with four-bit stored rows, with the SIMD instructions of this processor.
 
-Owns this arithmetic and the choice of instructions. Never knows what a row or a similarity is. The kernels that use it
-are tested against numpy in tests/search/test_scan.py.
+Owns this arithmetic and the choice of instructions. Never reads galleries, and never converts a dot product to a similarity.
+tests/search/test_scan.py tests the kernels that use it against numpy.
 
-One instruction multiplies and adds 64 pairs of numbers (VNNI); with AVX2 two instructions do 32 pairs, in sums of 16 bits. AVX-512
-without VNNI is no faster than AVX2 here (`benchmarks/costs.py --instructions`).
+With VNNI, one instruction multiplies and adds 64 pairs of numbers. With AVX2, two instructions multiply and add 32 pairs, in 16-bit sums.
+AVX-512 without VNNI is not faster than AVX2 here (`benchmarks/costs.py --instructions`).
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTyp
 
 
 def available() -> list[str]:
-    """The sets of instructions that this processor has, the fastest first. The last one is `plain`."""
+    """Returns the instruction sets of this processor, fastest first. The last is `plain`."""
     features = llvmlite.binding.get_host_cpu_features()
     needed = {"vnni": ("avx512bw", "avx512vnni", "avx512vbmi2"), "avx2": ("avx2",), "plain": ()}
     return [name for name, all_of in needed.items() if all(features.get(feature) for feature in all_of)]
 
 
 PROBE_ALIGNMENT = 64
-"""The factors of a probe are padded with zeros to a multiple of so many bytes."""
+"""In bytes. The factors of a probe are padded with zeros to a multiple of it."""
 TOGETHER = 4
-"""Dot products that are computed at once."""
+"""The number of dot products that are computed at once."""
 INSTRUCTIONS = available()[0]
-"""The instructions used on this processor: vnni (AVX-512 of Ice Lake, Zen 4 and later), avx2 or plain."""
+"""The instruction set in use on this processor: vnni (AVX-512 of Ice Lake, Zen 4 and later), avx2 or plain."""
 
 
 class _Arithmetic:
-    """How one kind of processor multiplies. lanes: sums of a vector, each of four numbers; partial: the type of a sum,
-    which is widened to int32 before it can overflow."""
+    """The arithmetic of one instruction set. lanes: the number of 32-bit sums in a register, each over four products; partial: the type of
+    partial sums, which are widened to int32 before they can overflow."""
 
     def __init__(self, instructions: str) -> None:
         self.lanes = 8 if instructions == "avx2" else 16
         self.octets, self.pairs, self.sums = (ir.VectorType(t, 32 * self.lanes // t.width) for t in (_I8, _I16, _I32))
-        # four products of 15 x 127 at most, the two of each nibble, stay within int16
+        # a 16-bit sum adds two products per nibble, four in all, each at most 15 x 127
         self.partial = self.pairs if instructions == "avx2" else self.sums
         self._instructions = instructions
 
     def grown(self, builder: Any, total: Any, rows: Any, probe: Any) -> Any:
-        """total, of type `partial`, plus the products of rows <u8> and probe <i8>."""
+        """Returns total plus the products of rows (uint8) and probe (int8). total: of type `partial`."""
         if self._instructions == "vnni":
             fused = self._function(builder, "avx512.vpdpbusd.512", self.sums, [self.sums] * 3)
             return builder.call(fused, [total, builder.bitcast(rows, self.sums), builder.bitcast(probe, self.sums)])
@@ -64,15 +64,15 @@ class _Arithmetic:
         return total
 
     def widened(self, builder: Any, total: Any) -> Any:
-        """Sums <i32>, one a row."""
+        """Widens partial sums to int32, one for each lane."""
         if self.partial is self.sums:
             return total
         ones = ir.Constant(self.pairs, [1] * self.pairs.count)
         return builder.call(self._function(builder, "avx2.pmadd.wd", self.sums, [self.pairs] * 2), [total, ones])
 
     def nibbles(self, builder: Any, packed: Any) -> tuple[Any, Any]:
-        """The lower and the upper four bits of each byte, as bytes."""
-        words = builder.bitcast(packed, self.pairs)  # no processor shifts single bytes
+        """Returns the lower four bits and the upper four bits of each byte, as bytes."""
+        words = builder.bitcast(packed, self.pairs)  # x86 has no shift of single bytes
         shifted = builder.bitcast(
             builder.lshr(words, splat(builder, ir.Constant(_I16, 4), self.pairs.count)), self.octets
         )
@@ -85,18 +85,18 @@ class _Arithmetic:
 
 
 def splat(builder: Any, value: Any, count: int) -> Any:
-    """A vector of `count` times this value."""
+    """Returns a vector with `count` copies of a value."""
     empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     single = builder.insert_element(empty, value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(single, empty, ir.Constant(ir.VectorType(_I32, count), [0] * count))
 
 
 def _prefetch_of(_: Any, address: Any) -> Any:
-    """An intrinsic for numba: prefetches the memory at an address."""
+    """Numba intrinsic: prefetches the memory at an address."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = ir.PointerType(_I8)
-        how = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # to read, again and again, data
+        how = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # for reading, highest locality, data cache
         wanted = ir.FunctionType(ir.VoidType(), [place, _I32, _I32, _I32])
         prefetch = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0i8")
         builder.call(prefetch, [builder.inttoptr(args[0], place), *how])
@@ -109,10 +109,10 @@ prefetch: Any = intrinsic(_prefetch_of)
 
 
 def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, row_dot(row, probe, width, half) -> int64: the dot product of one row with one probe.
+    """Makes a numba intrinsic, row_dot(row, probe, width, half) -> int64: the dot product of one row with one probe.
 
-    row: uint8 *, (width,), two numbers a byte, a multiple of four bytes; probe: int8 *, (2, half): the factors of the lower
-    nibbles, then those of the upper ones, zeros from `width` on. half: a multiple of PROBE_ALIGNMENT, at least width.
+    row: uint8 *, (width,), two numbers per byte; width: bytes, a multiple of four. probe: int8 *, (2, half): the factors of the lower
+    nibbles, then the factors of the upper nibbles, with zeros from `width` on. half: a multiple of PROBE_ALIGNMENT, at least width.
     """
     arithmetic = _Arithmetic(instructions)
 
@@ -129,10 +129,11 @@ def make_row_dot(instructions: str = INSTRUCTIONS) -> Any:
 
 
 def make_row_dots(instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, row_dots(row, probe, width, half, dots, limits, apart, norm) -> int64: as `row_dot`, for
-    TOGETHER probes that follow one another. dots: int32 *, (TOGETHER,), is written. limits: float32 *, (TOGETHER,), and
-    as many more `apart` bytes behind it: bit i of the result is set where dot product i is at least its first limit
-    plus norm times its second one."""
+    """Makes a numba intrinsic, row_dots(row, probe, width, half, dots, limits, apart, norm) -> int64: `row_dot` for TOGETHER consecutive
+    probes.
+
+    dots: int32 *, (TOGETHER,), the output. limits: float32 *, (TOGETHER,), the first limits; the second limits, (TOGETHER,), are `apart`
+    bytes later. Bit i of the result is set if dots[i] >= first limit i + norm * second limit i."""
     arithmetic = _Arithmetic(instructions)
 
     @intrinsic
@@ -160,9 +161,10 @@ def make_row_dots(instructions: str = INSTRUCTIONS) -> Any:
 
 
 def make_pair_dots(instructions: str = INSTRUCTIONS) -> Any:
-    """An intrinsic for numba, pair_dots(which, cells, rows, probes, width, half, dots): as `row_dot`, for TOGETHER pairs of a
-    probe and a row. which, cells: int32 *, (TOGETHER,), their numbers; rows, probes: addresses of the first ones, which
-    lie `width` and 2 half bytes apart; dots: int32 *, (TOGETHER,), is written."""
+    """Makes a numba intrinsic, pair_dots(which, cells, rows, probes, width, half, dots): `row_dot` for TOGETHER pairs of a probe and a row.
+
+    which, cells: int32 *, (TOGETHER,), the indices of the probes and of the rows. rows: the address of row 0; a row takes `width` bytes.
+    probes: the address of probe 0; a probe takes 2 * half bytes. dots: int32 *, (TOGETHER,), the output."""
     arithmetic = _Arithmetic(instructions)
 
     @intrinsic
@@ -186,14 +188,14 @@ def make_pair_dots(instructions: str = INSTRUCTIONS) -> Any:
 
 
 def _added_up(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each vector's numbers, in one vector: of one vector, or of four."""
+    """Adds up the numbers of each vector, and returns the sums in one vector. vectors: one, or four."""
 
     def added(a: Any, b: Any, left: list[int], right: list[int]) -> Any:
         masks = (ir.Constant(ir.VectorType(_I32, len(places)), places) for places in (left, right))
         return builder.add(*(builder.shuffle_vector(a, b, mask) for mask in masks))
 
     count, lanes = len(vectors), vectors[0].type.count
-    # neighbours within each four numbers of two vectors: one instruction (PHADDD)
+    # adds neighbours within each four numbers of two vectors; one instruction (PHADDD)
     pairs = [4 * four + other for four in range(lanes // 4) for other in (0, 2, lanes, lanes + 2)]
     while len(vectors) > 1:
         each = zip(vectors[::2], vectors[1::2], strict=True)
@@ -208,8 +210,8 @@ def _added_up(builder: Any, vectors: list[Any]) -> Any:
 def _sums(
     builder: Any, arithmetic: _Arithmetic, rows: list[Any], probes: list[Any], sizes: tuple[Any, Any]
 ) -> list[Any]:
-    """Generates the loop over the bytes of rows; for each pair of a row and a probe a vector that adds up to its dot
-    product. sizes: width and half. No byte behind a row is read: it may lie beyond the end of a file."""
+    """Generates the loop over the bytes of rows. Returns a vector for each pair of a row and a probe. Its numbers add up to the dot
+    product. sizes: (width, half). The loop never reads beyond the end of a row, because the file may end there."""
     width, half = sizes
     lanes = arithmetic.lanes
     before = builder.block
@@ -228,7 +230,7 @@ def _sums(
         return loaded
 
     def some(row: Any) -> Any:
-        """The next bytes of a row, zeros behind its end."""
+        """Loads the next bytes of a row, with zeros beyond its end."""
         pointer = arithmetic.sums.as_pointer()
         kinds = [pointer, _I32, ir.VectorType(ir.IntType(1), lanes), arithmetic.sums]
         name = f"llvm.masked.load.v{lanes}i32.p0v{lanes}i32"
@@ -255,10 +257,10 @@ def _sums(
 
 
 def rebound(function: Any, **names: Any) -> Any:
-    """A compiled function's Python function, with other globals of these names.
+    """Returns the Python function of a compiled function, with other values for these global names.
 
-    Variants are made in this way, not as closures: numba keys its cache by what a closure's cells pickle to. For
-    compiled functions this differs between processes, so that each process would compile anew.
+    Variants are not closures, because numba's cache key contains the pickled cells of a closure. The pickle of a compiled function differs
+    between processes, so each process would compile a closure again.
     """
     python = function.py_func
     return FunctionType(python.__code__, {**python.__globals__, **names}, python.__name__)

@@ -1,12 +1,11 @@
-"""SIMD table look-ups over the signs and classes of rows: the inner arithmetic that the scan and the pair kernel share.
+"""SIMD table look-ups over the quantised signs and classes of rows. The scan kernel and the pair kernel share this arithmetic.
 
-Owns how bits of rows become table indices, and the sums of table entries. Never compares rows exactly
-(`scan_kernel.py`, `pair_kernel.py`), and never knows what a sum or a limit stands for (`tables.py`).
+Owns the conversion of row bits to table indices, and the sums of table entries. `scan_kernel.py` and `pair_kernel.py` compare rows exactly.
+`tables.py` gives the sums and limits their meaning.
 
-Method: FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015). The signs of four numbers, or the classes of
-two, are an index into a probe's table of sixteen bytes. A byte shuffle looks up one index of 32 or 64 rows at once.
-Tables are made so that no sum over a quarter of them overflows a byte: rows cost two instructions a table, half of what
-16-bit sums take. Each probe has its own choice of tables.
+Method: FAISS's fast scan (André, Kermarrec and Le Scouarnec, VLDB 2015). The signs of four numbers, or the classes of two numbers, are an
+index into a probe's table of sixteen bytes. One byte shuffle looks up an index of 32 or 64 rows at once. A sum over a quarter of the
+tables never overflows a byte. A table then costs two instructions, half of the cost with 16-bit sums. Each probe selects its own tables.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTyp
 
 
 class TableKind(IntEnum):
-    """What indexes a table: the signs of four numbers, or the classes of two. The value is how many numbers."""
+    """The index of a table: the signs of four numbers, or the classes of two numbers. The value is the count of numbers."""
 
     CLASSES = 2
     SIGNS = 4
 
 
 ENTRIES = 16
-"""Entries of a table."""
+"""The number of entries of a table."""
 SUMS_PER_ROW = 4
-"""Byte sums of one row, each over a quarter of the tables, which are averaged at the end: entries are rounded less."""
+"""The number of byte sums per row, each over a quarter of the tables. The sums are averaged at the end, so entries need less rounding."""
 BLOCKS = 4
-"""Blocks of 64 rows of one tile."""
+"""The number of blocks in a tile. A block has 64 rows."""
 ROWS = 64 * BLOCKS
 
 
 class _Tile:
-    """The instructions of `_make_tile`, for one set of instructions. lanes: bytes of a register; vectors: registers that hold a byte of each
-    row."""
+    """Generates the code of `_make_tile` for one instruction set. lanes: bytes of a register; vectors: the number of registers that hold
+    one byte of each row."""
 
     def __init__(self, instructions: str) -> None:
         self.lanes = 32 if instructions == "avx2" else 64
@@ -55,13 +54,13 @@ class _Tile:
         self._shuffle = "llvm.x86.avx2.pshuf.b" if self.lanes == 32 else "llvm.x86.avx512.pshuf.b.512"
 
     def mean(self, builder: Any, one: Any, other: Any) -> Any:
-        """The mean, rounded up: one instruction."""
+        """Returns the mean, rounded up. This compiles to one instruction."""
         both = builder.add(builder.zext(one, self._wider), builder.zext(other, self._wider))
         more = builder.add(both, splat(builder, ir.Constant(_I16, 1), self.lanes))
         return builder.trunc(builder.lshr(more, splat(builder, ir.Constant(_I16, 1), self.lanes)), self.octets)
 
     def summed(self, builder: Any, addresses: tuple[Any, Any, Any], first: Any, end: Any) -> list[Any]:
-        """The sums over places [first, end), one a vector."""
+        """Returns the sums over places [first, end), in `vectors` registers."""
         indices, places, tables = addresses
         kind = ir.FunctionType(self.octets, [self.octets] * 2)
         shuffle = cgutils.get_or_insert_function(builder.module, kind, self._shuffle)
@@ -93,7 +92,7 @@ class _Tile:
         return grown
 
     def means(self, builder: Any, addresses: tuple[Any, Any, Any], count: Any) -> list[Any]:
-        """The mean of the sums over the quarters of the places, one a vector."""
+        """Returns the mean of the four sums over the quarters of the places, in `vectors` registers."""
         quarter = builder.udiv(count, ir.Constant(_I64, SUMS_PER_ROW))
         edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(SUMS_PER_ROW + 1)]
         sums = [self.summed(builder, addresses, *span) for span in pairwise(edges)]
@@ -101,7 +100,7 @@ class _Tile:
         return [self.mean(builder, *two) for two in zip(*halves, strict=True)]
 
     def reached(self, builder: Any, means: list[Any], limit: Any) -> list[Any]:
-        """For each block a uint64, of which bit r is set where the mean of row r reaches the limit."""
+        """Returns a uint64 for each block. Bit r is set if the mean of row r is at least the limit."""
         least = splat(builder, builder.trunc(limit, _I8), self.lanes)
         masks: list[Any] = [ir.Constant(_I64, 0)] * BLOCKS
         for v, mean in enumerate(means):
@@ -113,12 +112,12 @@ class _Tile:
 
 
 def _make_tile(instructions: str) -> Any:
-    """An intrinsic for numba, tile(indices, places, tables, count, limit, masks), all integers or addresses:
+    """Makes a numba intrinsic, tile(indices, places, tables, count, limit, masks). All arguments are integers or addresses.
 
-    indices: uint8 *, (t, ROWS), 64-byte aligned, below ENTRIES; places: int32 *, (count,), the tables that the probe
-    looks at; tables: uint8 *, (count, ENTRIES); count: a multiple of SUMS_PER_ROW; masks: uint64 *, (BLOCKS,): bit r is
-    set where the mean of row r of a block reaches the limit. Of each quarter of the places the sum over i of tables[i,
-    indices[places[i], r]] is taken; then the mean, rounded up, of two means, rounded up.
+    indices: uint8 *, (t, ROWS), 64-byte aligned, below ENTRIES; places: int32 *, (count,), the row of `indices` for each table; tables:
+    uint8 *, (count, ENTRIES); count: a multiple of SUMS_PER_ROW; masks: uint64 *, (BLOCKS,), the output: bit r is set if the mean of row r
+    of the block is at least the limit. Each quarter of the places has the sum over i of tables[i, indices[places[i], r]]. The four
+    sums are averaged in pairs, then the two means are averaged; each mean is rounded up.
     """
     made = _Tile(instructions)
 
@@ -139,7 +138,7 @@ def _make_tile(instructions: str) -> Any:
 
 
 def _load(kind: Any, found: Any) -> Any:
-    """An intrinsic for numba: the value of this kind at an address."""
+    """Makes a numba intrinsic: loads the value of this kind at an address. found: its type in numba."""
 
     def at(_: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -151,7 +150,7 @@ def _load(kind: Any, found: Any) -> Any:
 
 
 def _copy_of(_: Any, source: Any, target: Any, octets: Any) -> Any:
-    """An intrinsic for numba: copies bytes from one address to another."""
+    """Numba intrinsic: copies bytes from one address to another."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         source, target = (builder.inttoptr(args[at], ir.PointerType(_I8)) for at in (0, 1))
@@ -165,8 +164,8 @@ _WORDS, _ROWS_OF_BLOCK = ir.VectorType(_I16, 32), ir.VectorType(_I8, 64)
 
 
 def _shifted(builder: Any, bits: Any, left: int, kept: int) -> Any:
-    """64 bytes, each shifted to the left, or to the right if negative, of which these bits are kept. No processor shifts
-    single bytes: what comes from a neighbour is not kept."""
+    """Shifts each of 64 bytes to the left, or to the right if `left` is negative, and keeps the bits of the mask `kept`. x86 only shifts
+    16-bit words; the mask drops the bits from the neighbouring byte."""
     by = splat(builder, ir.Constant(_I16, abs(left)), 32)
     moved = builder.shl(bits, by) if left > 0 else builder.lshr(bits, by)
     return builder.and_(moved, splat(builder, ir.Constant(_I16, 257 * kept), 32))
@@ -184,9 +183,9 @@ def _octet(builder: Any, address: Any) -> Any:
 
 
 def _sign_indices_of(_: Any, signs: Any, indices: Any) -> Any:
-    """An intrinsic for numba, of addresses: writes the indices of 64 rows into the two tables of an octet: the signs of
-    four numbers each, the first one in the lowest bit. signs: uint8 *, (64,); indices: uint8 *, of which each table
-    takes ROWS bytes."""
+    """Numba intrinsic: writes the indices of 64 rows for the two tables of an octet (eight numbers). An index holds the signs of four
+    numbers, the first sign in the lowest bit. Arguments are addresses. signs: uint8 *, (64,); indices: uint8 *, the output, ROWS bytes
+    for each table."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits = _octet(builder, args[0])
@@ -198,8 +197,8 @@ def _sign_indices_of(_: Any, signs: Any, indices: Any) -> Any:
 
 
 def _class_indices_of(_: Any, signs: Any, outer: Any, indices: Any) -> Any:
-    """An intrinsic for numba: as `_sign_indices_of`, for the four tables of an octet: the signs of two numbers, and
-    above them their outer bits."""
+    """Numba intrinsic: `_sign_indices_of` for the four class tables of an octet. An index holds the signs of two numbers in bits 0 and 1,
+    and their outer bits in bits 2 and 3. outer: uint8 *, (64,)."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits, wide = (_octet(builder, address) for address in args[:2])
@@ -212,7 +211,7 @@ def _class_indices_of(_: Any, signs: Any, outer: Any, indices: Any) -> Any:
 
 
 def _store_of(_: Any, address: Any, value: Any) -> Any:
-    """An intrinsic for numba: stores a number, in its own size, at an address."""
+    """Numba intrinsic: stores a number, in its own size, at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(args[1].type)))
@@ -222,7 +221,7 @@ def _store_of(_: Any, address: Any, value: Any) -> Any:
 
 
 def _lowest_bit_of(_: Any, mask: Any) -> Any:
-    """An intrinsic for numba: the place of the lowest bit of a uint64 that is set; the mask is not 0."""
+    """Numba intrinsic: returns the position of the lowest set bit of a uint64, which must not be 0."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -258,8 +257,8 @@ def _plain_tile(indices: int, places: int, tables: int, count: int, limit: int, 
 
 
 def _make_listed() -> Any:
-    """An intrinsic for numba, as `_plain_listed`, in AVX-512 with VBMI2. It has no branch that depends on single rows, since these
-    are foreseen wrongly as often as rows pass."""
+    """Makes a numba intrinsic: `_plain_listed` in AVX-512 with VBMI2. No branch depends on a single row, because the processor predicts
+    such a branch wrongly for each row that passes."""
     bits, words = ir.VectorType(ir.IntType(1), 64), ir.VectorType(_I32, 8)
 
     @intrinsic
@@ -293,8 +292,10 @@ def _make_listed() -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def _plain_listed(mask: Any, first: int, probe: int, which: int, rows: int) -> int:
-    """Writes the rows that a mask of 64 names, from the address `rows` on, and as often the probe from the address `which` on,
-    int32. Returns how many. May write into LISTED places in all, whatever the number. first: the number of bit 0."""
+    """Writes a (probe, row) pair for each set bit of a 64-bit mask, and returns the number of pairs.
+
+    rows: address of the row numbers, int32; which: address of the probe numbers, int32; first: the row number of bit 0. The function may
+    write to all LISTED places of both arrays, even if there are fewer pairs."""
     found = 0
     while mask:
         store(which + 4 * found, np.int32(probe))
@@ -305,11 +306,11 @@ def _plain_listed(mask: Any, first: int, probe: int, which: int, rows: int) -> i
 
 
 LISTED = 64
-"""Places that `survivors` may write behind the last pair; each names a probe and a row of a block that has rows which count."""
+"""The number of places that `survivors` may overwrite after the last pair. Each then holds a valid probe and a row of a searched block."""
 
 
 def tile_for(instructions: str) -> dict[str, Any]:
-    """The functions that `survivors` calls, by name, for another processor."""
+    """Returns the functions that `survivors` calls, by name, for an instruction set."""
     return {
         "_tile": _plain_tile if instructions == "plain" else _make_tile(instructions),
         "_listed": _make_listed() if instructions == "vnni" else _plain_listed,
@@ -321,16 +322,16 @@ _tile, _listed = tile_for(INSTRUCTIONS).values()
 
 @numba.njit(nogil=True, cache=True)
 def aligned(octets: int) -> Any:
-    """Zeros, uint8 (octets,), 64-byte aligned."""
+    """Returns zeros, uint8 (octets,), 64-byte aligned."""
     space = np.zeros(octets + 64, np.uint8)
     start = -space.ctypes.data % 64
     return space[start : start + octets]
 
 
 class Tables(NamedTuple):
-    """The look-up tables of probes, as addresses. probes: how many; per_probe: tables of each, a multiple of SUMS_PER_ROW;
-    places: int32 (probes, per_probe), which rows of the indices each table looks at; entries: uint8 (probes, per_probe, ENTRIES);
-    limits: uint8 (probes,), the mean that a row must reach."""
+    """The look-up tables of probes. probes: the number of probes; per_probe: the number of tables of a probe, a multiple of SUMS_PER_ROW.
+    Addresses: places: int32 (probes, per_probe), the row of the indices for each table; entries: uint8 (probes, per_probe, ENTRIES);
+    limits: uint8 (probes,), the smallest mean of a row that passes."""
 
     probes: int
     per_probe: int
@@ -340,16 +341,16 @@ class Tables(NamedTuple):
 
 
 MASKS = 2 * 64 + 2 * 8 * BLOCKS
-"""Bytes for `survivors`, in cache lines that no other thread writes if the first 64 are left out."""
+"""The size in bytes of an allocation for the masks of `survivors`. Leave out the first 64 bytes, so that threads share no cache line."""
 
 
 @numba.njit(nogil=True, cache=True)
 def survivors(indices: int, masks: int, tables: Any, first: int, which: int, rows: int) -> int:
-    """Writes the pairs of a probe and a row that reach the limits, and returns how many.
+    """Writes the pairs of a probe and a row that reach the probe's limit, and returns the number of pairs.
 
-    All but tables and first are addresses. indices: uint8 (t, ROWS), of BLOCKS blocks; masks: uint64 (2, BLOCKS), of which the second
-    row says which rows count; first: the number of the first row; which, rows: int32, with room for ROWS pairs a probe and
-    LISTED more, are written.
+    All arguments but tables and first are addresses. indices: uint8 (t, ROWS), of BLOCKS blocks; masks: uint64 (2, BLOCKS), where the first
+    row is working memory, and a set bit of the second row selects a row to search; first: the number of the first row; which, rows: int32,
+    the output, with room for ROWS pairs per probe and LISTED more.
     """
     found, alive = 0, masks + 8 * BLOCKS
     for p in range(tables.probes):
