@@ -219,7 +219,7 @@ def test_the_manifest_leads_to_no_file_outside_the_gallery(gallery, tmp_path):
         (row,) = database.execute("SELECT number, first_row, end_row, files FROM segment WHERE number = 1")
         files = json.loads(row[3]) | {"/../../../secret": "0" * 32}
         change(database, "segment", "number", 1, [*row[:3], json.dumps(files)])
-    with pytest.raises(bd.GalleryDamaged, match="other files"):
+    with pytest.raises(bd.GalleryDamaged, match="missing or unknown files"):
         bd.Engine.open(gallery)
 
 
