@@ -804,7 +804,8 @@ class Engine:
         rows = live if subject_ids is None else np.unique(snapshot.all_rows_of(_packed(subject_ids))[1])
         if since is not None:
             rows = np.union1d(rows[rows >= since[0]], live[live >= since[1]])
-        return self._searches.joining(snapshot, rows, threshold_db, with_all=subject_ids is not None)
+        with_all = subject_ids is not None or since is not None
+        return self._searches.joining(snapshot, rows, threshold_db, with_all=with_all)
 
     # changes without a search -----------------------------------------------------------------------------------
 

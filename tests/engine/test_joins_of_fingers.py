@@ -49,3 +49,17 @@ def test_listed_subjects_are_joined_with_earlier_ones_too(tmp_path):
         listed = [f"s{second:02}" for _, second in MATES]
         found = pairs_of(engine.join(threshold_db=60.0, subject_ids=listed))
         assert found == sorted((f"s{a:02}", f"s{b:02}") for a, b in MATES)
+
+
+@pytest.mark.parametrize("columns", [TWO, ("face",)], ids=["face and fingers", "faces"])
+def test_a_join_that_goes_on_compares_new_subjects_with_those_before_it(tmp_path, columns):
+    records = {name: {c: record[c] for c in columns} for name, record in with_mates().items()}
+    names = list(records)
+    with bd.Engine.open(tmp_path / "g", CONFIG) as engine:
+        enrolled(engine, {name: records[name] for name in names[:40]})
+        (tile,) = engine.join(threshold_db=50.0)
+        enrolled(engine, {name: records[name] for name in names[40:]})
+        for _ in range(2):  # the new row in the journal, then in a segment
+            found = pairs_of(engine.join(threshold_db=50.0, since=tile.reached))
+            assert ("s03", "s40") in found, "the first one was compared before the second one came"
+            engine.compact()
