@@ -26,6 +26,7 @@ from biodedup.config import Policy, SearchConfig
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.candidates import check_dimension
 from biodedup.match.compare import Comparer
+from biodedup.match.encounters import presence_of_subjects
 from biodedup.match.ranked import Ranked
 from biodedup.match.scores.calibration import Calibration
 from biodedup.match.scores.calibrations import SampleOf
@@ -387,13 +388,23 @@ class _Search:
         if not len(rows):
             return rows
         capture = probe[columns[0]]
-        has_more = (self._snapshot.presence(rows.tolist()) & (comparable_columns & ~BIT[columns[1]])) != 0
+        has_more = self._have(rows, comparable_columns & ~BIT[columns[1]])
         has_more |= self._comparer.has_minutiae_to_add(capture)
         if self._floor_db > 0 and len(rows):
             worth = has_more | (self._comparer.score_db(capture, similarity) >= self._floor_db)
         else:
             worth = has_more | (np.cumsum(~has_more) <= self._returned)
         return np.asarray(rows[worth])
+
+    def _have(self, rows: _Int64, columns: int) -> NDArray[np.bool_]:
+        """Whether the subject of each row has a capture in one of these columns, a presence mask, in any of its rows."""
+        has = (self._snapshot.presence(rows.tolist()) & columns) != 0
+        if self._snapshot.extra_rows and not has.all():
+            all_rows, subjects = self._snapshot.with_siblings(np.unique(rows))
+            if subjects is not None:
+                presence = presence_of_subjects(self._snapshot.presence(all_rows.tolist()), subjects)
+                has |= (presence[np.searchsorted(all_rows, rows)] & columns) != 0
+        return np.asarray(has)
 
     def _strongest_relabelled(self, probe: TemplateSet, near: Mapping[_ColumnPair, _Near]) -> _Int64:
         """Rows found under other labels than the probe's that are worth comparing."""
@@ -469,7 +480,7 @@ class _Search:
         rank. wanted: bool (n,)."""
         searched = sum(BIT[column] for column in query.columns)
         other_columns = comparable_bits(probe, self._models, across=self._scope.across) & ~searched
-        has_more = (self._snapshot.presence(rows.tolist()) & other_columns) != 0
+        has_more = self._have(rows, other_columns)
         has_more |= any(self._comparer.has_minutiae_to_add(probe[column]) for column in query.columns)
         # rows are sorted by the sum of their evidence; this is the final order unless they have other captures to compare
         first = np.cumsum(~has_more) <= self._config.returned + self._returned

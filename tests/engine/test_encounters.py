@@ -13,6 +13,7 @@ import biodedup as bd
 from biodedup.gallery.encounters import kept_rows
 from biodedup.gallery.snapshot import Snapshot
 from biodedup.match.encounters import SubjectScores, presence_of_subjects
+from biodedup.search.selfjoin import join as selfjoin
 from biodedup.testing import internals
 from tests.support.cases import CONFIG, Clock, names, sent
 from tests.support.faults import Countdown, FailingStorage
@@ -227,6 +228,22 @@ def test_the_rows_of_a_subject_are_compared_jointly_and_charged_for_being_severa
     )
     several = engine.identify(probe).best
     assert several.label_penalty_db > 0 and several.rows == tuple(e.row for e in engine.encounters("anna"))
+
+
+def test_a_join_compares_a_later_subject_with_all_rows_of_an_earlier_one_together(engine, monkeypatch):
+    monkeypatch.setattr(selfjoin, "_SEARCHED_ROWS", 1)
+    (anna,), (index, thumb) = people(1), people(2, seed=9)
+    engine.enroll(bd.Encounter("anna", templates={"face": anna, "right_thumb": thumb}, encounter_id="e1"))
+    engine.update(
+        bd.Encounter("anna", templates={"right_thumb": again(thumb, 0.95), "right_index": index}, encounter_id="e2")
+    )
+    bella = face_and(again(index, 0.6, seed=5), again(anna, 0.6, seed=4))
+    together = engine.identify(bd.Encounter(templates=bella)).best.score_db
+    apart = [engine.identify(bd.Encounter(templates={column: bella[column]})).best.score_db for column in bella]
+    assert max(apart) < together - 2  # none of anna's rows has both captures
+    engine.import_captures([bd.Encounter("bella", templates=bella)])
+    (tile,) = engine.join(threshold_db=together - 1)
+    assert [set(link.subject_ids) for link in tile.links] == [{"anna", "bella"}]
 
 
 def test_joint_readings_agree_with_a_loop_over_rows():

@@ -73,18 +73,28 @@ class PairCollector:
             self._thin()
 
     def found(self) -> FoundPairs:
-        """All pairs, of crowds the kept pairs. A pair that was found from both sides counts once."""
+        """All pairs, of crowds the kept pairs. A pair that was found from both sides counts once, with its higher score."""
         pairs: dict[tuple[int, int], RowPair] = {}
+
+        def keep(row: int, comparison: Comparison) -> None:
+            key = min(row, comparison.row), max(row, comparison.row)
+            if key not in pairs or self._score_db(row, comparison) > self._score_db(*pairs[key]):
+                pairs[key] = row, comparison
+
         for row, comparison in self._few:
-            pairs.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
+            keep(row, comparison)
         if self._many:
             row_of, other = self._thin()[:2].astype(np.int64)
             order = np.argsort(row_of, kind="stable")
             rows, starts = np.unique(row_of[order], return_index=True)
             for row, others in zip(rows.tolist(), np.split(other[order], starts[1:]), strict=True):
                 for comparison in self._compare(row, np.sort(others)).reaching(self._threshold_db):
-                    pairs.setdefault((min(row, comparison.row), max(row, comparison.row)), (row, comparison))
+                    keep(row, comparison)
         return FoundPairs(list(pairs.values()), self._left_out)
+
+    def _score_db(self, row: int, comparison: Comparison) -> float:
+        """The score of a pair, less the penalty for the rows of the probe's subject, each of which is tried."""
+        return comparison.score_db - 10 * log10(len(self._siblings(row)))
 
     def _thin(self) -> NDArray[np.float64]:
         """Drops pairs of crowds; returns (row, other row, score, class) of the kept pairs, float64 (4, n)."""
