@@ -303,9 +303,16 @@ def extraction(run: Run) -> dict[str, Any]:
         started = time.perf_counter()
         results = extractor.extract([capture for person in persons for capture in person])
         took = time.perf_counter() - started
+    prints = [capture for person in persons for capture in person[1:]]
+    with bd.Extractor(bd.Config(threads=1)) as extractor:
+        extractor.extract(prints[:2])
+        started = time.process_time()
+        extractor.extract(prints)
+        one_core = time.process_time() - started
     refused = sum(isinstance(result, bd.Refusal) for result in results)
     return {
         "extraction, persons a second": round(people / took, 2),
+        "a finger on one core, ms": round(1000 * one_core / len(prints), 1),
         "of its captures, refused": f"{refused} of {len(results)}",
     }
 

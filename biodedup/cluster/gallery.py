@@ -155,7 +155,7 @@ class ClusterGallery(Gallery):
         self._process.check()
         with self.lock:
             if self._catalogue.in_transaction:
-                return  # this thread writes, and holds the writers' lock: nobody else can have committed since
+                return  # this thread writes, and holds the writers' lock: no other writer can have committed since
             if self._broken:
                 self._recover()
                 return

@@ -92,10 +92,16 @@ class Deferred(Generic[P, R]):
 
 def in_order(executor: Executor, work: Work[P, R], pieces: Iterable[P]) -> Iterator[R]:
     """The results of the pieces, in their order. It reads at most `pieces_ahead` pieces ahead."""
+    return results_in_order(lambda piece: executor.submit(work, piece), pieces, executor.pieces_ahead)
+
+
+def results_in_order(submit: Callable[[P], Pending[R]], pieces: Iterable[P], ahead: int) -> Iterator[R]:
+    """The results of the pieces, in their order. submit: starts a piece. At most `ahead` pieces are started before the first result is
+    awaited."""
     pending: deque[Pending[R]] = deque()
     for piece in pieces:
-        pending.append(executor.submit(work, piece))
-        if len(pending) > executor.pieces_ahead:
+        pending.append(submit(piece))
+        if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

@@ -89,39 +89,20 @@ class BatchedSearch:
         compares all pairs, which is faster than a search for each probe. The result is None for a probe that only has embeddings, and
         for a probe with fewer candidates than the search returns. All results are None in these cases: too many rows were added; an added
         row is of a subject with several rows; the model of a probe differs from the present model of its column."""
-        from_row, count, columns = (
-            seen.snapshot.row_count,
-            now.row_count,
-            set[str]().union(*(p.templates for p in probes)),
-        )
-        nothing: list[Ranked | None] = [None] * len(probes)
-        if (
-            count - from_row > _ADDED_MAX
-            or (count == from_row and len(probes) == 1)
-            or not columns <= now.models.keys()
-        ):
-            return nothing
-        try:
-            for probe in probes:
-                check_models(probe.templates, now.models)
-        except ModelMismatch:
-            return nothing  # `Enrolment.decide` raises the error for that probe only
-        since = np.arange(from_row, count)
-        since = since[now.are_present(since)]
-        if now.with_siblings(since)[1] is not None:
-            return nothing
+        from_row, count = seen.snapshot.row_count, now.row_count
+        since = _rows_added(probes, seen.snapshot, now)
+        if since is None:
+            return [None] * len(probes)
         earlier = TemplateCandidates(*(probe.templates for probe in probes))
         scope = Scope(now, from_row, None, seen.across, seen.extra_k)
-        rows, stages = list[NDArray[np.int64]](), list[Stage | None]()
+        rows, stages, is_compared = list[NDArray[np.int64]](), list[Stage | None](), list[bool]()
         for i, (probe, found) in enumerate(zip(probes, seen.found, strict=True)):
             counted = np.ones(len(found.comparisons), bool)
             above = seen.searcher.weakest_shown(found.comparisons, counted, seen.extra_k)
             has_more = any(map(seen.searcher.comparer.has_minutiae_to_add, probe.templates.values()))
-            serves = above is not None and has_more
-            rows.append(np.concatenate([since, count + np.arange(i)]) if serves else np.zeros(0, np.int64))
+            is_compared.append(above is not None and has_more)
+            rows.append(np.concatenate([since, count + np.arange(i)]) if is_compared[i] else np.zeros(0, np.int64))
             stages.append(seen.searcher.stage(probe.templates, scope, above=above))
-            if serves:
-                nothing[i] = Ranked()
         compared = seen.searcher.comparer.compare_each(
             [probe.templates for probe in probes],
             JoinedCandidates(SnapshotRows(now), earlier, count),
@@ -130,7 +111,7 @@ class BatchedSearch:
             subjects=[None] * len(probes),
             stages=stages,
         )
-        return [None if none is None else ranked for none, ranked in zip(nothing, compared, strict=True)]
+        return [ranked if known else None for known, ranked in zip(is_compared, compared, strict=True)]
 
     def search_since(
         self,
@@ -234,6 +215,24 @@ class BatchedSearch:
             if not (is_row[:, -1] & (ids[:, -1] == "")).any():
                 return SearchResult(ids, similarity, snapshot.version, bool(nearest.failures))
             row_k *= 2
+
+
+def _rows_added(probes: Sequence[Probe], before: Snapshot, now: Snapshot) -> NDArray[np.int64] | None:
+    """Returns the live rows that were added after a snapshot, if the probes of a batch can be compared with these rows and with each other
+    in one call; else None."""
+    from_row, count = before.row_count, now.row_count
+    columns = set[str]().union(*(probe.templates for probe in probes))
+    is_alone = count == from_row and len(probes) == 1
+    if is_alone or count - from_row > _ADDED_MAX or not columns <= now.models.keys():
+        return None
+    try:
+        for probe in probes:
+            check_models(probe.templates, now.models)
+    except ModelMismatch:
+        return None  # `Enrolment.decide` raises the error for that probe only
+    rows = np.arange(from_row, count)
+    rows = rows[now.are_present(rows)]
+    return rows if now.with_siblings(rows)[1] is None else None
 
 
 def _changed_since(before: Snapshot, now: Snapshot, compared: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:

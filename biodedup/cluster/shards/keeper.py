@@ -133,7 +133,7 @@ class Keeper:
         while not self._ended.wait(_STEP_S):
             try:
                 self.step()
-            except Exception as error:  # the thread must not end: nobody else supervises the replicas
+            except Exception as error:  # the thread must not end: no other thread supervises the replicas
                 _log.warning("replicas are not watched: %s: %s", type(error).__name__, error)
 
     def replicas_of(self, group: int) -> list[Actor]:

@@ -364,7 +364,7 @@ def _restore_some(
 
 
 def _withdraw(target: Gallery, name: str, replaced: dict[int, int], progress: Progress) -> int:
-    """Removes the subjects that the merge added and nobody changed since. Returns their number."""
+    """Removes the subjects that the merge added and that are unchanged since. Returns their number."""
     now = target.snapshot()
     ranges = [step.rows for step in steps_done(now, name)] + _completed_rows(now, name)
     withdrawn = 0

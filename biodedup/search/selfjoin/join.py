@@ -10,16 +10,17 @@ Owns the choice of the rows that are compared with each other. Never decides and
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from biodedup.common.executors import results_in_order
 from biodedup.config import SearchConfig
 from biodedup.errors import GalleryDamaged
 from biodedup.gallery.segments.part import Column
@@ -168,23 +169,12 @@ class SelfJoin:
 
         # while one batch waits for its scan, another is compared
         with ThreadPoolExecutor(min(_BATCHES, self._searcher.scanner.threads), "biodedup-join") as pool:
-            for some, results in zip(batches, _in_order(pool, search, batches), strict=True):
+            for some, results in zip(
+                batches, results_in_order(partial(pool.submit, search), batches, _BATCHES), strict=True
+            ):
                 for row, candidates in zip(some, results, strict=True):
                     collector.add(row, candidates.comparisons)
         return collector.found()
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Sequence[int]], list[CandidateSet]], batches: Sequence[Sequence[int]]
-) -> Iterator[list[CandidateSet]]:
-    """The results of all batches, in their order. Only a few results are held at a time."""
-    running = deque[Future[list[CandidateSet]]]()
-    for batch in batches:
-        running.append(pool.submit(work, batch))
-        if len(running) > _BATCHES:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 def _has_faces_only(snapshot: Snapshot) -> bool:
