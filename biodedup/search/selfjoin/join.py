@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -170,7 +169,7 @@ class SelfJoin:
         # while one batch waits for its scan, another is compared
         with ThreadPoolExecutor(min(_BATCHES, self._searcher.scanner.threads), "biodedup-join") as pool:
             for some, results in zip(
-                batches, results_in_order(partial(pool.submit, search), batches, _BATCHES), strict=True
+                batches, results_in_order(lambda some: pool.submit(search, some), batches, _BATCHES), strict=True
             ):
                 for row, candidates in zip(some, results, strict=True):
                     collector.add(row, candidates.comparisons)
