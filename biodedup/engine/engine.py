@@ -679,14 +679,16 @@ class Engine:
         *,
         groups: Collection[str] | None = None,
         model_id: str | None = None,
+        min_similarity: float | None = None,
     ) -> SearchResult:
         """Returns the k nearest subjects of each probe, by the embeddings of one column.
 
         In a large gallery, each of the k nearest rows is missed with a probability of at most `SearchConfig.miss_risk`; with 0, none is
         missed.
         probes: one column -> float32 (q, d), unit rows. groups: search only subjects in at least one of these groups. model_id: the model
-        of the probes; None means the model of the column. Raises ModelMismatch if the column has another model or dimension.
-        Returns ids (q, k), similarity float32 (q, k), descending.
+        of the probes; None means the model of the column. min_similarity: leave out subjects below this cosine; the search is faster.
+        Raises ModelMismatch if the column has another model or dimension.
+        Returns ids (q, k), similarity float32 (q, k), descending; "" and -inf in the places that no subject takes.
         """
         self._check("search")
         if len(probes) != 1:
@@ -695,11 +697,13 @@ class Engine:
             )
         if k < 1:
             raise InvalidInput(f"k is {k!r}, wanted a whole number of at least 1")
+        if min_similarity is not None and not -1 <= min_similarity <= 1:
+            raise InvalidInput(f"min_similarity is {min_similarity!r}, wanted a cosine from -1 to 1")
         ((column, vectors),) = probes.items()
         rows = self._preparer.probes_of(column, vectors, model_id)
         counted(len(rows))
         self._take(len(rows))
-        result = self._searches.nearest(column, rows, int(k), _checked(groups))
+        result = self._searches.nearest(column, rows, int(k), _checked(groups), min_similarity)
         if not self._restricted:
             return result
         disclosed = self._told_search(column, result)

@@ -30,6 +30,8 @@ from biodedup.trace import untraced
 from biodedup.values import Float32, SearchResult, Template
 
 _Groups = tuple[str, ...] | None
+_NearestKey = tuple[str, int, _Groups, float | None]
+"""Column, number of subjects, groups and least similarity of a search; searches with the same key are batched."""
 _ADDED_MAX = 1024
 """If more than this number of rows were added after a search, each probe is searched separately."""
 
@@ -171,9 +173,11 @@ class BatchedSearch:
         )
         return found
 
-    def nearest(self, column: str, probes: Float32, k: int, groups: _Groups) -> SearchResult:
-        """Returns the k nearest subjects of each probe in one column. probes: float32 (q, d), unit rows."""
-        key = (column, k, groups)
+    def nearest(
+        self, column: str, probes: Float32, k: int, groups: _Groups, min_similarity: float | None
+    ) -> SearchResult:
+        """Returns the k nearest subjects of each probe in one column, of at least min_similarity. probes: float32 (q, d), unit rows."""
+        key = (column, k, groups, min_similarity)
         with self._log.timed(len(probes), self._gallery.snapshot().row_count):
             if len(probes) >= PROBES or not len(probes):  # large enough for its own scan
                 return self._nearest(key, probes)
@@ -195,16 +199,17 @@ class BatchedSearch:
             results = searcher.search(snapshot, probes, groups=groups, across=across, extra_k=extra_k, from_db=from_db)
         return [(found, snapshot, searcher) for found in results]
 
-    def _nearest_each(self, key: tuple[str, int, _Groups], probes: list[Float32]) -> list[SearchResult]:
+    def _nearest_each(self, key: _NearestKey, probes: list[Float32]) -> list[SearchResult]:
         batch = self._nearest(key, np.array(probes))
         return [replace(batch, ids=ids, similarity=near) for ids, near in zip(batch.ids, batch.similarity, strict=True)]
 
-    def _nearest(self, key: tuple[str, int, _Groups], probes: Float32) -> SearchResult:
-        column, k, groups = key
+    def _nearest(self, key: _NearestKey, probes: Float32) -> SearchResult:
+        column, k, groups, least = key
         snapshot = self._gallery.snapshot().enrolled
+        floor = None if least is None else np.full(len(probes), least, np.float32)
         row_k = k
         while True:
-            nearest = self._searcher.nearest(snapshot, column, probes, row_k, groups=groups)
+            nearest = self._searcher.nearest(snapshot, column, probes, row_k, groups=groups, floor_similarity=floor)
             is_row = nearest.rows >= 0
             names = np.full(is_row.shape, "", object)
             names[is_row] = snapshot.subject_ids(nearest.rows[is_row].tolist())

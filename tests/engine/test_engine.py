@@ -297,6 +297,24 @@ def test_search_pads_where_the_gallery_is_smaller_than_k(engine):
     assert (np.diff(result.similarity[:, :2]) <= 0).all()
 
 
+@pytest.mark.parametrize("least", [-1.0, 0.02, 0.3, 0.999])
+def test_a_search_with_a_least_similarity_leaves_out_what_numpy_finds_below_it(engine, least):
+    vectors, probes = people(300), people(20, seed=5)
+    names = np.array([f"s{i}" for i in range(300)], object)
+    engine.add_templates(list(names), {"face": vectors})
+    exact = probes @ vectors.T
+    ids, similarity = engine.search({"face": probes}, k=8, min_similarity=least)
+    order = np.argsort(-exact, axis=1, kind="stable")[:, :8]
+    found = np.take_along_axis(exact, order, axis=1)
+    assert (ids == np.where(found >= least, names[order], "")).all()
+    np.testing.assert_allclose(similarity, np.where(found >= least, found, -np.inf), atol=1e-5)
+
+
+def test_a_least_similarity_that_is_no_cosine_is_refused(engine):
+    with pytest.raises(bd.InvalidInput, match=r"min_similarity is 40, wanted a cosine from -1 to 1"):
+        engine.search({"face": people(1)}, min_similarity=40)
+
+
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())

@@ -162,15 +162,14 @@ def test_one_piece_of_work_has_its_turn_among_the_hundred_that_came_before():
         assert go.wait(30)
 
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as callers:
-        many = callers.submit(lambda: list(in_turn(pool, 1, work, range(100))))
+        many = callers.submit(lambda: list(in_turn(pool, 1, work, range(100), turn_s=0)))
         assert started.wait(30)
-        until(lambda: pool._work_queue.qsize() >= 1)
         one = callers.submit(lambda: list(in_turn(pool, 1, work, ["late"])))
-        until(lambda: pool._work_queue.qsize() >= 2)
+        until(lambda: pool._work_queue.qsize() >= 1)
         go.set()
         assert one.result(30) == [None]
         assert len(many.result(30)) == 100
-    assert order.index("late") == 2
+    assert order.index("late") <= 2
     assert sorted(piece for piece in order if piece != "late") == list(range(100))
 
 

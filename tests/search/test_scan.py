@@ -184,8 +184,6 @@ def test_the_kernel_without_tables_finds_what_numpy_finds(instructions, count, s
     first, last = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
     live = rng.random(64 * blocks) < 0.7
     bits = np.packbits(live, bitorder="little").view(np.uint64) if with_removed else NOTHING
-    room = 64 * probes
-    out = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
     stored = ScannedRows(NO_BITS, NO_BITS, high, norms, norms.min())
     asked = ScanProbes(
         codes=paired([probe]),
@@ -197,6 +195,7 @@ def test_the_kernel_without_tables_finds_what_numpy_finds(instructions, count, s
         used=np.zeros(1, np.int64),
         kind=TableKind.CLASSES,
     )
+    out = (np.empty(asked.room, np.int32), np.empty(asked.room, np.int64), np.empty(asked.room, np.float32))
     ours, block, compared = {}, 0, 0
     while block < -(-last // 64):
         number, block, some = scan_kernel.scan(
@@ -479,6 +478,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
 
 ESTIMATORS = [
     pytest.param(lambda sample: Signs(sample, 128), 0.797, id="signs"),
+    pytest.param(lambda sample: Signs(sample, 128, 0.5), 0.797, id="half of the signs"),
     *(
         pytest.param(lambda sample, n=n: Classes(ClassValues(sample, 128), n), 0.88, id=f"{n} tables of classes")
         for n in (24, 40, 64)
@@ -516,6 +516,23 @@ def test_estimates_by_classes_are_dot_products_with_what_classes_stand_for_and_f
         [classes.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
     )
     assert np.allclose(mean, seen.mean(axis=1), atol=0.01)
+    assert np.allclose(sd, seen.std(axis=1), rtol=0.1)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_leading_signs_are_scaled_to_stand_for_all_and_foreseen_for_unrelated_rows(share):
+    one, other = unit(400, 128, 1), unit(400, 128, 2)
+    some, leading = Signs(unit(4_000, 128), 128, share), int(128 * share)
+    assert (some.tables, some.octets) == (leading // 4, leading // 8)
+    signs = np.where(coding.quantise(other)[0].astype(int) >= 128, 1, -1)
+    energy = (one[:, :leading] ** 2).sum(axis=1) if share < 1 else 1
+    expected = (one * signs)[:, :leading].sum(axis=1) / energy / np.sqrt(128)
+    assert np.abs(some.estimates(one, other) - expected).max() < 0.03
+    mean, sd = some.unrelated(one[:20])
+    seen = np.array(
+        [some.estimates(np.repeat(one[i : i + 1], 20_000, axis=0), unit(20_000, 128, 3)) for i in range(20)]
+    )
+    assert np.allclose(mean, seen.mean(axis=1), atol=0.02)
     assert np.allclose(sd, seen.std(axis=1), rtol=0.1)
 
 
@@ -591,9 +608,17 @@ def test_a_margin_for_two_steps_counts_what_either_loses():
 @given(st.integers(1, 700), st.integers(1, 3), st.integers(1, 20), st.booleans(), st.booleans(), st.data())
 def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, columns, probes, mapped, summed, data):
     rng = np.random.default_rng(count)
-    kind = TableKind.CLASSES if columns == 1 and not mapped and data.draw(st.booleans()) else TableKind.SIGNS
-    scanned = [8 * data.draw(st.integers(1, 18)) for _ in range(columns)]
+    in_order = data.draw(st.booleans())  # one probe that looks at all signs
+    if in_order:
+        columns, probes, mapped = 1, 1, False
+    classes = columns == 1 and not mapped and not in_order and data.draw(st.booleans())
+    kind = TableKind.CLASSES if classes else TableKind.SIGNS
+    scanned = [
+        32 * data.draw(st.integers(1, 4)) if in_order else 8 * data.draw(st.integers(1, 18)) for _ in range(columns)
+    ]
     used = [some // 2 if kind == TableKind.CLASSES else data.draw(st.integers(0, some // 4)) for some in scanned]
+    if in_order:
+        used = [scanned[0] // 4]
     if not sum(used):
         used[0] = 1
     cells = 2 * count if mapped else count
@@ -607,8 +632,10 @@ def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, colu
     members = np.stack([np.sort(rng.permutation(cells)[:count]) for _ in range(columns)]).astype(np.int32)
     which = members if mapped else np.tile(np.arange(count), (columns, 1))
     asked = [rng.integers(-127, 128, (probes, some)).astype(np.int8) for some in scanned]
-    looked_at = 4 * data.draw(st.integers(1, 10))
+    looked_at = used[0] if in_order else 4 * data.draw(st.integers(1, 10))
     places = rng.integers(0, sum(used), (probes, looked_at)).astype(np.int32)
+    if in_order:
+        places = np.arange(looked_at, dtype=np.int32)[None]
     tables = rng.integers(0, 255 // (looked_at // 4) + 1, (probes, looked_at, 16)).astype(np.uint8)
     limits = rng.integers(0, 160, probes).astype(np.uint8)
     parameters = np.stack([rng.uniform(0, 0.02, (columns, probes)), rng.uniform(-50, 50, (columns, probes))], axis=2)
@@ -619,8 +646,6 @@ def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, colu
     live = rng.random(-(-count // 64) * 64) < 0.7
     alive = np.packbits(live, bitorder="little").view(np.uint64)
 
-    room = 2 * 256 * probes
-    found = (np.empty(room, np.int32), np.empty(room, np.int64), np.empty(room, np.float32))
     ours, block, passed = {}, 0, 0
     given = ScanProbes(
         codes=paired(asked),
@@ -632,6 +657,7 @@ def test_the_kernel_with_tables_finds_what_numpy_finds(instructions, count, colu
         used=np.array(used),
         kind=kind,
     )
+    found = (np.empty(given.room, np.int32), np.empty(given.room, np.int64), np.empty(given.room, np.float32))
     while block < -(-last // 64):
         number, block, some = scan_kernel.scan(
             columns=[ScannedRows(*planes, planes[3].min()) for planes in zip(signs, outer, high, norms, strict=True)],

@@ -47,7 +47,9 @@ class Population:
         standard_errors: this many standard errors of the sample are subtracted.
         """
         mean, sd = self.similarity(probes)
-        dimension = max(float(1 / np.median(sd)) ** 2, 3.0)  # dimension in which random directions have this deviation
+        dimension = max(
+            float(1 / np.sort(sd)[len(sd) // 2]) ** 2, 3.0
+        )  # dimension in which random directions have this deviation
         z = float(np.sqrt(dimension * betainccinv(0.5, (dimension - 1) / 2, min(2 * share, 1.0))))
         z -= standard_errors * float(np.sqrt((1 + z * z / 2) / _SAMPLE_ROWS))
         return mean + sd * np.float32(z)
@@ -83,17 +85,18 @@ def pair_sample_of(column: Column) -> Float32:
     return dequantise(*column.codes_at(_cells(column)[:_PAIR_ROWS]))
 
 
-_signs: WeakKeyDictionary[Column, Signs] = WeakKeyDictionary()
+_signs: WeakKeyDictionary[Column, dict[float, Signs]] = WeakKeyDictionary()
 _values: WeakKeyDictionary[Column, ClassValues] = WeakKeyDictionary()
 _classes: WeakKeyDictionary[Column, dict[int, Classes]] = WeakKeyDictionary()
 
 
-def signs_of(column: Column) -> Signs:
-    """The estimator by signs of a column's rows."""
+def signs_of(column: Column, share: float = 1.0) -> Signs:
+    """The estimator by signs of a column's rows. share: of the signs that it reads, the leading ones."""
     assert column.codec is not None, "only rotated vectors have signs"
-    if column not in _signs:
-        _signs[column] = Signs(pair_sample_of(column), column.codec.scanned)
-    return _signs[column]
+    known = _signs.setdefault(column, {})
+    if share not in known:
+        known[share] = Signs(pair_sample_of(column), column.codec.scanned, share)
+    return known[share]
 
 
 def classes_of(column: Column, tables: int) -> Classes:

@@ -32,6 +32,7 @@ from biodedup.search.native.table_tile import (
     LISTED,
     MASKS,
     ROWS,
+    SUMS_PER_ROW,
     TableKind,
     Tables,
     aligned,
@@ -40,6 +41,7 @@ from biodedup.search.native.table_tile import (
     i32_at,
     i64_at,
     sign_indices,
+    sign_survivors,
     store,
     survivors,
     tile_for,
@@ -49,7 +51,8 @@ from biodedup.search.native.table_tile import (
 from biodedup.values import Float32
 
 _LINE = 64  # bytes of a cache line
-_FEW_PROBES = 48  # with at most so many probes, most rows are compared with no probe
+_GATHERED = 1024  # pairs that are gathered before they are compared: their place stays in the cache
+_AHEAD = 32  # pairs from a prefetch to the comparison: about as many lines as a core can wait for
 
 Int64 = NDArray[np.int64]
 
@@ -85,7 +88,7 @@ class Span(NamedTuple):
 
 class KernelProbes(NamedTuple):
     """The probes, as addresses of the fields of `ScanProbes`. octets_used: int32 (octets,), the octets of classes that tables use. index_rows,
-    signs_most: the sum and the maximum of `used`. half: half the length of a code. steps: length of an evidence table. bounds: float32 (2, q):
+    signs_most: the sum and the maximum of `used`. in_order: as in `ScanProbes`. half: half the length of a code. steps: length of an evidence table. bounds: float32 (2, q):
     a row whose dot product is below bounds[0] + its norm x bounds[1] does not reach the probe's cut-off."""
 
     kind: int
@@ -94,6 +97,7 @@ class KernelProbes(NamedTuple):
     used: int
     index_rows: int
     signs_most: int
+    in_order: int
     codes: int
     half: int
     parameters: int
@@ -164,12 +168,23 @@ def _may_reach(asked: Any, probes: int, p: Any, dot: Any, norm: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
+def _prefetch_row(high: int, norms: int, width: int, cell: Any) -> None:
+    prefetch(norms + 4 * cell)
+    for at in range(0, width, _LINE):
+        prefetch(high + width * cell + at)
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
 def _compute_dots(stored: Any, asked: Any, pairs: Any, number: int, cells: Any, place: tuple[int, int]) -> None:
     """Computes the dot products of the first pairs, and of up to three more pairs. place: (column, number of probes)."""
     column, probes = place
     high, width = i64_at(stored.high + 8 * column), i64_at(stored.widths + 8 * column)
-    codes = asked.codes + 2 * asked.half * probes * column
+    norms, codes = i64_at(stored.norms + 8 * column), asked.codes + 2 * asked.half * probes * column
+    for i in range(0, 4 * min(_AHEAD, number), 4):
+        _prefetch_row(high, norms, width, np.int64(i32_at(cells + i)))
     for i in range(0, 4 * number, 4 * TOGETHER):
+        for j in range(i + 4 * _AHEAD, i + 4 * (_AHEAD + TOGETHER), 4):
+            _prefetch_row(high, norms, width, np.int64(i32_at(cells + j)))
         _pair_dots(pairs.which + i, cells + i, high, codes, width, asked.half, pairs.dots + i)
 
 
@@ -230,26 +245,6 @@ def _compare(stored: Any, asked: Any, pairs: Any, number: int, out: Any, written
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
-def _prefetch_rows(stored: Any, rows: Any, number: int) -> None:
-    for i in range(number):
-        for c in range(stored.columns):
-            cell, width = _cell(stored, c, np.int64(i32_at(rows + 4 * i))), i64_at(stored.widths + 8 * c)
-            prefetch(i64_at(stored.norms + 8 * c) + 4 * cell)
-            for at in range(0, width, _LINE):
-                prefetch(i64_at(stored.high + 8 * c) + width * cell + at)
-
-
-@numba.njit(nogil=True, cache=True, forceinline=True)
-def _prefetch_blocks(stored: Any, block: int, blocks: int) -> None:
-    """Prefetches the high nibbles of whole blocks."""
-    for c in range(stored.columns):
-        octets = 64 * i64_at(stored.widths + 8 * c)
-        begin = i64_at(stored.high + 8 * c) + octets * block
-        for at in range(0, octets * blocks, _LINE):
-            prefetch(begin + at)
-
-
-@numba.njit(nogil=True, cache=True, forceinline=True)
 def _take_signs(stored: Any, column: int, block: int, some: int, taken: int) -> None:
     """Gathers the signs of the rows of a block from their cells. some: number of octets. taken: uint8 *, (some, 64), the output."""
     octets, plane = i64_at(stored.widths + 8 * column) >> 2, i64_at(stored.signs + 8 * column)
@@ -286,39 +281,36 @@ def _take_block(stored: Any, asked: Any, block: int, taken: int, indices: int) -
 @numba.njit(nogil=True, cache=True)
 def _scan(stored: Any, asked: Any, tables: Any, span: Any, block: int, out: Any) -> tuple[int, int, int]:
     end, probes = -(-span.last // 64), tables.probes
-    ahead, room = probes <= _FEW_PROBES, ROWS * probes
+    room = _GATHERED + ROWS * probes
     space = aligned(ROWS * (asked.index_rows + 1) + 64 * (asked.signs_most + 1) + 64 + MASKS)
     indices: Any = np.int64(space.ctypes.data)
     taken = indices + ROWS * (asked.index_rows + 1)
     masks = taken + 64 * (asked.signs_most + 1) + 64
-    size = 4 * (2 * room + LISTED)
+    size = 4 * (room + LISTED)
     for_pairs = np.zeros(5 * size, np.uint8)
     first: Any = np.int64(for_pairs.ctypes.data)
     pairs = _Pairs(first, first + size, first + 2 * size, first + 3 * size, first + 4 * size)
-    found, passed, waiting = 0, 0, 0
-    while block < end and found + 2 * room <= out.room:
-        blocks = min(BLOCKS, end - block)
-        for b in range(BLOCKS):
-            alive = _alive(span, block + b) if b < blocks else np.uint64(0)
-            store(masks + 8 * (BLOCKS + b), alive)
-            if alive:
-                _take_block(stored, asked, block + b, taken, indices + 64 * b)
-        if not ahead and not stored.members:  # most rows are compared with some probe
-            _prefetch_blocks(stored, block + blocks, min(BLOCKS, end - block - blocks))
-        to = 4 * waiting
-        reached = survivors(indices, masks, tables, 64 * block, pairs.which + to, pairs.rows + to)
-        passed += reached
-        compared = waiting + reached
-        if ahead:  # while these rows are fetched, those of the blocks before are compared
-            _prefetch_rows(stored, pairs.rows + to, reached)
-            compared = waiting
-        found = _compare(stored, asked, pairs, compared, out, (probes, found))
-        waiting += reached - compared
-        for i in range(0, 4 * waiting, 4):
-            store(pairs.which + i, i32_at(pairs.which + 4 * compared + i))
-            store(pairs.rows + i, i32_at(pairs.rows + 4 * compared + i))
-        block += blocks
-    found = _compare(stored, asked, pairs, waiting, out, (probes, found))
+    found, passed, alone = 0, 0, asked.in_order and not stored.members
+    octets, signs = i64_at(stored.widths) >> 2, i64_at(stored.signs)
+    while block < end and found + room <= out.room:
+        gathered = 0
+        while block < end and gathered < _GATHERED:
+            to = 4 * gathered
+            if alone:  # without a list of indices
+                of_block, alive = signs + 64 * octets * block, _alive(span, block)
+                gathered += sign_survivors(of_block, alive, tables, 64 * block, pairs.which + to, pairs.rows + to)
+                block += 1
+                continue
+            blocks = min(BLOCKS, end - block)
+            for b in range(BLOCKS):
+                alive = _alive(span, block + b) if b < blocks else np.uint64(0)
+                store(masks + 8 * (BLOCKS + b), alive)
+                if alive:
+                    _take_block(stored, asked, block + b, taken, indices + 64 * b)
+            gathered += survivors(indices, masks, tables, 64 * block, pairs.which + to, pairs.rows + to)
+            block += blocks
+        passed += gathered
+        found = _compare(stored, asked, pairs, gathered, out, (probes, found))
     space[:1], for_pairs[:1] = 0, 0  # else numba frees them before they are read: it counts uses by name
     return found, block, passed
 
@@ -363,14 +355,15 @@ def _scan_all(stored: Any, asked: Any, tables: Any, span: Any, block: int, out: 
 def make_scans(instructions: str) -> tuple[Any, Any]:
     """`_scan` and `_scan_all`, compiled for another processor."""
     inline: dict[str, Any] = {"nogil": True, "forceinline": True}
-    lookups = numba.njit(rebound(survivors, **tile_for(instructions)), nogil=True)
+    tile = tile_for(instructions)
+    lookups, of_signs = (numba.njit(rebound(f, **tile), nogil=True) for f in (survivors, sign_survivors))
     compute_dots = numba.njit(rebound(_compute_dots, _pair_dots=make_pair_dots(instructions)), **inline)
     add_values = numba.njit(rebound(_add_values, _compute_dots=compute_dots), **inline, error_model="numpy")
     compare_one = numba.njit(rebound(_compare_one, _compute_dots=compute_dots), **inline, error_model="numpy")
     compare = numba.njit(rebound(_compare, _add_values=add_values, _compare_one=compare_one), nogil=True)
     dots = {"_row_dot": make_row_dot(instructions), "_row_dots": make_row_dots(instructions)}
     return (
-        numba.njit(rebound(_scan, survivors=lookups, _compare=compare), nogil=True),
+        numba.njit(rebound(_scan, survivors=lookups, sign_survivors=of_signs, _compare=compare), nogil=True),
         numba.njit(rebound(_scan_all, **dots), nogil=True),
     )
 
@@ -432,6 +425,13 @@ class ScanProbes:
         return np.unique(self.places >> 2) if self.kind == TableKind.CLASSES else np.zeros(0, np.int32)
 
     @cached_property
+    def in_order(self) -> bool:
+        """Whether this is one probe whose tables look at whole octets of the signs of one column, one after another."""
+        some = self.tables.shape[1]
+        one = len(self) == len(self.used) == 1 and self.kind == TableKind.SIGNS and some % (2 * SUMS_PER_ROW) == 0
+        return one and 0 < some and np.array_equal(self.places[0], np.arange(some))
+
+    @cached_property
     def asked(self) -> KernelProbes:
         """For the kernels, without cuts."""
         return KernelProbes(
@@ -441,6 +441,7 @@ class ScanProbes:
             used=_address(self.used),
             index_rows=int(self.used.sum()),
             signs_most=int(self.used.max()),
+            in_order=int(self.in_order),
             codes=_address(self.codes),
             half=self.codes.shape[3],
             parameters=_address(self.parameters),
@@ -459,7 +460,7 @@ class ScanProbes:
     @property
     def room(self) -> int:
         """How many hits one call must have room for."""
-        return 2 * ROWS * len(self)
+        return _GATHERED + ROWS * len(self)
 
 
 def scan(
@@ -483,6 +484,7 @@ def scan(
     `make_scans`. Returns how many, the block to go on with, all done when it is ceil(last / 64), and how many pairs were
     compared.
     """
+    assert len(out[0]) >= probes.room, "a call with less room would never go on"
     given = [
         np.array([array.ctypes.data for array in arrays], np.int64)
         for arrays in zip(*(c[:4] for c in columns), strict=True)

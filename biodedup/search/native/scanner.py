@@ -8,15 +8,16 @@ Owns the threads, the two kinds of scan, and the division of rows into units of 
 * `above` estimates every row by its high nibbles (`gallery/files/codes.py`) with compiled kernels, and keeps each row whose estimate reaches
   the cut-off. The cut-off is known before the scan, so that there is no heap. If too many rows pass, the cut-off rises.
 
-A thread never starts further threads, so that concurrent callers do not compete for cores. A caller has only a few units in the pool at a
-time, so that a single probe does not wait for the whole pass of an earlier batch of a thousand probes.
+A thread never starts further threads, so that concurrent callers do not compete for cores. Callers take turns of a
+few milliseconds, so that a single probe does not wait for the whole pass of an earlier batch of a thousand probes.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, as_completed, wait
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,6 +46,7 @@ _PROBES = 256
 NO_EVIDENCE = np.zeros((1, 0), np.float32)
 """The evidence table of `ScanProbes` of a single column, whose estimates are similarities."""
 _ROOM = 1 << 15  # hits that a thread buffers
+_TURN_S = 0.004  # a single probe waits for about so long beside a batch of a thousand
 
 Int64 = NDArray[np.int64]
 _Piece = TypeVar("_Piece")
@@ -79,7 +81,7 @@ def units_of(whole: Sequence[Unit], probes: int, threads: int) -> list[Unit]:
     total = sum(unit.last - unit.first for unit in whole)
     # up to eight probes take the same time, because memory bandwidth is the limit
     some_milliseconds = 1 << 24 >> max(probes - 1, 7).bit_length()
-    cells = max(min(some_milliseconds, total // (4 * threads)) // BLOCK_ROWS, 64) * BLOCK_ROWS
+    cells = min(some_milliseconds, max(total // (4 * threads), some_milliseconds // 8)) // BLOCK_ROWS * BLOCK_ROWS
     units = []
     for unit in whole:
         bounds = [unit.first, *range((unit.first // cells + 1) * cells, unit.last, cells), unit.last]
@@ -145,19 +147,33 @@ def paired(codes: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
     return out
 
 
-def in_turn(pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Iterable[_Piece]) -> Iterator[_Done]:
-    """Yields the result for each piece when a thread of the pool finishes it. It submits only as many pieces as keep the threads busy, so that
-    pieces of later callers are not delayed."""
-    waiting: set[Future[_Done]] = set()
+def in_turn(
+    pool: Executor, threads: int, work: Callable[[_Piece], _Done], pieces: Sequence[_Piece], turn_s: float = _TURN_S
+) -> Iterator[_Done]:
+    """Yields the result for each piece, unordered. Each of some threads of the pool works on one piece after the other for a few milliseconds;
+    then it is the turn of later callers."""
+    remaining = iter(pieces)  # of a sequence: threads may share it
+
+    def turn() -> tuple[list[_Done], bool]:
+        end, done = time.perf_counter() + turn_s, []
+        for piece in remaining:
+            done.append(work(piece))
+            if time.perf_counter() > end:
+                return done, True
+        return done, False
+
+    waiting = {pool.submit(turn) for _ in range(min(threads, len(pieces)))}
     try:
-        for piece in pieces:
-            while len(waiting) > threads:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-            waiting.add(pool.submit(work, piece))
-        for future in as_completed(waiting):
-            yield future.result()
+        while waiting:
+            ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ended:
+                done, goes_on = future.result()
+                if goes_on:
+                    waiting.add(pool.submit(turn))
+                yield from done
     finally:
+        for _ in remaining:  # after an error no thread begins another piece
+            pass
         for future in waiting:
             future.cancel()
 
@@ -251,7 +267,7 @@ class Scanner:
         with self._alone, index_codec.threads(self.threads):
             yield
 
-    def run(self, work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
+    def run(self, work: Callable[[_Piece], None], pieces: Sequence[_Piece]) -> None:
         """Does the work on each piece in the scan threads, and waits."""
         for _ in in_turn(self._pool, self.threads, work, pieces):
             pass

@@ -20,7 +20,7 @@ from biodedup.gallery.files.codec import measured_laws
 from biodedup.gallery.files.codes import product, quantise
 from biodedup.search.native.estimator import TableEstimator, mean_and_covariance
 from biodedup.search.native.scan_kernel import ScanProbes
-from biodedup.search.native.table_tile import ENTRIES, TableKind
+from biodedup.search.native.table_tile import ENTRIES, SUMS_PER_ROW, TableKind
 from biodedup.search.native.tables import limits_of, products_at, rounding_variance, scales_of, tables_of
 from biodedup.values import Float32
 
@@ -36,12 +36,16 @@ _SEED = 2_002
 
 
 class Signs(TableEstimator):
-    """The signs of a column's rows. Table i is for the numbers 4 i to 4 i + 3."""
+    """The signs of a column's rows. Table i is for the numbers 4 i to 4 i + 3. share: of the tables; with fewer tables only the leading signs are
+    read."""
 
-    def __init__(self, sample: Float32, scanned: int) -> None:
-        self.tables = min(scanned // TableKind.SIGNS, TABLES_MAX)
+    def __init__(self, sample: Float32, scanned: int, share: float = 1.0) -> None:
+        most = min(scanned // TableKind.SIGNS, TABLES_MAX)
+        self.tables = (
+            max(int(share * most) // SUMS_PER_ROW * SUMS_PER_ROW, min(SUMS_PER_ROW, most)) if share < 1 else most
+        )
         self.octets, self.scanned, self.sample = -(-self.tables // 2), scanned, sample
-        self._size = np.float32(sqrt(self.count(self.tables)))
+        self._size, self._partial = np.float32(sqrt(self.count(most))), self.tables < most
 
     def of(self, vectors: Float32) -> Float32:
         """The signs of vectors, float32 (n, m) of -1 and 1."""
@@ -65,10 +69,16 @@ class Signs(TableEstimator):
 
     def estimates(self, probes: Float32, vectors: Float32) -> Float32:
         """The estimates of pairs, float32 (n,): approximately the cosine of the probe's numbers and the row's signs. probes, vectors: float32
-        (n, D)."""
+        (n, D). Leading signs alone are scaled by the probe's share in them, so that they stand for all."""
         signs = (self.of(vectors) > 0).reshape(len(probes), -1, TableKind.SIGNS)
         entries = (signs << np.arange(TableKind.SIGNS)).sum(axis=2)
-        return np.asarray(products_at(self._quads(probes), LEVELS, entries) / self._size, np.float32)
+        return np.asarray(products_at(self._quads(probes), LEVELS, entries) / self._scale(probes), np.float32)
+
+    def _scale(self, probes: Float32) -> Float32:
+        """What dot products are divided by, float32 (q,)."""
+        numbers = self.numbers(probes)
+        energy = np.einsum("ij,ij->i", numbers, numbers) if self._partial else np.ones(len(probes), np.float32)
+        return np.asarray(self._size * np.maximum(energy, np.float32(1e-9)), np.float32)
 
     def _quads(self, probes: Float32) -> Float32:
         return self.numbers(probes).reshape(len(probes), -1, TableKind.SIGNS)
@@ -81,9 +91,8 @@ class Signs(TableEstimator):
         (mean, covariance), numbers = self._moments, self.numbers(probes)
         steps, _, padded = scales_of(self._quads(probes), LEVELS)
         variance = np.einsum("ij,ij->i", product(numbers, covariance), numbers) + rounding_variance(padded, steps)
-        return np.asarray(product(numbers, mean[:, None])[:, 0] / self._size, np.float32), np.sqrt(
-            variance
-        ) / self._size
+        scale = self._scale(probes)
+        return np.asarray(product(numbers, mean[:, None])[:, 0] / scale, np.float32), np.sqrt(variance) / scale
 
     def tabled(self, untabled: ScanProbes, probes: Float32, cuts: Float32) -> ScanProbes:
         tables, steps, middles = tables_of(self._quads(probes), LEVELS)
@@ -92,7 +101,7 @@ class Signs(TableEstimator):
             untabled,
             tables=tables,
             places=np.tile(places, (len(tables), 1)),
-            limits=limits_of(cuts * self._size, steps, middles),
+            limits=limits_of(cuts * self._scale(probes), steps, middles),
             used=np.array([self.tables]),
             kind=TableKind.SIGNS,
         )

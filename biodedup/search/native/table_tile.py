@@ -10,6 +10,7 @@ tables never overflows a byte. A table then costs two instructions, half of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -91,11 +92,47 @@ class _Tile:
         builder.position_at_end(after)
         return grown
 
-    def means(self, builder: Any, addresses: tuple[Any, Any, Any], count: Any) -> list[Any]:
-        """Returns the mean of the four sums over the quarters of the places, in `vectors` registers."""
+    def summed_signs(self, builder: Any, addresses: tuple[Any, Any], first: Any, end: Any) -> list[Any]:
+        """Returns the sums over the tables of octets [first, end) for the 64 rows of a block, whose indices are taken from the signs."""
+        signs, tables = addresses
+        kind = ir.FunctionType(self.octets, [self.octets] * 2)
+        shuffle = cgutils.get_or_insert_function(builder.module, kind, self._shuffle)
+        before, count = builder.block, 64 // self.lanes
+        loop, after = builder.append_basic_block("octet"), builder.append_basic_block("quarter")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(_I64)
+        sums = [builder.phi(self.octets) for _ in range(count)]
+        spread = ir.Constant(ir.VectorType(_I32, self.lanes), [i % ENTRIES for i in range(self.lanes)])
+        twice, entries, grown = builder.add(at, at), list[Any](), list[Any]()
+        for i in range(2):
+            entry = builder.load(builder.gep(tables, [builder.add(twice, ir.Constant(_I64, i))]))
+            entry.align = 1
+            entries.append(builder.shuffle_vector(entry, entry, spread))
+        for v, total in enumerate(sums):
+            place = builder.add(builder.mul(at, ir.Constant(_I64, count)), ir.Constant(_I64, v))
+            bits = builder.load(builder.gep(signs, [place]))
+            bits.align = 1
+            for i, entry in enumerate(entries):
+                total = builder.add(total, builder.call(shuffle, [entry, _shifted(builder, bits, -4 * i, 15)]))
+            grown.append(total)
+        following = builder.add(at, ir.Constant(_I64, 1))
+        at.add_incoming(first, before)
+        at.add_incoming(following, loop)
+        for total, new in zip(sums, grown, strict=True):
+            total.add_incoming(ir.Constant(self.octets, None), before)
+            total.add_incoming(new, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+        builder.position_at_end(after)
+        return grown
+
+    def means(
+        self, builder: Any, summed: Callable[..., list[Any]], addresses: tuple[Any, ...], count: Any
+    ) -> list[Any]:
+        """Returns the mean of the four sums over the quarters of [0, count), one register for each that `summed` returns."""
         quarter = builder.udiv(count, ir.Constant(_I64, SUMS_PER_ROW))
         edges = [builder.mul(quarter, ir.Constant(_I64, i)) for i in range(SUMS_PER_ROW + 1)]
-        sums = [self.summed(builder, addresses, *span) for span in pairwise(edges)]
+        sums = [summed(builder, addresses, *span) for span in pairwise(edges)]
         halves = [[self.mean(builder, *two) for two in zip(*sums[i : i + 2], strict=True)] for i in (0, 2)]
         return [self.mean(builder, *two) for two in zip(*halves, strict=True)]
 
@@ -126,7 +163,7 @@ def _make_tile(instructions: str) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             kinds = (made.octets, _I32, made.table)
             addresses = tuple(builder.inttoptr(args[at], kind.as_pointer()) for at, kind in enumerate(kinds))
-            means = made.means(builder, addresses, args[3])
+            means = made.means(builder, made.summed, addresses, args[3])
             to = builder.inttoptr(args[5], _I64.as_pointer())
             for b, mask in enumerate(made.reached(builder, means, args[4])):
                 builder.store(mask, builder.gep(to, [ir.Constant(_I64, b)]))
@@ -135,6 +172,27 @@ def _make_tile(instructions: str) -> Any:
         return types.void(*[types.intp] * 6), generate
 
     return tile
+
+
+def _make_sign_block(instructions: str) -> Any:
+    """Makes a numba intrinsic, sign_block(signs, tables, octets, limit) -> uint64: `tile` for one probe and one block of 64 rows, without
+    writing the indices to memory first.
+
+    signs: the address of uint8 (octets, 64); tables: of uint8 (2 octets, ENTRIES), table i for the i-th four signs; octets: a multiple of
+    SUMS_PER_ROW. Bit r of the result is set if the mean of row r is at least the limit."""
+    made = _Tile(instructions)
+
+    @intrinsic
+    def sign_block(_: Any, signs: Any, tables: Any, octets: Any, limit: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            addresses = tuple(
+                builder.inttoptr(args[i], kind.as_pointer()) for i, kind in enumerate((made.octets, made.table))
+            )
+            return made.reached(builder, made.means(builder, made.summed_signs, addresses, args[2]), args[3])[0]
+
+        return types.uint64(*[types.intp] * 4), generate
+
+    return sign_block
 
 
 def _load(kind: Any, found: Any) -> Any:
@@ -164,11 +222,14 @@ _WORDS, _ROWS_OF_BLOCK = ir.VectorType(_I16, 32), ir.VectorType(_I8, 64)
 
 
 def _shifted(builder: Any, bits: Any, left: int, kept: int) -> Any:
-    """Shifts each of 64 bytes to the left, or to the right if `left` is negative, and keeps the bits of the mask `kept`. x86 only shifts
+    """Shifts each byte of a vector to the left, or to the right if `left` is negative, and keeps the bits of the mask `kept`. x86 only shifts
     16-bit words; the mask drops the bits from the neighbouring byte."""
-    by = splat(builder, ir.Constant(_I16, abs(left)), 32)
-    moved = builder.shl(bits, by) if left > 0 else builder.lshr(bits, by)
-    return builder.and_(moved, splat(builder, ir.Constant(_I16, 257 * kept), 32))
+    words = builder.bitcast(bits, ir.VectorType(_I16, bits.type.count * bits.type.element.width // 16))
+    by = splat(builder, ir.Constant(_I16, abs(left)), words.type.count)
+    moved = builder.shl(words, by) if left > 0 else builder.lshr(words, by)
+    return builder.bitcast(
+        builder.and_(moved, splat(builder, ir.Constant(_I16, 257 * kept), words.type.count)), bits.type
+    )
 
 
 def _store_indices(builder: Any, to: Any, table: int, found: Any) -> None:
@@ -256,6 +317,23 @@ def _plain_tile(indices: int, places: int, tables: int, count: int, limit: int, 
         store(masks + 8 * b, mask)
 
 
+@numba.njit(nogil=True, cache=True)
+def _plain_sign_block(signs: int, tables: int, octets: int, limit: int) -> Any:
+    quarter, mask = octets // SUMS_PER_ROW, np.uint64(0)
+    for r in range(64):
+        sums = np.zeros(SUMS_PER_ROW, np.int64)
+        for j in range(octets):
+            bits = np.int64(u8_at(signs + 64 * j + r))
+            low, high = (
+                u8_at(tables + 2 * ENTRIES * j + (bits & 15)),
+                u8_at(tables + 2 * ENTRIES * j + ENTRIES + (bits >> 4)),
+            )
+            sums[j // quarter] += np.int64(low) + np.int64(high)
+        if (((sums[0] + sums[1] + 1) >> 1) + ((sums[2] + sums[3] + 1) >> 1) + 1) >> 1 >= limit:
+            mask |= np.uint64(1) << np.uint64(r)
+    return mask
+
+
 def _make_listed() -> Any:
     """Makes a numba intrinsic: `_plain_listed` in AVX-512 with VBMI2. No branch depends on a single row, because the processor predicts
     such a branch wrongly for each row that passes."""
@@ -310,14 +388,15 @@ LISTED = 64
 
 
 def tile_for(instructions: str) -> dict[str, Any]:
-    """Returns the functions that `survivors` calls, by name, for an instruction set."""
+    """Returns the functions that `survivors` and `sign_survivors` call, by name, for an instruction set."""
     return {
         "_tile": _plain_tile if instructions == "plain" else _make_tile(instructions),
+        "_sign_block": _plain_sign_block if instructions == "plain" else _make_sign_block(instructions),
         "_listed": _make_listed() if instructions == "vnni" else _plain_listed,
     }
 
 
-_tile, _listed = tile_for(INSTRUCTIONS).values()
+_tile, _sign_block, _listed = tile_for(INSTRUCTIONS).values()
 
 
 @numba.njit(nogil=True, cache=True)
@@ -362,4 +441,13 @@ def survivors(indices: int, masks: int, tables: Any, first: int, which: int, row
             if counts:
                 mask, to = u64_at(masks + 8 * b) & counts, 4 * found
                 found += _listed(mask, first + 64 * b, p, which + to, rows + to)
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def sign_survivors(signs: int, alive: Any, tables: Any, first: int, which: int, rows: int) -> int:
+    """`survivors` for one probe, whose tables look at the signs of one block in order. signs: the address of uint8 (octets, 64). alive: a set
+    bit selects a row to search."""
+    mask = _sign_block(signs, tables.entries, tables.per_probe >> 1, np.int64(u8_at(tables.limits)))
+    found: int = _listed(mask & alive, first, 0, which, rows)
     return found

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -41,6 +42,7 @@ from biodedup.values import Float32
 _COST_PROBES = 64  # rows that serve as probes to predict the cost of a scan
 _COST_PROBES_MAX = 256  # beyond this number of probes the cost per probe is constant
 TABLE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # tried shares of the number pairs that tables cover
+SIGN_SHARES = (0.25, 0.5, 1.0)  # tried shares of the signs that tables cover
 _TABLES_MAX = 200  # with more tables, rounded sums would lose too much precision in a byte
 _USUAL_NORM = 450.0  # of a code of 128 numbers; it only predicts the number of rows that pass
 _SHARE_MAX = 0.02  # if a larger share of rows is wanted, all rows are compared exactly
@@ -97,7 +99,7 @@ class NativeShard:
             min_similarity = np.where(raised, np.maximum(min_similarity, reliable), min_similarity)
         remaining = np.ones(len(hits.which), bool)
         reranking = Reranking(self._scanner, self._snapshot, ranges, scan.probes.rotated, collector)
-        if scan.k and not scan.bounded:
+        if scan.k and not scan.bounded and len(hits.which) > scan.k:  # of fewer, none is too weak
             first = reranking.best(hits, scan.k)
             kth = np.maximum(collector.kth(scan.k), min_similarity)
             remaining = hits.estimate >= scan.cut(kth)[hits.which]
@@ -129,7 +131,7 @@ class _CodeScan:
     scanned: ScanProbes
     hits_most: int
 
-    @property
+    @cached_property
     def cuts(self) -> Float32:
         return self.cut(self.min_similarity)
 
@@ -184,7 +186,7 @@ def _cheapest_estimator(
 ) -> TableEstimator | None:
     """The fastest tables for rows of about these similarities; None if a scan of all high nibbles is faster, or if the processor has no byte
     shuffles."""
-    similarity = round(float(np.median(min_similarity)), 2)
+    similarity = round(float(np.sort(min_similarity)[len(min_similarity) // 2]), 2)
     return _cheapest(column, similarity, len(probes.codes), miss_risk)
 
 
@@ -218,7 +220,7 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
         return cost.of(estimator.tables, estimator.octets, share, probes)
 
     options = [
-        signs_of(column),
+        *(signs_of(column, share) for share in SIGN_SHARES),
         *(classes_of(column, tables_for(scanned, table_share)) for table_share in TABLE_SHARES),
     ]
     best = min(options, key=row_cost)
