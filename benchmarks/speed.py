@@ -3,10 +3,11 @@
     python benchmarks/speed.py                             1 and 10 million rows of 128 and of 512 numbers; hours, 20 GB of disk
     python benchmarks/speed.py --rows 10e6 --dimension 128  one of the four
     python benchmarks/speed.py --rows 10e6 --index faiss:IVF2048,PQ64x4fs   our FAISS engine against the same index of raw FAISS
+    python benchmarks/speed.py --rows 1e6 --no-peers         without usearch, hnswlib and FAISS flat, which take minutes
     python benchmarks/speed.py --rows 30000 --dimension 128 --mates 64   the smoke size; keeps no result
 
 Isotropic embeddings; mates at given cosines in random directions. Ours and the FAISS index take turns, batch by batch, so that what
-else the machine does falls on both. `candidates`: share of mates among the 1,000 best; `in place`: of mates whose rank is the very
+else the machine does falls on both. `of at least`: the search asks for rows of at least this similarity alone, as a decision does. `candidates`: share of mates among the 1,000 best; `in place`: of mates whose rank is the very
 one that exact float32 search gives them. usearch and hnswlib are asked for where they are installed (extra `bench`), hnswlib up to
 a million rows, since it takes hours to build.
 """
@@ -36,6 +37,7 @@ from biodedup.testing import internals
 SIZES = [(1_000_000, 128), (1_000_000, 512), (10_000_000, 128), (10_000_000, 512)]
 PIECE, COSINES, K, CANDIDATES = 1 << 16, (0.4, 0.5, 0.6, 0.7, 0.8), 10, 1_000
 BATCHES = (1, 16, 256)
+LEAST = 0.45  # below the mates that a search must find, above most impostors
 LOADS = (0.25, 0.5, 0.75)
 
 
@@ -87,7 +89,9 @@ def exact_ranks(probes: np.ndarray, whose: np.ndarray, rows: int) -> np.ndarray:
     return ranks
 
 
-def measure(rows: int, dimension: int, mates: int, seconds: float, engine_text: str) -> dict[str, Any]:
+def measure(
+    rows: int, dimension: int, mates: int, seconds: float, engine_text: str, peers: bool = True
+) -> dict[str, Any]:
     whose = np.random.default_rng(1).permutation(min(rows, PIECE))[: mates * len(COSINES)]
     whose = np.resize(whose, mates * len(COSINES))
     cosines = np.tile(COSINES, mates)
@@ -123,6 +127,8 @@ def measure(rows: int, dimension: int, mates: int, seconds: float, engine_text: 
         figures |= _found(engine, probes, whose, cosines, rows)
         figures |= _under_load(engine, probes, figures["batch 256"]["probes/s"], seconds)
         figures |= _by_threads(Path(folder) / "g", probes, seconds)
+    if not peers:
+        return figures
     figures |= _flat(rows, dimension, probes, seconds)
     figures |= _usearch(rows, dimension, probes, whose, cosines, seconds)
     figures |= _hnswlib(rows, dimension, probes, whose, cosines, seconds)
@@ -146,18 +152,23 @@ def _against_faiss(
     if hasattr(index, "nprobe"):
         index.nprobe = index.nlist
     figures: dict[str, Any] = {}
-    for size in BATCHES:
-        ours: list[float] = []
-        theirs: list[float] = []
-        for _ in range(3):
-            ours += timed(lambda some: engine.search({"face": some}, k=K), probes, size, seconds)
-            theirs += timed(lambda some: index.search(some, K), probes, size, seconds)
-        figures[f"batch {size}"] = told(ours, size, rows)
-        figures[f"batch {size}, FAISS {spec}"] = told(theirs, size, rows)
-        figures[f"batch {size}, times FAISS {spec}"] = round(float(np.median(theirs) / np.median(ours)), 2)
     some = probes[: 5 * 256]
-    names = np.array([[int(name or -1) for name in row] for row in engine.search({"face": some}, k=K).ids])
-    figures[f"mates in {K} at {COSINES}"] = _shares(names, whose, cosines)
+    for least, said in ((None, ""), (LEAST, f", of at least {LEAST}")):
+
+        def search(some: np.ndarray, least: float | None = least) -> bd.SearchResult:
+            return engine.search({"face": some}, k=K, min_similarity=least)
+
+        for size in BATCHES:
+            ours: list[float] = []
+            theirs: list[float] = []
+            for _ in range(3):
+                ours += timed(search, probes, size, seconds)
+                theirs += timed(lambda some: index.search(some, K), probes, size, seconds)
+            figures[f"batch {size}{said}"] = told(ours, size, rows)
+            figures[f"batch {size}{said}, FAISS {spec}"] = told(theirs, size, rows)
+            figures[f"batch {size}{said}, times FAISS {spec}"] = round(float(np.median(theirs) / np.median(ours)), 2)
+        names = np.array([[int(name or -1) for name in row] for row in search(some).ids])
+        figures[f"mates in {K} at {COSINES}{said}"] = _shares(names, whose, cosines)
     figures[f"mates in {K}, FAISS {spec}"] = _shares(index.search(some, K)[1], whose, cosines)
     return figures
 
@@ -268,18 +279,17 @@ def main() -> None:
     parser.add_argument("--mates", type=int, default=1_000, help="at each cosine")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--index", default="native", help="our index engine: native, or faiss:FACTORY")
+    parser.add_argument("--no-peers", action="store_true", help="without usearch, hnswlib and FAISS flat")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        print(
-            json.dumps(
-                measure(int(arguments.rows), arguments.dimension, arguments.mates, arguments.seconds, arguments.index)
-            )
-        )
+        given = int(arguments.rows), arguments.dimension, arguments.mates, arguments.seconds, arguments.index
+        print(json.dumps(measure(*given, peers=not arguments.no_peers)))
         return
     for rows, dimension in [(int(arguments.rows), arguments.dimension)] if arguments.rows else SIZES:
         command = [sys.executable, __file__, "--here", "--rows", str(rows), "--dimension", str(dimension)]
         command += ["--mates", str(arguments.mates), "--seconds", str(arguments.seconds), "--index", arguments.index]
+        command += ["--no-peers"] * arguments.no_peers
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         record("speed", json.loads(done.stdout), keep=(rows, dimension) in SIZES)
 

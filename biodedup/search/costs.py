@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Nanoseconds per row. table: a table look-up. compared: the comparison of a row that passes the tables. octet: reading a byte of a row's
-    signs or classes, once for all probes. fetched: bringing a row's high nibbles into the cache, once for all probes. number: a number of a
-    vector in a scan without tables."""
+    """Nanoseconds per row. table: a table look-up. compared: the comparison of a row of 128 numbers that passes the tables. octet: reading a
+    byte of a row's signs or classes, once for all probes. fetched: bringing the high nibbles of 128 numbers into the cache, once for all
+    probes. number: a number of a vector in a scan without tables."""
 
     table: float
     compared: float
@@ -27,10 +27,11 @@ class RowCosts:
     fetched: float
     number: float
 
-    def of(self, tables: int, octets: int, share: float, probes: int) -> float:
-        """Nanoseconds per row and probe of a scan with tables. share: the share of rows that pass the tables."""
-        once = octets * self.octet + min(1.0, share * probes) * self.fetched
-        return tables * self.table + share * self.compared + once / probes
+    def of(self, tables: int, octets: int, share: float, probes: int, numbers: int = 128) -> float:
+        """Nanoseconds per row and probe of a scan with tables. share: the share of rows that pass the tables. numbers: of a row."""
+        width = numbers / 128
+        once = octets * self.octet + min(1.0, share * probes) * self.fetched * width
+        return tables * self.table + share * self.compared * width + once / probes
 
     def of_all(self, numbers: int, probes: int) -> float:
         """Nanoseconds per row and probe of a scan without tables."""

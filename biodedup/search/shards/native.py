@@ -217,7 +217,7 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
 
     def row_cost(estimator: TableEstimator) -> float:
         share = estimator.share_passing(estimator.quick_error_distribution.cut(level, margin), sample)
-        return cost.of(estimator.tables, estimator.octets, share, probes)
+        return cost.of(estimator.tables, estimator.octets, share, probes, scanned)
 
     options = [
         *(signs_of(column, share) for share in SIGN_SHARES),
