@@ -98,7 +98,7 @@ class FaissShard:
         reranking = Reranking(self._scanner, self._snapshot, [cells], scan.rotated, collector)
         remaining = np.ones(len(hits.which), bool)
         kth = None
-        if query.k:
+        if query.k and len(hits.which) > query.k:  # of fewer, none is too weak
             first = _best_of_each(hits.which, hits.estimate, _FIRST * query.k)
             reranking.compare(hits, first)
             kth = collector.kth(query.k)
