@@ -1217,7 +1217,7 @@ class Engine:
         self._check("enrol")
         encounter = in_memory(encounter, self.config.capture)
         known = earlier_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
-        return None if known is None else self._told(known)
+        return None if known is None else self._named(self._told(known))
 
     def info(self) -> dict[str, Any]:
         """Returns counts, models and thresholds, as values that JSON can hold."""

@@ -418,6 +418,15 @@ def test_a_search_counts_each_time_that_it_names_a_subject(opened):
         desk.search({"face": probes}, k=1)
 
 
+def test_a_recall_names_no_subject_that_the_enrolment_withheld(opened):
+    desk = kiosk(opened(HARD))
+    for i in range(20):
+        desk.verify(seen(mate(3, seed=i)), "s3")
+    sent = seen(mate(3, seed=50), "new", encounter_id="e")
+    assert desk.enroll(sent).candidates == ()
+    assert desk.recall(sent).outcome == "duplicate" and desk.recall(sent).candidates == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["identify", "search", "enroll"])
 def test_a_caller_that_meets_exhausted_subjects_again_and_again_is_stopped(opened, clock, call):
