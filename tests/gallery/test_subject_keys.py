@@ -209,6 +209,31 @@ def test_an_export_that_is_loaded_with_keys_is_sealed_by_new_ones(tmp_path, seal
         jobs.load_gallery(tmp_path / "out", tmp_path / "other", inside)
 
 
+@pytest.mark.parametrize("sealed", [False, True], ids=["journal", "segment"])
+def test_doctor_names_keys_that_were_overwritten_swapped_or_cut(tmp_path, sealed):
+    settings = config(tmp_path)
+    with bd.Engine.open(tmp_path / "g", settings) as engine:
+        for i in range(3):
+            enroll(engine, i)
+        engine.remove("s0")
+        if sealed:
+            engine.seal()
+    (file,) = (tmp_path / "keys").glob("*.keys")
+    sound = file.read_bytes()
+
+    def told() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        report = jobs.examine(tmp_path / "g", settings)
+        return report.problems, report.notes
+
+    assert told() == ((), ())
+    file.write_bytes(sound[:64] + bytes(32) + sound[96:])
+    assert told()[0] == () and "of 1 enrolled row (the first: subject 's1') are destroyed" in told()[1][0]
+    file.write_bytes(sound[:64] + sound[96:128] + sound[64:96])
+    assert "minutiae of 2 enrolled rows (the first: subject 's1') do not open" in told()[0][0]
+    file.write_bytes(sound[:96])
+    assert "minutiae of 1 enrolled row (the first: subject 's2') do not open" in told()[0][0]
+
+
 def test_two_openings_of_one_file_of_keys_never_take_one_slot(tmp_path, monkeypatch):
     def slowly(count: int) -> bytes:
         time.sleep(0.002)
