@@ -1,6 +1,7 @@
 """Kills a real writer at random moments, again and again, on one gallery, and audits what is there afterwards.
 
     python benchmarks/torture.py             200 kills of a writer, 40 of the command line, 20 full disks, 300 flipped bits
+    python benchmarks/torture.py --encrypted the same on an encrypted gallery
     python benchmarks/torture.py --kills 3   the smoke size; keeps no result
 
 The writer enrols from four threads (each person under two ids, by two threads at once), in batches, updates, removes, loads and
@@ -10,7 +11,8 @@ acknowledged. The auditor opens the gallery as a reader and as a writer, verifie
 * lost: an acknowledged enrolment, update, removal, load or decision that is not there;
 * admitted: a person enrolled under two ids;
 * wrong: a subject whose own vector does not find it, or a resent encounter with another decision;
-* unreadable: a gallery that does not open, or whose check finds a problem.
+* unreadable: a gallery that does not open, or whose check finds a problem;
+* chain: a hash chain of the commits that does not verify (after every tenth kill, and at the end).
 
 SIGKILL leaves the system's page cache alone: what a loss of power would take is tested by failing and ordering every call
 to the disk (tests/gallery/test_crash.py).
@@ -22,6 +24,7 @@ import argparse
 import json
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -45,9 +48,15 @@ from biodedup.embed.cards import load_card
 from biodedup.synthetic.vectors import mates_of, population
 
 KILLS, CLI_KILLS, FULL_DISKS, FLIPS = 200, 40, 20, 300
-CONFIG = bd.Config(gallery=bd.GalleryConfig(seal_rows=48, merge_fan=2))
+KEY = "TORTURE_KEY"
+"""The variable with the gallery's key, which the writer and the command line inherit; not set: a gallery in the clear."""
 LOAD_ROWS = 96
 MODEL = load_card("sface").model_id
+
+
+def config() -> bd.Config:
+    keys = bd.KeyProvider(environment=KEY) if KEY in os.environ else None
+    return bd.Config(gallery=bd.GalleryConfig(seal_rows=48, merge_fan=2), keys=keys)
 
 
 def person(number: int) -> np.ndarray:
@@ -74,7 +83,7 @@ def write(gallery: Path, run: int, limit: int | None) -> None:
         with told:
             os.write(1, (json.dumps(line) + "\n").encode())
 
-    with bd.Engine.open(gallery, CONFIG) as engine:
+    with bd.Engine.open(gallery, config()) as engine:
         say(what="open")
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -207,9 +216,9 @@ class Auditor:
         left = list((self.gallery / "segments").glob("*.new")) if self.gallery.exists() else []
         self.counts["kills that left a half-written file"] += bool(left)
         try:
-            with bd.Engine.open(self.gallery, CONFIG, read_only=True) as engine:
+            with bd.Engine.open(self.gallery, config(), read_only=True) as engine:
                 self._compare(engine)
-            with bd.Engine.open(self.gallery, CONFIG) as engine:
+            with bd.Engine.open(self.gallery, config()) as engine:
                 problems = engine.problems()
                 self._compare(engine)
         except bd.NotAGallery:
@@ -260,7 +269,7 @@ class Auditor:
 
     def resend(self) -> None:
         """A resent encounter gets the decision that it got, and what was under way can be sent again."""
-        with bd.Engine.open(self.gallery, CONFIG) as engine:
+        with bd.Engine.open(self.gallery, config()) as engine:
             version = engine.gallery_version
             for encounter_id, outcome in list(self.decisions.items())[-20:]:
                 if encounter_id.startswith("e-p"):
@@ -277,6 +286,10 @@ class Auditor:
                         self._found("wrong", f"{encounter_id} sent again")
             if engine.gallery_version != version:
                 self._found("wrong", "a resent encounter changed the gallery")
+
+    def verify_chain(self) -> None:
+        for problem in jobs.verify_log(self.gallery, config()).problems:
+            self._found("chain", problem)
 
     def _found(self, what: str, text: str) -> None:
         self.counts[what] += 1
@@ -301,6 +314,7 @@ def torture_writer(auditor: Auditor, kills: int, rng: np.random.Generator) -> No
         auditor.audit()
         if run % 10 == 5:
             auditor.resend()
+            auditor.verify_chain()
 
 
 def fill_disks(auditor: Auditor, times: int, rng: np.random.Generator) -> None:
@@ -329,6 +343,9 @@ def torture_command_line(folder: Path, kills: int, rng: np.random.Generator, cou
     cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     pa.parquet.write_table(pa.table({"subject_id": names, "face": cells}), folder / "t.parquet", row_group_size=20_000)
     cv2.imwrite(str(folder / "face.png"), data.astronaut()[..., ::-1])
+    settings = folder / "settings.toml"
+    settings.write_text(f'[keys]\nenvironment = "{KEY}"\n' if KEY in os.environ else "")
+    common = ["--gallery", str(gallery), "--config", str(settings)]
     commands = {
         "load": ["load", str(folder / "t.parquet"), "--model-id", MODEL],
         "enroll": ["enroll", "astronaut", "--face", str(folder / "face.png"), "--encounter-id", "e1"],
@@ -336,7 +353,7 @@ def torture_command_line(folder: Path, kills: int, rng: np.random.Generator, cou
     }
     for kill in range(kills):
         name = ("load", "enroll", "compact", "load")[kill % 4]
-        command = [sys.executable, "-m", "biodedup.cli", *commands[name], "--gallery", str(gallery)]
+        command = [sys.executable, "-m", "biodedup.cli", *commands[name], *common]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=float(rng.uniform(0.9, 2.2)))
@@ -348,7 +365,7 @@ def torture_command_line(folder: Path, kills: int, rng: np.random.Generator, cou
         if not gallery.exists() or not (gallery / "gallery.sqlite3").exists():
             continue
         try:
-            with bd.Engine.open(gallery, read_only=True) as engine:
+            with bd.Engine.open(gallery, config(), read_only=True) as engine:
                 batch = 1 << 16
                 rows = len(engine) - ("astronaut" in engine)
                 if rows % batch and rows != count:
@@ -360,12 +377,12 @@ def torture_command_line(folder: Path, kills: int, rng: np.random.Generator, cou
             counts["unreadable"] += 1
             print(f"unreadable: {error}", file=sys.stderr)
     for name in ("load", "enroll", "compact"):
-        command = [sys.executable, "-m", "biodedup.cli", *commands[name], "--gallery", str(gallery), "--json"]
+        command = [sys.executable, "-m", "biodedup.cli", *commands[name], *common, "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             counts["unreadable"] += 1
             print(f"unreadable: {name}: {done.stderr}", file=sys.stderr)
-    with bd.Engine.open(gallery, read_only=True) as engine:
+    with bd.Engine.open(gallery, config(), read_only=True) as engine:
         ids, _ = engine.search({"face": vectors[::100]}, k=1)
         counts["lost"] += len(engine) != count + 1
         counts["wrong"] += int((ids[:, 0] != np.array(names[::100], object)).sum())
@@ -374,7 +391,7 @@ def torture_command_line(folder: Path, kills: int, rng: np.random.Generator, cou
 def flip(auditor: Auditor, times: int, rng: np.random.Generator, counts: Counter[str]) -> None:
     """A flipped bit is reported or changes no answer; in a segment it is always reported, and its file is named."""
     gallery = auditor.gallery
-    with bd.Engine.open(gallery, CONFIG) as engine:
+    with bd.Engine.open(gallery, config()) as engine:
         for low in (0, 40):
             ids = [f"f{i}" for i in range(low, low + 40)]
             if ids[0] not in engine:
@@ -383,7 +400,7 @@ def flip(auditor: Auditor, times: int, rng: np.random.Generator, counts: Counter
     decisions = list(auditor.decisions)[-30:]
 
     def answers() -> Any:
-        with bd.Engine.open(gallery, CONFIG, read_only=True) as engine:
+        with bd.Engine.open(gallery, config(), read_only=True) as engine:
             listed = engine.subject_ids()
             probes = np.array([person(i) for i in range(40)])
             ids, similarity = engine.search({"face": probes}, k=3)
@@ -400,7 +417,7 @@ def flip(auditor: Auditor, times: int, rng: np.random.Generator, counts: Counter
         path.write_bytes(damaged)
         report: Any = ["refused"]
         try:
-            report = jobs.examine(gallery).problems
+            report = jobs.examine(gallery, config()).problems
         except bd.BiodedupError:
             pass
         try:
@@ -426,6 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=KILLS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encrypted", action="store_true")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
@@ -433,6 +451,8 @@ def main() -> None:
     if arguments.write is not None:
         write(arguments.write, arguments.run, arguments.limit)
         return
+    if arguments.encrypted:
+        os.environ[KEY] = secrets.token_hex(32)
     rng = np.random.default_rng(arguments.seed)
     share = arguments.kills / KILLS
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
@@ -443,12 +463,15 @@ def main() -> None:
         fill_disks(auditor, max(1, round(FULL_DISKS * share)), rng)
         auditor.thorough = True
         auditor.audit()
+        auditor.verify_chain()
         counts: Counter[str] = Counter()
         torture_command_line(Path(folder), max(1, round(CLI_KILLS * share)), rng, counts)
         flip(auditor, max(10, round(FLIPS * share)), rng, counts)
     counts.update(auditor.counts)
-    bad = {what: counts.pop(what, 0) for what in ("lost", "admitted", "wrong", "unreadable")}
+    bad = {what: counts.pop(what, 0) for what in ("lost", "admitted", "wrong", "unreadable", "chain")}
     figures: dict[str, Any] = {"kills of the writer": arguments.kills, "seed": arguments.seed}
+    if arguments.encrypted:
+        figures["encrypted"] = True
     figures |= {f"killed during {what}": count for what, count in sorted(auditor.under_way.items())}
     figures |= dict(sorted(counts.items())) | bad
     record("torture", figures, keep=arguments.kills == KILLS)

@@ -1,6 +1,7 @@
 """Fetches a register's encryption key: from a file, an environment variable, a command, or a function.
 
-Owns the fetching and decoding of a key. Never stores a key, and never encrypts. No error text, log message or settings file holds a key.
+Owns the fetching and decoding of a key. Never stores a key, and never encrypts. No error text, log message or settings file holds a key, and
+no process that decodes captures inherits it.
 
 A key is 32 random bytes: raw, as 64 hexadecimal digits, or as 44 characters of base64.
 """
@@ -15,8 +16,9 @@ import secrets
 import shlex
 import stat
 import subprocess
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,8 @@ KEY_BYTES = 32
 _COMMAND_S_MAX = 60.0
 _READ_BYTES_MAX = 4096
 _HEX = re.compile(rb"[0-9a-fA-F]{64}")
+_environment = threading.Lock()
+"""Held while a key is read from the environment, or is absent from it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class KeyProvider:
     """The source of a register's key. State exactly one of the three fields."""
 
     file: Path | None = None
-    """A file that holds the key and that other users cannot access (mode 0600, or 0400)."""
+    """A file that holds the key: mode 0600 or 0400. A group may read it (0640, 0440), as with mounted secrets; others may not."""
     environment: str | None = None
     """The name of an environment variable that holds the key, in hexadecimal or base64."""
     command: tuple[str, ...] = ()
@@ -55,7 +59,8 @@ class KeyProvider:
         if self.file is not None:
             return decoded(_read(self.file), f"key file {self.file}")
         if self.environment:
-            value = os.environ.get(self.environment)
+            with _environment:
+                value = os.environ.get(self.environment)
             if not value:
                 raise InvalidInput(f"environment variable {self.environment} holds no key; set it")
             return decoded(value.encode(errors="surrogateescape"), f"environment variable {self.environment}")
@@ -64,6 +69,22 @@ class KeyProvider:
 
 KeySource = Callable[[], bytes]
 """A KeyProvider, or the caller's function that returns the key."""
+
+
+@contextmanager
+def hidden_from_children(source: KeySource | None) -> Iterator[None]:
+    """Processes that are started in this block do not inherit the environment variable of a key. For code of others in this process the
+    variable is absent meanwhile, too."""
+    if not isinstance(source, KeyProvider) or not source.environment:
+        yield
+        return
+    with _environment:
+        value = os.environ.pop(source.environment, None)
+        try:
+            yield
+        finally:
+            if value is not None:
+                os.environ[source.environment] = value
 
 
 def fetched(source: KeySource) -> bytes:

@@ -7,6 +7,7 @@ is first used, so that Ctrl-C is handled from the start.
 
 from __future__ import annotations
 
+import resource
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ _INTERRUPTED = 130  # `exits.Exit.INTERRUPTED`, which may not be imported yet
 
 def main() -> None:
     """The entry point: runs the command of `sys.argv` and exits with its code. Ctrl-C at any time exits with 130."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and templates
     try:
         from biodedup.cli.commands import run
 

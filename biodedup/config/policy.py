@@ -91,7 +91,7 @@ class Policy:
     A caller without a name (`Engine.as_principal`) has no limit."""
     subject_calls_per_day: float | None = None
     """How many answers about one enrolled subject all callers together may get in a day: verifications, updates, and searches that name
-    the subject. None: no limit."""
+    the subject. It also limits the answers that name one open case. None: no limit."""
     climbs_max: int = 0
     """Number of rises in a day that lock a caller out from a subject. A rise is a failed verification of the subject whose score is above that
     of the caller's earlier ones with like captures. The lock-out lasts a day and gives an alarm (`Engine.alarms`). Of eight failed tries in

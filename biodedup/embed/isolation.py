@@ -34,6 +34,7 @@ from pebble import ProcessExpired, ProcessPool
 from biodedup.capture.reading import held, read
 from biodedup.config import Config, IsolationConfig
 from biodedup.errors import CallerError, RetryableError
+from biodedup.keys import hidden_from_children
 from biodedup.trace import explain, tracing
 from biodedup.values import Capture, Face, Finger, Missing, Refusal, Template
 
@@ -74,6 +75,7 @@ class IsolatedWorkers:
     def __init__(self, config: Config, count: int, work: Work | None = None) -> None:
         self.limits = config.isolation or IsolationConfig()
         self._config = replace(config, threads=1, isolation=self.limits, keys=None)
+        self._keys = config.keys
         self._count = count
         self._work = work or _extract
         self._lock = threading.Lock()
@@ -137,7 +139,8 @@ class IsolatedWorkers:
                 raise RetryableError("the extractor was closed while it worked; open it again")
             for _ in range(_POOLS):
                 if self._pool is None:
-                    self._pool = _started(self._count, self._config)
+                    with hidden_from_children(self._keys):
+                        self._pool = _started(self._count, self._config)
                 try:
                     future: Future[tuple[Extracted, list[_Step]]] = self._pool.schedule(
                         _worked,

@@ -121,6 +121,7 @@ from biodedup.texts import KnownId
 from biodedup.trace import tracing
 from biodedup.values import (
     NOTE_LENGTH_MAX,
+    Candidate,
     Case,
     Cluster,
     Decision,
@@ -648,7 +649,7 @@ class Engine:
         if (steps := tracing()) is not None:
             record_candidates(steps, probe.templates, decision, seen.found[0].comparisons, self._gallery.templates_of)
         disclosed = self._told(decision)
-        self._count_named(candidate.subject_id for candidate in disclosed.candidates if not candidate.case)
+        self._count_candidates(disclosed.candidates)
         return disclosed
 
     @audited()
@@ -1221,7 +1222,7 @@ class Engine:
         self._check("enrol")
         encounter = in_memory(encounter, self.config.capture)
         known = earlier_answer(self._gallery.answer, encounter, digest_of(encounter), self._gallery.snapshot)
-        return None if known is None else self._told(known)
+        return None if known is None else self._named(self._told(known))
 
     def info(self) -> dict[str, Any]:
         """Returns counts, models and thresholds, as values that JSON can hold."""
@@ -1279,11 +1280,16 @@ class Engine:
         if self._restricted and (calls or subjects):
             self._budgets.take(self._name, calls, self._enrolled(dict.fromkeys(subjects, 1)))
 
-    def _count_named(self, subjects: Iterable[str]) -> None:
-        """Counts each enrolled subject that an answer names, once per occurrence. Raises BudgetExhausted."""
-        counts = Counter(subjects) if self._restricted else Counter[str]()
-        if counts:
-            self._budgets.name(self._name, self._enrolled(counts))
+    def _count_named(self, subjects: Iterable[str], cases: Iterable[str] = ()) -> None:
+        """Counts each enrolled subject and each open case that an answer names, once per occurrence. Raises BudgetExhausted."""
+        counts, of_cases = Counter(subjects), Counter(cases)
+        if self._restricted and (counts or of_cases):
+            self._budgets.name(self._name, self._enrolled(counts), of_cases)
+
+    def _count_candidates(self, candidates: Iterable[Candidate]) -> None:
+        """As `_count_named`, for the candidates of an answer."""
+        candidates = tuple(candidates)
+        self._count_named((c.subject_id for c in candidates if not c.case), (c.case for c in candidates if c.case))
 
     def _enrolled(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Returns the counts of enrolled subjects. Empty if the policy has no budget of answers about subjects."""
@@ -1293,11 +1299,9 @@ class Engine:
         return {name: count for (name, count), row in zip(counts.items(), rows.tolist(), strict=True) if row >= 0}
 
     def _named(self, decision: Decision) -> Decision:
-        """Counts the subjects that a finished decision names. If a budget is exhausted, returns the decision without candidates."""
+        """Counts the subjects and cases that a finished decision names. If a budget is exhausted, returns the decision without candidates."""
         try:
-            self._count_named(
-                c.subject_id for c in decision.candidates if not c.case and c.subject_id != decision.subject_id
-            )
+            self._count_candidates(c for c in decision.candidates if c.case or c.subject_id != decision.subject_id)
         except BudgetExhausted:
             return replace(decision, candidates=(), cleared=())
         return decision

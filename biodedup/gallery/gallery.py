@@ -38,7 +38,7 @@ from biodedup.gallery.catalogue.protocol import Catalogue
 from biodedup.gallery.catalogue.readings import Readings, Waiting
 from biodedup.gallery.catalogue.sqlite import SqliteCatalogue, State
 from biodedup.gallery.files import forks, index_codec
-from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys, refuse_keys_within
 from biodedup.gallery.files.encryption.transform import Transform, transform_id_of
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import MALFORMED, Lock, Storage, needs_key
@@ -187,10 +187,7 @@ class Gallery:
                     f"minutiae of {self.name} are sealed by keys of its subjects; state their folder by Config(subject_keys=...)"
                 )
             return None
-        if self.folder.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise InvalidInput(
-                f"subject_keys is {folder}, in the gallery itself, whose backups must not have them; name another folder"
-            )
+        refuse_keys_within(self.folder, folder)
         if not known and self.read_only:
             return None  # no writer has begun to seal
         return SubjectKeys(folder, self._catalogue.meta()["gallery_id"], read_only=self.read_only, new=not known)

@@ -455,14 +455,17 @@ class Snapshot:
 
     def slots_of(self, rows: Sequence[int] | Int64) -> list[tuple[int, int]]:
         """(row, slot) of the keys that the minutiae of these rows are sealed by."""
-        found: set[tuple[int, int]] = set()
+        found = {(row, slot_of(record)) for _, row, record in self.stored_minutiae(rows)}
+        return sorted((row, slot) for row, slot in found if slot >= 0)
+
+    def stored_minutiae(self, rows: Sequence[int] | Int64) -> Iterator[tuple[str, int, bytes]]:
+        """(column, row, its record as it is stored: sealed by a key of the row, in the clear, or empty) of these rows."""
         for part, positions in self._by_part(np.sort(np.asarray(rows, np.int64))):
-            for column in part.columns.values():
+            for name, column in part.columns.items():
                 cells = column.cells_at(positions)
                 has = cells >= 0
-                slots = map(slot_of, column.minutiae_at(cells[has]))
-                found.update(zip(part.rows(positions[has]).tolist(), slots, strict=True))
-        return sorted((row, slot) for row, slot in found if slot >= 0)
+                for row, record in zip(part.rows(positions[has]).tolist(), column.minutiae_at(cells[has]), strict=True):
+                    yield name, row, record
 
     def encounters_of(self, subject_id: str) -> list[EnrolledEncounter]:
         """The encounters of an enrolled subject, oldest first."""

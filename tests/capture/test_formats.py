@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import biodedup as bd
+from biodedup.capture.pictures import wsq
 from biodedup.capture.pictures.formats import Pixels, decode
 from biodedup.config import CaptureConfig
 from tests.support.images import finger
@@ -127,6 +129,16 @@ def test_damaged_bytes_never_raise(content, data):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
     assert isinstance(decode(bytes(damaged), "face", LIMITS), (Pixels, bd.Refusal))
+
+
+def test_the_process_that_decodes_wsq_inherits_no_secret(monkeypatch):
+    monkeypatch.setenv("REGISTER_KEY", "7f" * 32)
+    monkeypatch.setattr(wsq, "_idle", [])
+    wsq.decode_wsq(SOUND_WSQ)
+    (child,) = wsq._idle
+    environment = Path(f"/proc/{child.pid}/environ").read_text()
+    wsq._stop(child)
+    assert "REGISTER_KEY" not in environment
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,6 +130,19 @@ def test_load_is_idempotent_and_refuses_bad_rows_one_by_one(tmp_path):
     with bd.Engine.open(tmp_path / "g") as engine:
         result = jobs.load(engine, tmp_path / "bad.parquet")
         assert (result.added, result.refused, result.refused_rows) == (1, 3, (1, 2, 3))
+
+
+def test_a_command_leaves_no_core_dump_which_would_hold_keys():
+    script = "import atexit, resource; atexit.register(lambda: print(resource.getrlimit(resource.RLIMIT_CORE)))\nimport biodedup.cli as c; c.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--version"], capture_output=True, text=True, preexec_fn=_dumps
+    )
+    assert done.stdout.splitlines()[-1] == "(0, 0)"
+
+
+def _dumps() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
 
 
 def test_care_of_a_gallery_from_the_shell(folder):

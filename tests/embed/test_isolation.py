@@ -158,6 +158,40 @@ def deaf(process: str) -> bool:
     return bool(int(blocked, 16) >> (signal.SIGINT - 1) & 1)
 
 
+ENVIRONMENTS = """
+import os
+from multiprocessing import active_children, forkserver
+import biodedup as bd
+from biodedup import jobs
+from biodedup.jobs.shared.workers import Workers
+if __name__ == "__main__":
+    config = bd.Config(keys=bd.KeyProvider(environment="REGISTER_KEY"), isolation=bd.IsolationConfig())
+    with Workers(config, 1) as workers:
+        workers.submit([[bd.Face(b"no image")]]).result()
+        server = forkserver._forkserver._forkserver_pid
+        print(server, *(child.pid for child in active_children()), flush=True)
+        print("REGISTER_KEY" in os.environ, flush=True)
+        input()
+"""
+
+
+def test_no_process_that_decodes_captures_inherits_the_registers_key(tmp_path):
+    key = "7f" * 32
+    (tmp_path / "script.py").write_text(ENVIRONMENTS)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "REGISTER_KEY": key},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pids, mine = process.stdout.readline().split(), process.stdout.readline().strip()
+    environments = [Path(f"/proc/{pid}/environ").read_text() for pid in pids]
+    process.communicate("\n", timeout=60)
+    assert mine == "True" and len(pids) >= 2
+    assert not any(key in environment for environment in environments)
+
+
 @pytest.mark.parametrize("how", ["killed", "ended"])
 def test_workers_end_with_the_process_that_started_them(tmp_path, how):
     (tmp_path / "script.py").write_text(SCRIPT)

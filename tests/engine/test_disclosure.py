@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -416,6 +416,37 @@ def test_a_search_counts_each_time_that_it_names_a_subject(opened):
     desk.search({"face": probes}, k=1)
     with pytest.raises(bd.BudgetExhausted, match="the answer is withheld"):
         desk.search({"face": probes}, k=1)
+
+
+@pytest.mark.parametrize("call", ["identify", "enroll"])
+def test_an_open_case_is_named_as_often_as_a_subject_and_no_more(opened, call):
+    engine = opened(replace(HARD, duplicate_db=110.0, duplicate_floor_db=110.0, review_db=30.0))
+    waiting = STRANGERS[0]
+    for name, vector in (("known", again(waiting[None], 0.6, 1)[0]), ("waits", waiting)):
+        decision = engine.enroll(seen(vector, name, encounter_id=name))
+    assert decision.outcome == "review"
+    engine.remove("known")
+    named = 0
+    for i in range(30):
+        probe = again(waiting[None], 0.8, 10 + i)[0]
+        try:
+            if call == "identify":
+                named += bool(kiosk(engine).identify(seen(probe)).candidates)
+            else:
+                decision = kiosk(engine).enroll(seen(probe, f"new{i}"))
+                named += any(candidate.case == "waits" for candidate in decision.candidates)
+        except bd.BudgetExhausted as error:
+            assert "waits" not in str(error)
+    assert named == 20
+
+
+def test_a_recall_names_no_subject_that_the_enrolment_withheld(opened):
+    desk = kiosk(opened(HARD))
+    for i in range(20):
+        desk.verify(seen(mate(3, seed=i)), "s3")
+    sent = seen(mate(3, seed=50), "new", encounter_id="e")
+    assert desk.enroll(sent).candidates == ()
+    assert desk.recall(sent).outcome == "duplicate" and desk.recall(sent).candidates == ()
 
 
 @pytest.mark.slow

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import biodedup as bd
 from biodedup import jobs
 from biodedup.gallery import transaction as transactions
+from biodedup.gallery.files.encryption import subject_keys
 from biodedup.gallery.files.encryption.subject_keys import SubjectKeys
 from biodedup.testing import internals
 from biodedup.values import COLUMNS
@@ -178,6 +182,71 @@ def test_an_export_has_the_minutiae_of_whom_it_has(tmp_path):
     jobs.load_gallery(tmp_path / "out", tmp_path / "again", plain)
     with bd.Engine.open(tmp_path / "again", plain) as engine:
         assert held(engine, 0) == BODIES[0]
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["journal", "segment"])
+def test_an_export_that_is_loaded_with_keys_is_sealed_by_new_ones(tmp_path, sealed):
+    with bd.Engine.open(tmp_path / "g", config(tmp_path, keys=False)) as engine:
+        for i in range(3):
+            enroll(engine, i)
+        if sealed:
+            engine.seal()
+    jobs.export_gallery(tmp_path / "g", tmp_path / "out")
+    settings = config(tmp_path)
+    jobs.load_gallery(tmp_path / "out", tmp_path / "again", settings)
+    assert not any(body(i) in bytes_in(tmp_path / "again") for i in range(3)), "no record is in the clear"
+    with pytest.raises(bd.KeyMismatch):
+        bd.Engine.open(tmp_path / "again", config(tmp_path, keys=False))
+    with bd.Engine.open(tmp_path / "again", settings) as engine:
+        assert [held(engine, i) for i in range(3)] == BODIES[:3]
+        engine.backup(tmp_path / "copy")
+        engine.remove("s1")
+        assert engine.problems() == []
+    with bd.Engine.open(tmp_path / "copy", settings, read_only=True) as engine:
+        assert [held(engine, i) for i in range(3)] == [BODIES[0], None, BODIES[2]]
+    with pytest.raises(bd.InvalidInput, match="in the gallery itself"):
+        inside = bd.Config(subject_keys=tmp_path / "other" / "keys")
+        jobs.load_gallery(tmp_path / "out", tmp_path / "other", inside)
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["journal", "segment"])
+def test_doctor_names_keys_that_were_overwritten_swapped_or_cut(tmp_path, sealed):
+    settings = config(tmp_path)
+    with bd.Engine.open(tmp_path / "g", settings) as engine:
+        for i in range(3):
+            enroll(engine, i)
+        engine.remove("s0")
+        if sealed:
+            engine.seal()
+    (file,) = (tmp_path / "keys").glob("*.keys")
+    sound = file.read_bytes()
+
+    def told() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        report = jobs.examine(tmp_path / "g", settings)
+        return report.problems, report.notes
+
+    assert told() == ((), ())
+    file.write_bytes(sound[:64] + bytes(32) + sound[96:])
+    assert told()[0] == () and "of 1 enrolled row (the first: subject 's1') are destroyed" in told()[1][0]
+    file.write_bytes(sound[:64] + sound[96:128] + sound[64:96])
+    assert "minutiae of 2 enrolled rows (the first: subject 's1') do not open" in told()[0][0]
+    file.write_bytes(sound[:96])
+    assert "minutiae of 1 enrolled row (the first: subject 's2') do not open" in told()[0][0]
+
+
+def test_two_openings_of_one_file_of_keys_never_take_one_slot(tmp_path, monkeypatch):
+    def slowly(count: int) -> bytes:
+        time.sleep(0.002)
+        return os.urandom(count)
+
+    monkeypatch.setattr(subject_keys.secrets, "token_bytes", slowly)
+    both = [SubjectKeys(tmp_path, "g", read_only=False, new=True) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        taken = list(pool.map(lambda i: list(both[i % 2].allocate(3)), range(20)))
+    slots = [slot for some in taken for slot in some]
+    assert len(slots) == len(set(slots)) == 60
+    for keys in both:
+        keys.close()
 
 
 def test_a_record_is_bound_to_its_slot_and_column(tmp_path):

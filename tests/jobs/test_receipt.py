@@ -92,6 +92,16 @@ def test_a_receipt_is_checked_without_the_gallery(engine, folder, tmp_path):
     assert "signature" in jobs.verify_receipt(tmp_path / "r", folder / "a.pub").problems[0]
 
 
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_receipt_that_states_a_field_twice_is_refused(engine, folder, tmp_path, place):
+    jobs.write_receipt(engine, "e1", folder / "a.key", tmp_path / "r.json")
+    text, forged = (tmp_path / "r.json").read_text().strip(), '"outcome": "duplicate"'
+    twice = f"{{{forged}, {text[1:]}" if place == "first" else f"{text[:-1]}, {forged}}}"
+    (tmp_path / "r.json").write_text(twice)
+    with pytest.raises(bd.InvalidInput, match="is not a signed document"):
+        jobs.verify_receipt(tmp_path / "r.json", folder / "a.pub")
+
+
 def test_a_checkpoint_is_no_receipt(folder, tmp_path):
     jobs.log_checkpoint(folder / "g", folder / "a.key", tmp_path / "c")
     with pytest.raises(bd.InvalidInput, match="not a receipt"):

@@ -64,6 +64,7 @@ pytestmark = pytest.mark.bench
         (["bulk.py", "--smoke"], "enrolled people found again   30 of 30", False),
         (["histories.py", "--operations", "150"], "violations                               0", False),
         (["torture.py", "--kills", "2"], "unreadable                               0", False),
+        (["torture.py", "--kills", "2", "--encrypted"], "unreadable                               0", False),
         (["accuracy.py", "faces", "--limit", "12"], "FNMR at FMR 0.001", True),
         (["accuracy.py", "fused", "--limit", "2", "--seeds", "1"], "seed 0, all: mate first", True),
         (["fingers.py", "verify", "--limit", "2"], "FVC2002 mean: EER both", True),

@@ -28,6 +28,7 @@ DECODE_S_MAX, DECODE_CLOCK_S_MAX = 5.0, 30.0
 
 MEMORY_BYTES_MAX = 1 << 30
 _MARKERS_MAX = 100
+_INHERITED = {"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR"}
 
 _LENGTH = struct.Struct("<Q")
 _HEADER = struct.Struct("<QQd")
@@ -112,6 +113,9 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env={
+            name: os.environ[name] for name in _INHERITED & os.environ.keys()
+        },  # no secrets for a decoder of hostile files
     )
 
 

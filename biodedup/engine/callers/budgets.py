@@ -137,12 +137,13 @@ class Budgets:
         policy = self._policy()
         return policy.subject_calls_per_day is not None or bool(policy.climbs_max)
 
-    def name(self, caller: str, subjects: Mapping[str, int]) -> None:
-        """Counts the answers that a search is about to give. subjects: subject_id -> number of answers. It counts all of them or none.
+    def name(self, caller: str, subjects: Mapping[str, int], cases: Mapping[str, int] = NO_SUBJECTS) -> None:
+        """Counts the answers that a search is about to give. subjects: subject_id -> number of answers; cases: encounter_id of an open case ->
+        number of answers. It counts all of them or none.
 
         Raises BudgetExhausted and LockedOut, which do not name the subject."""
         try:
-            self.take(caller, 0, subjects)
+            self.take(caller, 0, subjects, cases)
         except (BudgetExhausted, LockedOut) as error:
             if caller:  # not without a name, because that would stop all nameless callers together
                 self._met(caller)
@@ -164,9 +165,15 @@ class Budgets:
         if met == most:
             self._log.locked_out(caller, "")
 
-    def take(self, caller: str, calls: int = 1, subjects: Mapping[str, int] = NO_SUBJECTS) -> None:
-        """Counts calls of a caller, and answers about enrolled subjects. It counts all of them or none. caller: "" without a name;
-        subjects: subject_id -> number of answers.
+    def take(
+        self,
+        caller: str,
+        calls: int = 1,
+        subjects: Mapping[str, int] = NO_SUBJECTS,
+        cases: Mapping[str, int] = NO_SUBJECTS,
+    ) -> None:
+        """Counts calls of a caller, and answers about enrolled subjects and open cases. It counts all of them or none. caller: "" without a
+        name; subjects, cases: as in `name`.
 
         Raises BudgetExhausted, LockedOut, and InvalidInput for more calls at once than a full bucket allows."""
         policy = self._policy()
@@ -175,7 +182,8 @@ class Budgets:
         if caller and policy.caller_calls_per_hour is not None:
             buckets.append((("caller", caller), policy.caller_calls_per_hour, HOUR_S, calls))
         if policy.subject_calls_per_day is not None:
-            buckets += [(("subject", name), policy.subject_calls_per_day, DAY_S, n) for name, n in subjects.items()]
+            for kind, counted in (("subject", subjects), ("case", cases)):
+                buckets += [((kind, name), policy.subject_calls_per_day, DAY_S, n) for name, n in counted.items()]
         locks = [_key("climb", caller, name) for name in subjects] if policy.climbs_max else []
         if not buckets and not locks and not stops:
             return
@@ -242,7 +250,7 @@ class Budgets:
         counts: _Counts, which: tuple[str, str], limit: float, period_s: float, calls: int, now: float
     ) -> float:
         """The time at which the bucket is full again after these calls. Raises BudgetExhausted."""
-        if calls > limit and which[0] == "subject":
+        if calls > limit and which[0] != "caller":
             raise _exhausted(which, limit, period_s)
         if calls > limit:
             raise InvalidInput(
@@ -263,7 +271,7 @@ def _key(*parts: str) -> str:
 
 def _exhausted(which: tuple[str, str], limit: float, wait_s: float) -> BudgetExhausted:
     kind, name = which
-    limited = f"the calls of {name!r}" if kind == "caller" else f"the calls about subject {name!r}"
+    limited = f"the calls of {name!r}" if kind == "caller" else f"the calls about {kind} {name!r}"
     wanted = f"{limit:g} an hour" if kind == "caller" else f"{limit:g} a day, of all callers"
     return BudgetExhausted(
         f"{limited} have reached the policy's limit of {wanted}; nothing was done; send it again in {wait_s:.0f} s",

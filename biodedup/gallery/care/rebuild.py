@@ -51,7 +51,8 @@ Report = Callable[[int], None]
 @dataclass(frozen=True)
 class Content:
     """The content of a gallery. settings: the configuration with which it was created (JSON); sealed: the parts before the journal, in the
-    order of their rows; journal: the rows after them; table: returns the rows of one of TABLES."""
+    order of their rows; journal: the rows after them; table: returns the rows of one of TABLES; subject_keys: whether the parts' minutiae are
+    sealed by keys of their rows."""
 
     gallery_id: str
     settings: str
@@ -60,6 +61,7 @@ class Content:
     sealed: Sequence[Rows]
     journal: Rows
     table: Callable[[str], Iterable[tuple[Any, ...]]]
+    subject_keys: bool = False
 
 
 def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Report = lambda rows: None) -> None:
@@ -83,6 +85,8 @@ def rebuild_gallery(storage: Storage, folder: Path, content: Content, report: Re
             catalogue.lay_tables(content.gallery_id, content.settings)
             if transform is not None:
                 catalogue.set_transform(transform.transform_id)
+            if content.subject_keys:
+                catalogue.set_subject_keys()
             catalogue.set_index(content.index)
             for table in TABLES:
                 catalogue.put(table, content.table(table))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from biodedup.gallery.catalogue.sqlite import ColumnModel
 from biodedup.gallery.files import packed
 from biodedup.gallery.files.codec import Codec
 from biodedup.gallery.files.codes import Codes
+from biodedup.gallery.files.encryption.subject_keys import SubjectKeys, refuse_keys_within
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage
 from biodedup.gallery.files.packed import Packed
@@ -79,7 +80,8 @@ def load_gallery(
     export: Path, gallery: Path, config: Config | None = None, *, progress: Progress = silent
 ) -> LoadedGallery:
     """Restores a gallery that `export_gallery` wrote, in an absent or empty folder: with the same ids, rows, groups, templates, decisions, cases,
-    verdicts, policies and version. The first writer builds FAISS indexes.
+    verdicts, policies and version. The first writer builds FAISS indexes. With `Config.subject_keys` the minutiae of each row are sealed by a
+    new key.
 
     Raises InvalidInput if the folder is not empty or the export is not complete, StorageUnavailable; then the folder is unchanged.
     """
@@ -92,11 +94,11 @@ def load_gallery(
     remove_gallery(storage, new)  # an interrupted run may have left a part
     total = sum(part.rows for part in about.parts)
     try:
-        with _understood(export):
+        with _understood(export), _new_keys(config.subject_keys, gallery, about.gallery_id) as keys:
             rebuild_gallery(
-                storage, new, _content(export, about), lambda done: progress("loading", done, max(total, 1))
+                storage, new, _content(export, about, keys), lambda done: progress("loading", done, max(total, 1))
             )
-        with closing(Gallery.open_to_read(new, storage, config.gallery)) as opened:
+        with closing(Gallery.open_to_read(new, storage, config.gallery, config.subject_keys)) as opened:
             snapshot = opened.snapshot()
         if snapshot.present_count != total:
             raise InvalidInput(
@@ -134,6 +136,17 @@ def check_export(export: Path) -> Checked:
     return Checked(str(export), sum(part.rows for part in about.parts))
 
 
+@contextmanager
+def _new_keys(folder: Path | None, gallery: Path, gallery_id: str) -> Iterator[SubjectKeys | None]:
+    """The keys of subjects in this folder; None without a folder. Raises InvalidInput, StorageUnavailable."""
+    if folder is None:
+        yield None
+        return
+    refuse_keys_within(gallery, folder)
+    with closing(SubjectKeys(folder, gallery_id, read_only=False, new=True)) as keys:
+        yield keys
+
+
 def _refuse_taken(gallery: Path) -> None:
     if gallery.is_symlink() or (gallery.exists() and (not gallery.is_dir() or any(gallery.iterdir()))):
         raise InvalidInput(
@@ -159,8 +172,8 @@ def _understood(export: Path) -> Iterator[None]:
         ) from error
 
 
-def _content(export: Path, about: About) -> Content:
-    """The export in the form from which `rebuild_gallery` makes a gallery."""
+def _content(export: Path, about: About, keys: SubjectKeys | None = None) -> Content:
+    """The export in the form from which `rebuild_gallery` makes a gallery. keys: seal its minutiae."""
 
     def table(name: str) -> Iterator[tuple[Any, ...]]:
         path = export / FILE_OF[name]
@@ -184,7 +197,8 @@ def _content(export: Path, about: About) -> Content:
             raise InvalidInput(f"{export / CODECS_NAME} lacks the codec {codec_id}; export the gallery again")
         of_part = {name: codecs[codec_id] for name, codec_id in stated.codecs.items()}
         answers = _ImportedAnswers(decisions, first_decision, stated.decisions)
-        parts.append(_ImportedPart(stated, models, _Range(rows, first_row, stated.rows), answers, of_part, numbers))
+        of_rows = _Range(rows, first_row, stated.rows)
+        parts.append(_ImportedPart(stated, models, of_rows, answers, of_part, numbers, keys))
         first_row, first_decision = first_row + stated.rows, first_decision + stated.decisions
     if (first_row, first_decision) != (rows.count, decisions.count) or not parts or parts[-1].sealed:
         raise InvalidInput(f"the rows of {export} are not those that {ABOUT_NAME} states; export the gallery again")
@@ -197,6 +211,7 @@ def _content(export: Path, about: About) -> Content:
         sealed=parts[:-1],
         journal=parts[-1],
         table=table,
+        subject_keys=keys is not None,
     )
 
 
@@ -283,12 +298,27 @@ class _ImportedPart:
         answers: _ImportedAnswers,
         codecs: Mapping[str, Codec],
         numbers: Mapping[frozenset[str], int],
+        keys: SubjectKeys | None,
     ) -> None:
         self.first_row, self.end_row, self.count = stated.first_row, stated.end_row, stated.rows
         self.sealed = stated.sealed
         self.answers = answers
         self._rows = rows
         self._models, self._codecs, self._numbers = models, codecs, numbers
+        self._keys = keys
+
+    @cached_property
+    def _slots(self) -> range:
+        """A key for each row."""
+        assert self._keys is not None, "_sealed checks it"
+        return self._keys.allocate(self.count)
+
+    def _sealed(self, column: int, positions: Int64, records: Packed) -> Packed:
+        """Records of a column, each sealed by the key of its row, if the gallery has such keys. column: its index."""
+        if self._keys is None or pa.compute.sum(pa.compute.binary_length(records)).as_py() in (None, 0):
+            return records
+        each = zip(positions.tolist(), records.to_pylist(), strict=True)
+        return packed.pack([self._keys.seal(self._slots[at], column, record) if record else b"" for at, record in each])
 
     @cached_property
     def _row_numbers(self) -> NDArray[np.int64]:
@@ -320,7 +350,8 @@ class _ImportedPart:
             positions = np.flatnonzero(self._presence >> index & 1)
             if len(positions):
                 dimension = self._models[name].dimension
-                columns[name] = _ImportedColumn(name, dimension, self._rows, positions, self._codecs.get(name))
+                codec, seal = self._codecs.get(name), partial(self._sealed, index)
+                columns[name] = _ImportedColumn(name, dimension, self._rows, positions, codec, seal)
         return columns
 
     @property
@@ -375,14 +406,24 @@ class _ImportedPart:
 
 
 class _ImportedColumn:
-    """A column of an `_ImportedPart`. positions: of the rows that have a template, in the part, ascending."""
+    """A column of an `_ImportedPart`. positions: of the rows that have a template, in the part, ascending; seal: (positions, their records) ->
+    the records as they are stored."""
 
-    def __init__(self, name: str, dimension: int | None, rows: _Range, positions: Int64, codec: Codec | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        dimension: int | None,
+        rows: _Range,
+        positions: Int64,
+        codec: Codec | None,
+        seal: Callable[[Int64, Packed], Packed],
+    ) -> None:
         self.dimension, self.count, self.codec = dimension, len(positions), codec
         self.full = self.count == rows.count
         self.index: StoredIndex | None = None
         self.byte_counts = (0, 0)
         self._name, self._rows, self._positions = name, rows, positions
+        self._seal = seal
 
     def cell_range(self, low: int, high: int) -> tuple[int, int]:
         first, last = np.searchsorted(self._positions, (low, high))
@@ -436,7 +477,7 @@ class _ImportedColumn:
         records = self._cells(f"{self._name}_minutiae", low, high)
         if self.dimension is None and records.null_count:
             raise InvalidInput(f"column {self._name} of the export lacks minutiae; export again")
-        return pa.compute.fill_null(records, b"").cast(pa.large_binary())
+        return self._seal(self._positions[low:high], pa.compute.fill_null(records, b"").cast(pa.large_binary()))
 
     # methods that writing a segment does not need ----------------------------------------------------------------
 

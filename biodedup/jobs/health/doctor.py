@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from biodedup.engine import Engine
 from biodedup.errors import BiodedupError
 from biodedup.gallery.care.exposure import advice_on_exposure, exposed, tighten
 from biodedup.gallery.care.repair import repair
+from biodedup.gallery.care.subject_keys import check_subject_keys
 from biodedup.gallery.care.verify import inspect
 from biodedup.gallery.files.filesystem import LocalStorage
+from biodedup.gallery.gallery import Gallery
 from biodedup.jobs.health.canaries import watch
 from biodedup.jobs.health.canary_report import Watch
 from biodedup.jobs.shared.progress import Progress, silent
@@ -69,7 +72,7 @@ def examine(
 
     mend: rebuilds derived files and counters, removes other users' access to files, and restores damaged exact files from `backup` (or
     everything, if the database is lost). canaries: also searches for the gallery's canaries, unless the gallery is damaged. sentinels: the
-    deprecated name of canaries. Raises the errors of reading a gallery: NotAGallery, StorageUnavailable, GalleryBusy.
+    deprecated name of canaries. With `Config.subject_keys`, the minutiae of all enrolled rows are opened, too. Raises the errors of reading a gallery: NotAGallery, StorageUnavailable, GalleryBusy.
     """
     if sentinels is not None:
         renamed("examine(sentinels=...)", "examine(canaries=...)")
@@ -103,6 +106,11 @@ def examine(
                     f"gallery {gallery}: {len(engine):,} subject{'' if len(engine) == 1 else 's'}, version {engine.gallery_version}"
                 )
                 notes = engine.notes(clock())
+            if config is not None and config.subject_keys is not None:
+                with closing(Gallery.open_to_read(gallery, storage, config.gallery, config.subject_keys)) as opened:
+                    of_keys, more = check_subject_keys(opened.snapshot())
+                problems += (f"gallery {gallery}: {problem}" for problem in of_keys)
+                notes += more
             if canaries:
                 watched = watch(gallery, config, progress=progress)
                 checked += watched.checked

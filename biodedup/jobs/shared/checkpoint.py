@@ -6,6 +6,7 @@ Owns the file. Never interprets its entries.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -22,13 +23,14 @@ class CheckpointFile:
     """An open checkpoint file. Its first line is `key` (JSON-ready), which describes the work.
 
     If the file has another key, all its entries are dropped. A line that was cut short is dropped with all lines after it.
-    entries: the entries of earlier runs, in order; keys: if given, each line is encrypted under the register's key and bound to its line number.
+    entries: the entries of earlier runs, in order; keys: if given, each line is encrypted under the register's key and bound to its number and to `key`.
     Raises StorageUnavailable.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], keys: KeySource | None = None) -> None:
         self._path = path
         self._register = None if keys is None else register_key(keys)
+        self._work = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self._count = 0
         with translated(f"reading {path}"):
             refuse_link(path)
@@ -94,4 +96,4 @@ class CheckpointFile:
             return None
 
     def _place(self, number: int) -> bytes:
-        return f"biodedup notes {self._path.name} {number}".encode()
+        return f"biodedup notes {self._path.name} {self._work} {number}".encode()

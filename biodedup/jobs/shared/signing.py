@@ -68,7 +68,7 @@ def read_signed(title: str, path: Path, public_key: Path | None) -> tuple[dict[s
     trusted = None if public_key is None else _public(public_key)
     content = file_bytes(path)
     try:
-        document = json.loads(content)
+        document = json.loads(content, object_pairs_hook=_each_name_once)
         signature, signed_by = bytes.fromhex(document.pop("signature")), document["signed_by"]
         signer = trusted or Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed_by))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
@@ -78,6 +78,14 @@ def read_signed(title: str, path: Path, public_key: Path | None) -> tuple[dict[s
     except InvalidSignature:
         return document, f"the signature of {path} was made with another key, or the document was changed"
     return document, ""
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for an object that states a name twice: other programs might read the value that is not signed."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a name is stated twice")
+    return document
 
 
 def _content(title: str, document: dict[str, Any]) -> bytes:

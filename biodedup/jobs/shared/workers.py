@@ -46,7 +46,7 @@ class Workers(DividedWork[Sequence[Captures], Extracted]):
         if capture_s_max is not None:
             limits = replace(limits, capture_s_max=capture_s_max)
         self._recipe = ExtractionRecipe(replace(config, isolation=limits, keys=None, cluster=None), work)
-        self._isolated = IsolatedWorkers(self._recipe.config, count, work)
+        self._isolated = IsolatedWorkers(replace(self._recipe.config, keys=config.keys), count, work)
 
     def __enter__(self) -> Workers:
         return self

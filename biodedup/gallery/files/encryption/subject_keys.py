@@ -14,14 +14,16 @@ a head of 32 bytes, and 32 bytes for each slot. A key is random, used for one ro
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from biodedup.errors import EngineClosed, GalleryDamaged, KeyMismatch
+from biodedup.errors import EngineClosed, GalleryDamaged, InvalidInput, KeyMismatch
 from biodedup.gallery.files.encryption.keyring import aead
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.private import create_private, make_private_folder
@@ -56,8 +58,8 @@ class SubjectKeys:
                 raise GalleryDamaged(f"{self._path} is no file of subject keys; restore it")
 
     def allocate(self, count: int) -> range:
-        """New slots."""
-        with self._lock, translated(f"writing {self._path}"):
+        """New slots. Other processes may do so at the same time, such as one that opened a restored backup."""
+        with self._lock, translated(f"writing {self._path}"), _locked(self._file):
             size = os.fstat(self._file).st_size
             first = -(-size // _KEY_BYTES) - 1  # a slot that was written half is left alone
             _write_all(self._file, secrets.token_bytes(count * _KEY_BYTES), (first + 1) * _KEY_BYTES)
@@ -133,6 +135,14 @@ class SubjectKeys:
             os.close(file)
 
 
+def refuse_keys_within(gallery: Path, folder: Path) -> None:
+    """Raises InvalidInput where the folder of the keys is in the gallery itself."""
+    if gallery.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InvalidInput(
+            f"subject_keys is {folder}, in the gallery itself, whose backups must not have them; name another folder"
+        )
+
+
 def unsealed(keys: SubjectKeys | None, column: int, records: Sequence[bytes]) -> list[bytes]:
     """As `SubjectKeys.opened`. Raises KeyMismatch where records are sealed, and there are no keys."""
     if keys is not None:
@@ -142,6 +152,16 @@ def unsealed(keys: SubjectKeys | None, column: int, records: Sequence[bytes]) ->
             "minutiae of this gallery are sealed by keys of its subjects; state where these are by Config(subject_keys=...)"
         )
     return list(records)
+
+
+@contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Holds the lock of an open file against other openings of it."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def slot_of(record: bytes) -> int:
