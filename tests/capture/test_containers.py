@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import biodedup as bd
-from biodedup.capture.pictures.containers import is_container, pictures_in, read_captures, unread_kind
+from biodedup.capture.pictures.containers import is_container, pictures_in, read_captures
+from biodedup.capture.pictures.unread import unread_kind
 from biodedup.capture.reading import held
 from biodedup.config import CaptureConfig
 from tests.support.images import finger
@@ -157,6 +158,23 @@ def test_an_engine_enrols_the_captures_of_a_container(jpeg, tmp_path):
         ("<a><NISTBiometricInformationExchangePackage/>".encode("utf-16-le"), "an ANSI/NIST-ITL file in XML"),
         (b"\x65\x82\x01\x00" + bytes(256), "an ISO/IEC 39794-5 record"),
         (b"\x7f\x61\x81\x80" + bytes(128), "a CBEFF record"),
+        (
+            bytes(20) + fac_2005([b"\xff\xd8\xff" + bytes(40)]),
+            "a face image record of ISO/IEC 19794 inside another record, such as CBEFF",
+        ),
+        (bytes(128) + b"DICM" + bytes(99), "a DICOM file"),
+        (encoded(GREY, "ICO"), "an icon (ICO)"),
+        (encoded(GREY, "TGA"), "a picture of TGA"),
+        (encoded(GREY, "PCX"), "a picture of PCX"),
+        (encoded(GREY, "EPS"), "a PostScript document (EPS)"),
+        (b"8BPS\0\1" + bytes(40), "a Photoshop picture (PSD)"),
+        (b"\xff\x0a" + bytes(40), "a picture of JPEG XL"),
+        (b"\0\0\0\x18ftypavif", "a picture of AVIF"),
+        (b"\0\0\0\x18ftypisom", "a video"),
+        (b"\n%PDF-1.4 ...", "a PDF document"),
+        (b"P7\nWIDTH 9\n", "a picture of PAM"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"RklSADAxMAAAAA", "base64 text of a finger image record"),
     ],
 )
 def test_what_is_not_read_is_named_in_the_refusal(content, name):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biodedup.capture.fingers import nbis_parts
+from biodedup.capture.fingers.frame import unframed
 from biodedup.capture.fingers.leader import Leader
 from biodedup.capture.fingers.one_pass import Print, one_pass
 from biodedup.capture.fingers.resampling import DPI, MM_PER_PIXEL, resampled, scanner_dpi
@@ -111,7 +112,8 @@ class FingerReader:
         """The picture at 500 dpi and its `Print`. A resolution may contradict the ridges. If the caller states it, the picture is refused. If
         the file states it, it is replaced by 500 or 1,000 dpi if that fits, because image editors change it; otherwise the picture is refused."""
         scan_dpi = dpi or scanner_dpi(pixels.dpi)
-        found = judged(pixels.grey, scan_dpi)
+        picture = unframed(pixels.grey)
+        found = judged(picture, scan_dpi)
         if found.doubtful if dpi is None else found.better is not None:
             return _contradicted(found, position, scan_dpi)
         notes: tuple[str, ...] = ()
@@ -119,7 +121,7 @@ class FingerReader:
             said = "states" if pixels.dpi == scan_dpi else "would have"
             notes = (f"{said} {scan_dpi:.0f} dpi, where its ridges are no finger's; taken as {found.better:g}",)
             scan_dpi = found.better
-        grey = self._at_500_dpi(pixels.grey, position, scan_dpi)
+        grey = self._at_500_dpi(picture, position, scan_dpi)
         if isinstance(grey, Refusal):
             return grey
         print_ = one_pass(grey)

@@ -1,6 +1,6 @@
 """Takes pictures out of containers: ISO/IEC 19794-4 and 19794-5 records, and ANSI/NIST-ITL files.
 
-Owns the choice of the picture for a capture, and the names of container formats that are not read. Never decodes a picture.
+Owns the choice of the picture for a capture. Never decodes a picture.
 
 1. A `Finger` with a position means the picture of this finger, a `Face` the picture of the face. If there are several, the picture with the
    highest stated quality counts.
@@ -10,50 +10,17 @@ Owns the choice of the picture for a capture, and the names of container formats
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 from biodedup.capture.pictures.itl import PALM, is_itl, read_itl
 from biodedup.capture.pictures.records import Picture, is_image_record, read_pictures
+from biodedup.capture.pictures.unread import unread_kind
 from biodedup.common.arguments import checked
 from biodedup.errors import InvalidInput
 from biodedup.values import Face, Finger, Refusal
 
 READ = "finger and face image records of ISO/IEC 19794-4 and -5 of 2005 and 2011, and ANSI/NIST-ITL files in the traditional encoding"
-_HEAD_BYTES = 4096
-_MARKS = (
-    (b"%PDF", "a PDF document"),
-    (b"IIR\0", "an iris image record"),
-    (b"FMR\0", "a minutiae record, which belongs to a finger"),
-    (b"PK\3\4", "a ZIP archive"),
-    (b"\x1f\x8b", "a file packed by gzip"),
-    (b"data:image/", "base64 text of a picture (a data URI)"),
-    (b"/9j/", "base64 text of a JPEG file"),
-    (b"iVBORw0K", "base64 text of a PNG file"),
-)
-_MEDIA = {
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"hevc": "HEIC",
-    b"mif1": "HEIF",
-    b"msf1": "HEIF",
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-}
-_XML = (
-    (re.compile(rb"39794", re.I), "an ISO/IEC 39794 record in XML"),
-    (re.compile(rb"NISTBiometricInformationExchangePackage"), "an ANSI/NIST-ITL file in XML"),
-    (re.compile(rb"<svg\b", re.I), "a drawing in SVG"),
-    (re.compile(rb"<(?:\w+:)?BIR\b|cbeff|19785", re.I), "a CBEFF record in XML"),
-)
-_ASN1 = {
-    0x64: "an ISO/IEC 39794-4 record",
-    0x65: "an ISO/IEC 39794-5 record",
-    0x75: "a passport's data group, which holds a CBEFF record",
-    0x63: "a passport's data group, which holds a CBEFF record",
-    0x7F: "a CBEFF record",
-}
 
 
 def is_container(content: bytes) -> bool:
@@ -113,31 +80,6 @@ def chosen(content: bytes, column: str) -> Picture | Refusal:
         return _several(column, pictures[0])
     held = ", ".join(dict.fromkeys(picture.column or picture.what for picture in pictures))
     return Refusal(column, "not_in_record", f"the record holds {held}; name one of these")
-
-
-def unread_kind(content: bytes) -> str | None:
-    """The name of a container or document format that is not read, by its first bytes; None for other content."""
-    head = content[:_HEAD_BYTES]
-    for mark, name in _MARKS:
-        if head.startswith(mark):
-            return name
-    if head[4:8] == b"ftyp":
-        return f"a picture of {_MEDIA[head[8:12]]}" if head[8:12] in _MEDIA else "a video"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").replace(b"\0", b"")
-    if text.startswith(b"<"):
-        return next((name for pattern, name in _XML if pattern.search(head.replace(b"\0", b""))), None)
-    if len(head) > 4 and head[0] in _ASN1 and _is_whole_asn1(content):
-        return _ASN1[head[0]]
-    return None
-
-
-def _is_whole_asn1(content: bytes) -> bool:
-    """Whether the length after the tag (ITU-T X.690) is the length of the content."""
-    at = 2 if content[0] & 0x1F == 0x1F else 1
-    first = content[at]
-    size = first & 0x7F if first & 0x80 else 0
-    length = int.from_bytes(content[at + 1 : at + 1 + size], "big") if first & 0x80 else first
-    return 0 < size <= 4 and at + 1 + size + length == len(content)
 
 
 def _capture(picture: Picture, dpi: float | None = None) -> Face | Finger:

@@ -34,10 +34,10 @@ from PIL import (  # noqa: F401  the plugins register themselves
     WebPImagePlugin,
 )
 
-from biodedup.capture.pictures.containers import unread_kind
 from biodedup.capture.pictures.headers import excess_of, implausible, unread_jpeg
 from biodedup.capture.pictures.modes import eight_bits
 from biodedup.capture.pictures.tiff import Layout, read_layout
+from biodedup.capture.pictures.unread import unread_kind
 from biodedup.capture.pictures.wsq import decode_wsq, is_wsq, read_size
 from biodedup.capture.reading import read
 from biodedup.config import CaptureConfig
