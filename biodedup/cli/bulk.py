@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import Panel, app
-from biodedup.cli.opening import configured
+from biodedup.cli.opening import configured, created
 from biodedup.cli.options import (
     DEFAULT_GALLERY,
     ConfigOption,
@@ -22,6 +21,7 @@ from biodedup.cli.options import (
     ModelIdOption,
     RayOption,
     ThreadsOption,
+    WaitOption,
     index_engines,
     model_ids,
 )
@@ -84,6 +84,7 @@ def enroll_batch(
     columns: ColumnsOption = None,
     date_format: DateFormatOption = None,
     ignore_columns: IgnoreColumnsOption = False,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -100,7 +101,7 @@ def enroll_batch(
         finish_check(jobs.check_encounters(manifest, options), as_json)
     if not jobs.is_gallery(gallery):
         _accept(manifest, result, options)
-    with bd.Engine.open(gallery, chosen) as engine, jobs.Backlog.open(gallery, chosen) as backlog:
+    with created(gallery, chosen, wait) as engine, jobs.Backlog.open(gallery, chosen) as backlog:
         if announce:
             count = jobs.announce(backlog, manifest, options=options)
             finish({"announced": count}, f"announced {count:,} encounters", as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,7 +13,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import Panel, app
 from biodedup.cli.exits import Exit
-from biodedup.cli.opening import configured
+from biodedup.cli.opening import configured, in_turn
 from biodedup.cli.options import (
     DEFAULT_GALLERY,
     AcrossOption,
@@ -24,6 +25,7 @@ from biodedup.cli.options import (
     RayOption,
     SignOption,
     ThreadsOption,
+    WaitOption,
 )
 from biodedup.cli.printing import counted, finish, print_json, print_summary, progress_bar, say
 from biodedup.cli.table_options import (
@@ -37,6 +39,9 @@ from biodedup.cli.table_options import (
 from biodedup.config import Config
 from biodedup.errors import InvalidInput
 from biodedup.values import Cluster
+
+_MERGE_STEP_S = 5.0
+"""Seconds between two attempts of `merge --apply`, each of which checks the compared copy."""
 
 
 @app.command(rich_help_panel=Panel.JOBS)
@@ -207,6 +212,7 @@ def merge(
     ray: RayOption = None,
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -220,7 +226,8 @@ def merge(
     centre = None if into is None else named(into)[1]
     chosen = configured(centre, config, threads=threads, across_positions=across_positions)
     with progress_bar(lines=not as_json) as progress, jobs.ray_executor(ray) as executor:
-        merged = jobs.merge(
+        work = partial(
+            jobs.merge,
             sources,
             result,
             into=into,
@@ -234,6 +241,7 @@ def merge(
             progress=progress,
             executor=executor,
         )
+        merged = in_turn(centre, wait, work, _MERGE_STEP_S) if apply and centre is not None else work()
     _print_merge(merged, result, as_json)
     raise typer.Exit(Exit.DUPLICATE if merged.summary["clusters"] and merged.applied is None else Exit.DONE)
 
@@ -267,6 +275,7 @@ def undo(
     ],
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -276,7 +285,8 @@ def undo(
     An interrupted run resumes when the same command is started again.
     """
     with progress_bar(lines=not as_json) as progress:
-        undone = jobs.undo(merge_id, gallery, configured(gallery, config), by=by, sign=sign, progress=progress)
+        work = partial(jobs.undo, merge_id, gallery, configured(gallery, config), by=by, sign=sign, progress=progress)
+        undone = in_turn(gallery, wait, work)
     text = (
         f"undone: {undone.restored:,} restored, {undone.reverted:,} survivors reverted, {undone.withdrawn:,} withdrawn; "
         f"{counted(undone.subjects, 'subject')}"

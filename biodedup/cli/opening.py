@@ -6,11 +6,11 @@ Owns the choice how a gallery is opened. Never prints a result.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import biodedup as bd
 from biodedup.cli.options import RegisterUrl
@@ -21,6 +21,7 @@ from biodedup.gallery.files.names import LOCK_NAME
 from biodedup.settings import Settings, settings_for
 
 WAIT_STEP_S = 0.2
+_Result = TypeVar("_Result")
 
 
 def settings(
@@ -71,8 +72,15 @@ def existing(gallery: Path | RegisterUrl, config: Config, wait_s: float | None =
             yield engine
         return
     bd.Engine.open(gallery, config, read_only=True).close()
-    with _opened_in_turn(gallery, config, wait_s) as engine:
+    with in_turn(gallery, wait_s, lambda: bd.Engine.open(gallery, config)) as engine:
         yield engine
+
+
+def created(gallery: Path | RegisterUrl, config: Config, wait_s: float) -> bd.Engine:
+    """Opens a gallery for writing, and creates its folder if there is none. wait_s: as in `existing`; a register has many writers."""
+    if isinstance(gallery, RegisterUrl):
+        return bd.Engine.open(gallery, config)
+    return in_turn(gallery, wait_s, lambda: bd.Engine.open(gallery, config))
 
 
 def acting(engine: bd.Engine, by: str, sign: Path | None = None, purpose: str = "") -> bd.Engine:
@@ -103,12 +111,15 @@ def looked_into(
         yield acting(engine, by, purpose=purpose)
 
 
-def _opened_in_turn(gallery: Path, config: Config, wait_s: float | None) -> bd.Engine:
-    """Opens a gallery for writing, as soon as no other process does, within wait_s seconds."""
+def in_turn(gallery: Path, wait_s: float | None, work: Callable[[], _Result], step_s: float = WAIT_STEP_S) -> _Result:
+    """Calls work, which opens a gallery for writing, and calls it again while another process holds the gallery, for wait_s seconds.
+
+    wait_s: None raises the error of work unchanged. step_s: seconds between two calls. Raises GalleryBusy with the holder and what to do.
+    """
     until, announced = time.monotonic() + (wait_s or 0), False
     while True:
         try:
-            return bd.Engine.open(gallery, config)
+            return work()
         except GalleryBusy as error:
             left = until - time.monotonic()
             if left <= 0:
@@ -119,7 +130,7 @@ def _opened_in_turn(gallery: Path, config: Config, wait_s: float | None) -> bd.E
             if not announced:
                 complain(f"{gallery} is held for writing; {holder(gallery)}; waiting up to {wait_s:g} s")
                 announced = True
-            time.sleep(min(left, WAIT_STEP_S))
+            time.sleep(min(left, step_s))
 
 
 def holder(gallery: Path) -> str:

@@ -9,7 +9,7 @@ import typer
 import biodedup as bd
 from biodedup.cli.base import Panel, app
 from biodedup.cli.exits import Exit
-from biodedup.cli.opening import acting, configured, existing, looked_into
+from biodedup.cli.opening import acting, configured, created, existing, looked_into
 from biodedup.cli.options import (
     DEFAULT_GALLERY,
     AcrossOption,
@@ -50,6 +50,7 @@ def enroll(
     group: GroupOption = None,
     across_positions: AcrossOption = False,
     index: IndexOption = None,
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -59,7 +60,7 @@ def enroll(
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     chosen = configured(gallery, config, threads=threads, more={"gallery.index": index_engines(index)})
-    with bd.Engine.open(gallery, chosen) as engine:
+    with created(gallery, chosen, wait) as engine:
         decision = engine.enroll(encounter, across_positions=across_positions or None)
         note = "" if decision.gallery_size else _threshold_note(decision, engine.policy)
         finish_decision(decision, as_json, captures, note, labels=engine.config.labels)
@@ -153,6 +154,7 @@ def update(
     by: PersonOption = "",
     purpose: PurposeOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -164,7 +166,7 @@ def update(
     """
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
-    with existing(gallery, configured(gallery, config, threads=threads)) as engine:
+    with existing(gallery, configured(gallery, config, threads=threads), wait) as engine:
         across = across_positions or None
         decision = acting(engine, by, sign, purpose).update(
             encounter, across_positions=across, replace=replace, reason=reason

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import biodedup as bd
@@ -20,7 +21,12 @@ COMMANDS = {
     "decide": ["cases", "decide", "e3", "same", "--by", "A. Officer"],
     "policy": ["policy", "set", "--fpir", "1e-4", "--by", "A. Officer", "--reason", "a trial"],
     "compact": ["compact"],
+    "update": ["update", "bella", "--finger", "right_index=none.png"],
+    "accept-models": ["accept-models"],
+    "retention": ["retention", "run"],
 }
+NOT_OPENED_TO_WRITE = {"update"}
+"""Commands of which only the refusal is tested: their capture does not exist."""
 
 
 @pytest.fixture
@@ -33,7 +39,9 @@ def gallery(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(
+    "arguments", [v for k, v in COMMANDS.items() if k not in NOT_OPENED_TO_WRITE], ids=lambda v: v[0]
+)
 def test_a_short_command_waits_until_the_writer_ends(gallery, arguments, monkeypatch):
     waiting = threading.Event()
     held = bd.Engine.open(gallery)
@@ -75,3 +83,38 @@ def test_what_a_holder_was_called_with_is_not_told(gallery):
     assert "/" not in told and not any(argument in told for argument in sys.argv[1:] if len(argument) > 3)
     (gallery / "writer.lock").write_text("")
     assert opening.holder(gallery) == "the holder is not known"
+
+
+WRITERS = (
+    *("enroll", "update", "remove", "enroll-batch", "load", "merge", "undo", "cases decide", "policy set", "compact"),
+    *(
+        "retention run",
+        "reindex",
+        "accept-models",
+        "export",
+        "encrypt",
+        "decrypt",
+        "key rekey",
+        "log archive",
+        "kit ingest",
+    ),
+    "doctor",
+)
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_every_command_that_writes_a_gallery_can_wait_for_another_writer(command):
+    found = typer.main.get_command(app)
+    for name in command.split():
+        found = found.commands[name]
+    assert "--wait" in [option for parameter in found.params for option in parameter.opts]
+
+
+@pytest.mark.slow
+def test_enrolling_and_a_batch_name_the_holder(gallery, tmp_path):
+    (tmp_path / "m.csv").write_text("subject_id,path\nx,none.png\n")
+    with bd.Engine.open(gallery):
+        for command in (["enroll", "x", "--face", "none.png"], ["enroll-batch", str(tmp_path / "m.csv")]):
+            refused = CliRunner().invoke(app, [*command, "--gallery", str(gallery)])
+            assert isinstance(refused.exception, bd.GalleryBusy)
+            assert "--wait SECONDS waits for it" in str(refused.exception)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,7 +15,7 @@ import biodedup as bd
 from biodedup import jobs
 from biodedup.cli.base import Panel, app
 from biodedup.cli.exits import Exit
-from biodedup.cli.opening import acting, configured, existing, opened
+from biodedup.cli.opening import acting, configured, created, existing, in_turn, opened
 from biodedup.cli.options import (
     DEFAULT_GALLERY,
     ConfigOption,
@@ -87,6 +88,7 @@ def load(
     check: CheckOption = False,
     encoding: EncodingOption = None,
     ignore_columns: IgnoreColumnsOption = False,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -122,12 +124,12 @@ def load(
     # the source is checked first, so that no gallery is created for a wrong one
     if from_faiss and ids is not None:
         vectors = jobs.faiss_batches(source, ids, vectors_columns[0])
-        with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
+        with created(gallery, chosen, wait) as engine, progress_bar(lines=not as_json) as progress:
             _finish_load(
                 jobs.load(engine, vectors, model_id=model_ids(model_id), progress=progress), len(engine), as_json
             )
     accepted = source if jobs.is_gallery(gallery) else jobs.accept_load(chosen, source, **given)
-    with bd.Engine.open(gallery, chosen) as engine, progress_bar(lines=not as_json) as progress:
+    with created(gallery, chosen, wait) as engine, progress_bar(lines=not as_json) as progress:
         _finish_load(jobs.load(engine, accepted, **given, progress=progress), len(engine), as_json)
 
 
@@ -174,6 +176,7 @@ def reindex(
     ] = False,
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
@@ -185,7 +188,7 @@ def reindex(
     """
     engines = index_engines(index)
     assert engines is not None, "the option is required"
-    with existing(gallery, configured(gallery, config, threads=threads)) as engine:
+    with existing(gallery, configured(gallery, config, threads=threads), wait) as engine:
         with progress_bar(lines=not as_json) as progress:
             acting(engine, by, sign).reindex(
                 engines, force=force, progress=lambda done, total: progress("indexing", done, total)
@@ -201,6 +204,7 @@ def reindex(
 def accept_models(
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -209,7 +213,7 @@ def accept_models(
 
     Needed if the policy requires two people for `model`; otherwise the next change of the gallery records it.
     """
-    with existing(gallery, configured(gallery, config)) as engine:
+    with existing(gallery, configured(gallery, config), wait) as engine:
         models = acting(engine, by, sign).accept_models()
     finish({"accepted": models}, f"accepted: {', '.join(models)}" if models else "no card has changed", as_json)
 
@@ -229,6 +233,7 @@ def export(
         typer.Option("--faiss", metavar="DIR", help="A new folder for the .faiss files of one column and ids.parquet."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="The column of --faiss; default: face.")] = None,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -253,7 +258,7 @@ def export(
         return
     assert faiss is not None, "exactly one of to and faiss is given"
     name = column or "face"
-    with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
+    with existing(gallery, configured(gallery, config), wait) as engine, progress_bar(lines=not as_json) as progress:
         engine.seal()
         result = jobs.export_faiss(engine, faiss, column=name, progress=progress)
     text = f"{result.rows:,} rows of {name} are in {faiss}, {counted(len(result.files), 'index file')} of {result.index}, with ids.parquet"
@@ -369,6 +374,7 @@ def doctor(
         ),
     ] = False,
     sentinels: Annotated[bool, typer.Option("--sentinels", hidden=True)] = False,  # the name of --canaries before 0.3
+    wait: WaitOption = 0,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -381,14 +387,17 @@ def doctor(
     if (repair or backup is not None or canaries) and gallery is None:
         raise InvalidInput("--repair, --backup and --canaries need a gallery; name it with --gallery FOLDER")
     with progress_bar(lines=not as_json) as progress:
-        report = jobs.examine(
+        mend = repair or backup is not None
+        work = partial(
+            jobs.examine,
             gallery,
             configured(gallery, config),
-            mend=repair or backup is not None,
+            mend=mend,
             backup=backup,
             canaries=canaries,
             progress=progress,
         )
+        report = in_turn(gallery, wait, work) if mend and gallery is not None else work()
     if as_json:
         print_json(report.to_dict())
     else:

@@ -15,8 +15,16 @@ import typer
 
 from biodedup import jobs
 from biodedup.cli.base import Panel, app
-from biodedup.cli.opening import acting, configured, existing
-from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, PersonOption, SignOption
+from biodedup.cli.opening import acting, configured, existing, in_turn
+from biodedup.cli.options import (
+    DEFAULT_GALLERY,
+    ConfigOption,
+    FolderOption,
+    JsonOption,
+    PersonOption,
+    SignOption,
+    WaitOption,
+)
 from biodedup.cli.printing import finish, progress_bar
 from biodedup.config import Config
 from biodedup.errors import InvalidInput
@@ -37,6 +45,7 @@ def _stated(config: Config) -> KeySource:
 def encrypt(
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -47,7 +56,7 @@ def encrypt(
     disk may still hold the unencrypted gallery: erase the free space, or move the gallery to a new disk.
     """
     chosen = configured(gallery, config)
-    status = jobs.encrypt(gallery, _stated(chosen), chosen, by=by, sign=sign)
+    status = in_turn(gallery, wait, lambda: jobs.encrypt(gallery, _stated(chosen), chosen, by=by, sign=sign))
     finish(asdict(status), f"{gallery} is encrypted under key {status.register_key_id}", as_json)
 
 
@@ -55,13 +64,14 @@ def encrypt(
 def decrypt(
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Decrypt a gallery. Remove the table `keys` from the settings afterwards."""
     chosen = configured(gallery, config)
-    status = jobs.decrypt(gallery, _stated(chosen), chosen, by=by, sign=sign)
+    status = in_turn(gallery, wait, lambda: jobs.decrypt(gallery, _stated(chosen), chosen, by=by, sign=sign))
     finish(asdict(status), f"{gallery} is not encrypted any more", as_json)
 
 
@@ -91,6 +101,7 @@ def rekey(
     plain: Annotated[bool, typer.Option("--plain", help="Store embeddings without a secret transform.")] = False,
     by: PersonOption = "",
     sign: SignOption = None,
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -100,7 +111,7 @@ def rekey(
     An interrupted run resumes when the same command is started again. At the end the old transform is destroyed. Other processes can search
     meanwhile.
     """
-    with existing(gallery, configured(gallery, config)) as engine, progress_bar(lines=not as_json) as progress:
+    with existing(gallery, configured(gallery, config), wait) as engine, progress_bar(lines=not as_json) as progress:
         transform_id = acting(engine, by, sign).rekey(
             renewable=not plain, progress=lambda done, total: progress("rekeying", done, total)
         )

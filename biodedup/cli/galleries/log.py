@@ -14,7 +14,7 @@ from biodedup import jobs
 from biodedup.cli.base import Panel, app
 from biodedup.cli.exits import Exit
 from biodedup.cli.opening import acting, configured, existing
-from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, GalleryOption, JsonOption, PersonOption
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, GalleryOption, JsonOption, PersonOption, WaitOption
 from biodedup.cli.printing import counted, finish, print_json, say, show_table
 from biodedup.errors import InvalidInput
 from biodedup.gallery.catalogue.audit import AuditRecord, chosen
@@ -100,6 +100,7 @@ def archive(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, unencrypted; it must not exist.")],
     by: PersonOption = "",
+    wait: WaitOption = 0,
     gallery: GalleryOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -107,7 +108,7 @@ def archive(
     """Move old records of the audit log to a file. The gallery keeps their proof, with which `log show --archive FILE` checks the file."""
     seconds = _seconds("--before", before)
     assert seconds is not None, "the option is required"
-    with existing(gallery, configured(gallery, config)) as engine:
+    with existing(gallery, configured(gallery, config), wait) as engine:
         moved = acting(engine, by).archive_audit(out, before=seconds)
     text = f"{counted(moved, 'record')} moved to {out}" if moved else "no packed record is that old; nothing was moved"
     finish({"moved": moved, "archive": str(out) if moved else None}, text, as_json)

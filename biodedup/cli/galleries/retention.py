@@ -10,8 +10,8 @@ import typer
 from biodedup import jobs
 from biodedup.cli.base import Panel, app
 from biodedup.cli.exits import Exit
-from biodedup.cli.opening import configured
-from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, PersonOption
+from biodedup.cli.opening import configured, in_turn
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, PersonOption, WaitOption
 from biodedup.cli.printing import finish
 
 retention = typer.Typer(
@@ -39,6 +39,7 @@ def run(
         Path | None, typer.Option("--receipt", help="The file of the signed receipt; it must not exist.")
     ] = None,
     by: PersonOption = "",
+    wait: WaitOption = 0,
     gallery: FolderOption = DEFAULT_GALLERY,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -47,7 +48,8 @@ def run(
 
     Backups keep the records until they are updated.
     """
-    result = jobs.run_retention(gallery, configured(gallery, config), key=key, receipt=receipt, by=by)
+    chosen = configured(gallery, config)
+    result = in_turn(gallery, wait, lambda: jobs.run_retention(gallery, chosen, key=key, receipt=receipt, by=by))
     lines = [f"erased {result.refused} refused decisions and {result.cases} closed cases"]
     lines += [f"wrong: {problem}" for problem in result.problems]
     finish(result.to_dict(), lines, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,8 @@ import typer
 from biodedup import jobs
 from biodedup.cli.exits import Exit
 from biodedup.cli.kits.kit_keys import CENTRE_VARIABLE, KIT_VARIABLE, PassphraseFd, TrustedOption, kit, passphrase
-from biodedup.cli.opening import configured
-from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, ThreadsOption
+from biodedup.cli.opening import configured, in_turn
+from biodedup.cli.options import DEFAULT_GALLERY, ConfigOption, FolderOption, JsonOption, ThreadsOption, WaitOption
 from biodedup.cli.printing import complain, finish, print_summary, progress_bar, say
 from biodedup.cli.table_options import (
     CheckOption,
@@ -121,6 +122,7 @@ def ingest(
     centre_key: CentreKeyOption = None,
     passphrase_fd: PassphraseFd = None,
     allow_unencrypted: UnencryptedOption = False,
+    wait: WaitOption = 0,
     threads: ThreadsOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -131,7 +133,8 @@ def ingest(
     """
     centre = _centre(centre_key, passphrase_fd)
     with progress_bar(lines=not as_json) as progress:
-        taken = jobs.ingest_batches(
+        work = partial(
+            jobs.ingest_batches,
             batches,
             gallery,
             trusted,
@@ -142,6 +145,7 @@ def ingest(
             report=report,
             progress=progress,
         )
+        taken = in_turn(gallery, wait, work)
     summary = taken.summary()
     problems = summary["problems"] if as_json else summary.pop("problems")
     page = str(report or result.with_suffix(".html")) if taken.written else None
