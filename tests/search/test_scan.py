@@ -865,6 +865,6 @@ def test_laws_of_tables_are_measured_once_scans_have_cost_as_much(monkeypatch):
     monkeypatch.setattr(native, "INSTRUCTIONS", "avx2")
     monkeypatch.setattr(native, "population_of", population_of)
     monkeypatch.setattr(costs, "CLASSES_MEASURED_NS", 5.5 * a_probe_ns)
-    assert [native._cheapest(column, 0.5, probes, 1e-3) for probes in (1, 1, 1, 1)] == [None] * 4
+    assert [native._cheapest(column, 0.5, probes, 1e-3, 1_000_000) for probes in (1, 1, 1, 1)] == [None] * 4
     with pytest.raises(LookupError, match="measured"):
-        native._cheapest(column, 0.5, 4, 1e-3)
+        native._cheapest(column, 0.5, 4, 1e-3, 1_000_000)

@@ -16,6 +16,7 @@ Table look-ups (`estimator.py`) exclude most rows first, if that is faster (`cos
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,12 +64,19 @@ class NativeShard:
         exact, coded = by_codec(ranges)
         collector = HitCollector(len(probes), self._snapshot.version)
         for group in coded:
-            scan = _code_scan(group, probes, query)
+            scan = _code_scan(group, self._largest_like(group[0].column, query.column), probes, query)
             if scan is None or not self._scan_codes(group, scan, collector):
                 exact += group
         self._scan_exactly(exact, probes, query, collector)
         collector.scanned = sum(cells.last - cells.first for cells in ranges)
         return collector.hits()
+
+    def _largest_like(self, column: Column, name: str) -> Column:
+        """The largest column of the snapshot with the same codec. Its statistics hold for all, so that they are measured once."""
+        codec = column.codec
+        columns = [part.columns[name] for part in self._snapshot.parts if name in part.columns]
+        same = [other for other in columns if codec and other.codec and other.codec.codec_id == codec.codec_id]
+        return max([column, *same], key=lambda other: other.count)
 
     def search_multicolumn(self, probes: Mapping[str, Float32], query: MultiColumnQuery) -> MultiColumnHits:
         return multicolumn.search(self._scanner, self._snapshot, self._parts, probes, query)
@@ -140,15 +148,16 @@ class _CodeScan:
         return similarity - self.probes.rounding if self.bounded else self.law.cut(similarity, self.margin)
 
 
-def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery) -> _CodeScan | None:
-    """How to scan the codes of these cells; None if an exact scan is faster, or if the codes cannot bound the error."""
+def _code_scan(ranges: Sequence[CellRange], largest: Column, vectors: Float32, query: ShardQuery) -> _CodeScan | None:
+    """How to scan the codes of these cells; None if an exact scan is faster, or if the codes cannot bound the error. largest: the column whose
+    statistics stand for these cells."""
     codec = ranges[0].column.codec
     assert codec is not None, "cells without a codec are compared exactly"
     bounded = query.miss_risk <= 0
     if bounded and codec.scanned < codec.rotation.shape[0]:
         return None
     probes = Probes(codec, vectors)
-    largest = max((cells.column for cells in ranges), key=lambda column: column.count)
+    rows = sum(cells.last - cells.first for cells in ranges)
     population = population_of(largest)
     if query.min_similarity is None:
         wanted = query.k + 4 * np.sqrt(query.k) + 8
@@ -161,7 +170,8 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
     law, margin = codec.law, 0.0 if bounded else codec.law.margin(query.miss_risk)[0]
     scanned = probes.untabled(bounded)
     if not bounded:
-        estimator = _cheapest_estimator(largest, probes, min_similarity, query.miss_risk)
+        similarity = round(float(np.sort(min_similarity)[len(min_similarity) // 2]), 2)
+        estimator = _cheapest(largest, similarity, len(probes.codes), query.miss_risk, rows)
         if estimator is not None:
             margin, _ = estimator.error_distributions[0].margin(query.miss_risk)
             limits, law = estimator.error_distributions[0].cut(min_similarity, margin), estimator.error_distributions[1]
@@ -181,25 +191,21 @@ def _code_scan(ranges: Sequence[CellRange], vectors: Float32, query: ShardQuery)
     return scan if share <= _SHARE_MAX else None
 
 
-def _cheapest_estimator(
-    column: Column, probes: Probes, min_similarity: Float32, miss_risk: float
-) -> TableEstimator | None:
-    """The fastest tables for rows of about these similarities; None if a scan of all high nibbles is faster, or if the processor has no byte
-    shuffles."""
-    similarity = round(float(np.sort(min_similarity)[len(min_similarity) // 2]), 2)
-    return _cheapest(column, similarity, len(probes.codes), miss_risk)
-
-
 _spent: WeakKeyDictionary[Column, float] = WeakKeyDictionary()
 """Column -> nanoseconds that its scans without tables have taken."""
 _chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], TableEstimator | None]] = WeakKeyDictionary()
 
 
-def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) -> TableEstimator | None:
-    """The fastest tables for this number of probes, or None. Rows of the column stand for the probes.
+_measuring = threading.Lock()
+
+
+def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float, rows: int) -> TableEstimator | None:
+    """The fastest tables for rows of about this similarity; None if a scan of all high nibbles is faster, or if the processor has no byte
+    shuffles. Rows of the column stand for the probes. rows: of the scan.
 
     The error distributions of tables are measured when scans without tables have taken as long as this measurement (the ski rental problem):
-    so the total time is at most twice the minimum. Most columns of small galleries are never measured.
+    so the total time is at most twice the minimum. Most columns of small galleries are never measured. While one search measures, others
+    scan without tables.
     """
     cost, known = costs.ROW_COSTS.get(INSTRUCTIONS), _chosen.setdefault(column, {})
     key = (similarity, min(probes, _COST_PROBES_MAX), miss_risk)
@@ -208,10 +214,24 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
     assert column.codec is not None, "only coded columns have tables"
     scanned = column.codec.scanned
     without = cost.of_all(scanned, probes)
-    spent = _spent.get(column, 0.0) + column.count * probes * without
+    spent = _spent.get(column, 0.0) + rows * probes * without
     if spent < costs.CLASSES_MEASURED_NS:
         _spent[column] = spent
         return None
+    if not _measuring.acquire(blocking=False):
+        return None
+    try:
+        known[key] = _measured(column, similarity, probes, miss_risk)
+    finally:
+        _measuring.release()
+    return known[key]
+
+
+def _measured(column: Column, similarity: float, probes: int, miss_risk: float) -> TableEstimator | None:
+    """`_cheapest`, from the error distributions of tables."""
+    cost, codec = costs.ROW_COSTS[INSTRUCTIONS], column.codec
+    assert codec is not None, "only coded columns have tables"
+    scanned = codec.scanned
     sample = population_of(column).sample[:_COST_PROBES]
     level, margin = np.full(len(sample), similarity, np.float32), -float(ndtri(miss_risk / 2))
 
@@ -224,9 +244,8 @@ def _cheapest(column: Column, similarity: float, probes: int, miss_risk: float) 
         *(classes_of(column, tables_for(scanned, table_share)) for table_share in TABLE_SHARES),
     ]
     best = min(options, key=row_cost)
-    measured = row_cost(best) < without and best.error_distributions[0].margin(miss_risk)[1]
-    known[key] = best if measured else None
-    return known[key]
+    pays = row_cost(best) < cost.of_all(scanned, probes) and best.error_distributions[0].margin(miss_risk)[1]
+    return best if pays else None
 
 
 def tables_for(scanned: int, share: float) -> int:
