@@ -94,19 +94,26 @@ class ModelCard:
 
     def verify(self) -> None:
         """Raises ModelCardError unless the weights have the digest in the card."""
-        if self.weights is None:
-            return
+        if self.weights is not None:
+            self.verified_weights()
+
+    def verified_weights(self) -> bytes:
+        """The content of the weights, which has the digest in the card. The file is read once, so that nobody can replace it between the check
+        and the use. Raises ModelCardError."""
+        assert self.weights is not None, "the caller needs weights"
         try:
             with open_file(self.weights) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                content = file.read()
         except OSError as error:
             raise ModelCardError(
                 f"{self.path.name}: weights {self.weights.name} cannot be read ({error.strerror}); put them beside the card"
             ) from None
+        digest = hashlib.sha256(content).hexdigest()
         if digest != self.sha256:
             raise ModelCardError(
                 f"{self.path.name}: weights have sha256 {digest}, the card states {self.sha256}; fetch the right file"
             )
+        return content
 
 
 def models_folder() -> Path:

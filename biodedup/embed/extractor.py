@@ -69,7 +69,8 @@ class Extractor:
         self._finger_network: FingerNetwork | None = None
         self._detector: FaceDetector | None = None
         self._finger_ready = False
-        self._reader = FingerReader(config.finger, self._minutiae_card.weights)
+        of_minutiae = None if self._minutiae_card.weights is None else self._minutiae_card.verified_weights
+        self._reader = FingerReader(config.finger, of_minutiae)
         self._isolated = None if config.isolation is None else IsolatedWorkers(config, config.threads)
 
     def __enter__(self) -> Extractor:
@@ -301,12 +302,10 @@ class Extractor:
             if self._detector is None:
                 cv2.setNumThreads(1)  # captures run in parallel; OpenCV's threads would compete with them
                 card = load_card(self.config.face.detector)
-                card.verify()
-                assert card.weights is not None, "a detector has weights"
                 if self._pad_card is not None:
                     self._pad = PadNetwork(self._pad_card, self.config.threads)
                 self._network = EmbeddingNetwork(self._face_card, self.config.threads)
-                self._detector = FaceDetector(self.config.face, card.weights)
+                self._detector = FaceDetector(self.config.face, card.verified_weights())
 
 
 def _pad_card(name: str) -> ModelCard:

@@ -23,8 +23,7 @@ BATCH = 4
 
 def open_session(card: ModelCard, threads: int) -> onnxruntime.InferenceSession:
     """The card's weights, checked and loaded. Raises ModelCardError."""
-    card.verify()
-    assert card.weights is not None, "a network has weights"
+    content = card.verified_weights()
     import onnxruntime  # imported here: its threads would keep a forked child from exiting
 
     options = onnxruntime.SessionOptions()
@@ -33,7 +32,7 @@ def open_session(card: ModelCard, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads do not occupy cores
     try:
-        return onnxruntime.InferenceSession(card.weights, sess_options=options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, sess_options=options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ModelCardError(
             f"{card.path.name}: ONNX Runtime cannot load the weights ({error}); convert them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -10,9 +11,28 @@ import pytest
 from onnx import helper, numpy_helper
 
 import biodedup as bd
+from biodedup.capture.reading import open_file
+from biodedup.embed import cards
 from biodedup.embed.cards import load_card, shipped_cards
 from biodedup.embed.network import EmbeddingNetwork
 from tests.support.vectors import again, people
+
+
+def test_what_was_checked_is_what_runs_also_if_the_file_is_replaced_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    card = load_card(str(write_model(tmp_path / "a", dimension=64)))
+    other = load_card(str(write_model(tmp_path / "b", dimension=32)))
+
+    @contextmanager
+    def replaced_after(path):
+        with open_file(path) as file:
+            yield file
+        path.write_bytes(other.weights.read_bytes())
+
+    monkeypatch.setattr(cards, "open_file", replaced_after)
+    network = EmbeddingNetwork(card, 1)
+    assert network._session.get_outputs()[0].shape[-1] == 64
 
 
 def write_model(folder, *, dimension=512, batch="n", sha256=None, extra=""):

@@ -412,7 +412,12 @@ def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path)
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self):
             taken.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200 if len(taken) == 1 else 500)
+            self.send_response((200, 500, 302)[len(taken) - 1])
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self):  # what a redirected POST becomes
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *arguments):
@@ -425,6 +430,8 @@ def test_a_checkpoint_is_posted_to_an_address(folder, config, auditor, tmp_path)
         jobs.log_checkpoint(folder, auditor[0], tmp_path / "c", url=url)
         with pytest.raises(bd.StorageUnavailable, match="500"):
             jobs.log_checkpoint(folder, auditor[0], tmp_path / "d", url=url)
+        with pytest.raises(bd.StorageUnavailable, match="302"):
+            jobs.log_checkpoint(folder, auditor[0], tmp_path / "f", url=url)
         server.shutdown()
         serving.join()
     assert taken[0] == (tmp_path / "c").read_bytes() and (tmp_path / "d").exists()

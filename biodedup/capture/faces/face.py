@@ -73,7 +73,8 @@ class AlignedFace:
 class FaceDetector:
     """Detects and aligns faces with YuNet (Wu et al., 2023) on ONNX Runtime. Thread-safe."""
 
-    def __init__(self, config: FaceConfig, weights: Path) -> None:
+    def __init__(self, config: FaceConfig, weights: Path | bytes) -> None:
+        """weights: the file, or its content."""
         self._config = config
         import onnxruntime  # imported here: its threads would keep a forked child from exiting
 
@@ -86,7 +87,7 @@ class FaceDetector:
         absent = set(_OUTPUTS) - {output.name for output in self._session.get_outputs()}
         if absent:
             raise ModelCardError(
-                f"{weights.name} has no outputs {sorted(absent)}: it is not YuNet; name the card of YuNet in FaceConfig"
+                f"the detector's network has no outputs {sorted(absent)}: it is not YuNet; name the card of YuNet in FaceConfig"
             )
 
     def align(self, pixels: Pixels) -> AlignedFace | Refusal:

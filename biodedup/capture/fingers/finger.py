@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 import cv2
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from biodedup.capture.fingers import nbis_parts
 from biodedup.capture.fingers.frame import unframed
-from biodedup.capture.fingers.leader import Leader
+from biodedup.capture.fingers.leader import Leader, Weights
 from biodedup.capture.fingers.one_pass import Print, one_pass
 from biodedup.capture.fingers.resampling import DPI, MM_PER_PIXEL, resampled, scanner_dpi
 from biodedup.capture.fingers.ridge_distance import Judged, judged
@@ -51,8 +50,8 @@ Passed: TypeAlias = tuple[NDArray[np.uint8], Print, tuple[str, ...]]
 """A picture at 500 dpi, its `Print`, and sentences about corrected metadata."""
 
 
-def minutiae_extractor(name: str, weights: Path | None) -> MinutiaeExtractor:
-    """The minutiae extractor of this name. weights: the path of its weights, or None."""
+def minutiae_extractor(name: str, weights: Weights | None) -> MinutiaeExtractor:
+    """The minutiae extractor of this name. weights: its weights, or None."""
     if name == "skeleton":
         return lambda grey, print_: record_of(print_.minutiae, grey.shape)
     if name == "leader" and weights is not None:
@@ -81,7 +80,7 @@ class FingerSample:
 class FingerReader:
     """Reads finger samples. Thread-safe."""
 
-    def __init__(self, config: FingerConfig, weights: Path | None = None) -> None:
+    def __init__(self, config: FingerConfig, weights: Weights | None = None) -> None:
         self._config = config
         self._extract = minutiae_extractor(config.minutiae, weights)
 

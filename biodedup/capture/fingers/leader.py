@@ -7,8 +7,9 @@ Owns the session of ONNX Runtime, the network's input, and the decoding of its o
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import cv2
 import numpy as np
@@ -30,10 +31,14 @@ _SIDE_MULTIPLE = 32
 _NEIGHBOURHOOD = np.ones((7, 7), np.uint8)
 
 
+Weights: TypeAlias = Path | Callable[[], bytes]
+"""The file of the weights, or a function that returns their content."""
+
+
 class Leader:
     """The network. It is loaded at the first image. Thread-safe. A call runs on a single thread, because captures run in parallel."""
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._lock = threading.Lock()
         self._session: onnxruntime.InferenceSession | None = None
@@ -61,8 +66,9 @@ class Leader:
                 options.intra_op_num_threads = options.inter_op_num_threads = 1
                 options.log_severity_level = 3
                 options.enable_cpu_mem_arena = False  # the arena would keep the memory of each image size
+                weights = self._weights if isinstance(self._weights, Path) else self._weights()
                 self._session = onnxruntime.InferenceSession(
-                    self._weights, sess_options=options, providers=["CPUExecutionProvider"]
+                    weights, sess_options=options, providers=["CPUExecutionProvider"]
                 )
             return self._session
 

@@ -136,10 +136,17 @@ def _read(path: Path, public_key: Path | None) -> tuple[dict[str, Any], str]:
     return document, wrong
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would be sent on as a GET, without the document."""
+
+    def redirect_request(self, *given: Any) -> None:
+        return None
+
+
 def _post(url: str, content: bytes, out: Path) -> None:
     request = urllib.request.Request(url, content, {"Content-Type": "application/json"}, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=_POST_S_MAX):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=_POST_S_MAX):
             return
     except (OSError, ValueError) as error:
         reason = error.code if isinstance(error, urllib.error.HTTPError) else type(error).__name__
