@@ -389,7 +389,8 @@ def test_a_check_says_what_a_job_would_refuse_and_touches_nothing(tmp_path):
         assert [row.refusal.reason for row in checked.refused] == ["unusable_id", "missing_file", "unknown_position"]
         assert "UTF-16, separated by semicolon" in checked.form
         assert checked.columns == {"subject_id": "NIK", "path": "Path", "position": "Position"}
-        assert checked.sentences()[-1] == "4 rows, 1 can be used, 3 refused; nothing was changed"
+        assert checked.sentences()[-1] == f"4 {checked.counted}, 1 can be used, 3 refused; nothing was changed"
+        assert "row 1 is line 2 of the file, below the header" in checked.notes
     assert [row.number for row in jobs.check_roll(tmp_path / "m.csv", options).refused] == [3]
     assert len(jobs.check_kit_manifest(tmp_path / "m.csv", bd.Config(), options).refused) == 3
     assert sorted(tmp_path.rglob("*")) == before
@@ -407,9 +408,9 @@ def test_a_check_names_times_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "m.csv").write_text("subject_id,path,captured_at\n1,a.jpg,31/12/2026\n2,a.jpg,2026-12-31\n")
     (note,) = jobs.check_encounters(tmp_path / "m.csv").notes
-    assert note.startswith("captured_at is not a time in 1 of 2 rows, first in row 1; state the date format")
+    assert note.startswith("captured_at is not a time in 1 of 2 records, first in row 1; state the date format")
     declared = jobs.check_encounters(tmp_path / "m.csv", TableOptions(date_format="%d/%m/%Y"))
-    assert declared.notes == () and [row.number for row in declared.refused] == [2]
+    assert not any("captured_at" in note for note in declared.notes) and [row.number for row in declared.refused] == [2]
 
 
 @pytest.mark.models
@@ -516,3 +517,47 @@ def test_a_guessed_encoding_is_reported(tmp_path):
         "Windows-1252, guessed from"
         not in run("enroll-batch", "m.csv", "--check", "--encoding", "cp1252", cwd=tmp_path)[2]
     )
+
+
+@pytest.mark.parametrize("content", ["subject_id,path\n", "subject_id,path\n,\n\n,\n"], ids=["header", "blank rows"])
+def test_every_job_says_that_a_table_has_no_rows(tmp_path, content):
+    (tmp_path / "m.csv").write_text(content)
+    pq.write_table(
+        pa.table({"subject_id": pa.array([], pa.string()), "path": pa.array([], pa.string())}), tmp_path / "m.parquet"
+    )
+    pq.write_table(
+        pa.table({"subject_id": pa.array([], pa.string()), "face": pa.array([], pa.list_(pa.float32()))}),
+        tmp_path / "t.parquet",
+    )
+    for name in ("m.csv", "m.parquet"):
+        for check in (jobs.check_captures, jobs.check_encounters, jobs.check_roll, jobs.accept_encounters):
+            with pytest.raises(bd.InvalidInput, match="no rows below its header"):
+                check(tmp_path / name)
+    with pytest.raises(bd.InvalidInput, match="no rows below its header"):
+        jobs.check_load(bd.Config(), tmp_path / "t.parquet", model_id="mine-1")
+    code, _, err = run("enroll-batch", "m.csv", "--gallery", "g", cwd=tmp_path)
+    assert code == 2 and "no rows" in err and not (tmp_path / "g").exists()
+
+
+def test_every_job_names_a_folder_an_image_or_a_workbook_in_place_of_a_table(tmp_path):
+    (tmp_path / "photos.csv").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    (tmp_path / "b.xlsx").write_bytes(b"PK\x03\x04 and more")
+    for name, word in (("photos.csv", "folder"), ("photos", "folder"), ("a.jpg", "image"), ("b.xlsx", "workbook")):
+        for check in (jobs.check_encounters, jobs.check_roll, jobs.check_load):
+            given = (bd.Config(),) if check is jobs.check_load else ()
+            with pytest.raises(bd.InvalidInput, match=word):
+                check(*given, tmp_path / name)
+    (tmp_path / "c.csv").write_text("subject_id,path\n1,a.jpg\n")
+    with pytest.raises(bd.InvalidInput, match="enroll-batch"):
+        jobs.check_load(bd.Config(), tmp_path / "c.csv")
+
+
+def test_a_record_of_several_rows_names_the_row_that_cannot_be_used(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "m.csv").write_text("subject_id,path,position\n1,a.jpg,face\n1,a.jpg,toe\n")
+    checked = jobs.check_encounters(tmp_path / "m.csv")
+    (refused,) = checked.refused
+    assert refused.number == 1 and refused.refusal.detail.startswith("row 2: position is 'toe'")
+    assert checked.sentences()[-1] == "1 record, 0 can be used, 1 refused; nothing was changed"

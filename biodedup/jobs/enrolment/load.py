@@ -36,7 +36,7 @@ from biodedup.jobs.manifests.captures import RefusedRow
 from biodedup.jobs.manifests.check import Checked
 from biodedup.jobs.manifests.fields import GROUP_COLUMNS, Unusable, groups_of
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
-from biodedup.jobs.manifests.tables import values_of
+from biodedup.jobs.manifests.tables import CSV_SUFFIXES, no_rows, refuse_other_kinds, values_of
 from biodedup.jobs.manifests.text_form import detected, open_text
 from biodedup.jobs.shared.progress import Progress, silent
 from biodedup.values import COLUMNS, Refusal
@@ -108,6 +108,8 @@ def load(
             refused.append((position + row, rows.name(row, why[row])))
         position += len(batch)
         progress("loading", position, max(total, position))
+    if not position and isinstance(source, Path):
+        raise no_rows(source)
     try:
         engine.maintain()
     except StorageUnavailable:
@@ -132,6 +134,8 @@ def accept_load(
     """
     batches = _checked_batches(_opened(source, ids, column, options)[0], source)
     first = next(batches, None)
+    if (first is None or not len(first)) and isinstance(source, Path):
+        raise no_rows(source)
     if first is not None:
         usable = _prepared(first, _name(source), options).usable
         whole = read_templates(usable)
@@ -247,6 +251,12 @@ def _opened(
             raise InvalidInput(
                 f"{source} is a record or file of captures (ISO/IEC 19794, ANSI/NIST-ITL), but `load` reads tables of templates; name it in "
                 "the column `finger` of a manifest for `enroll-batch`, or extract its templates with bd.Encounter"
+            ) from None
+        refuse_other_kinds(source)
+        if source.suffix.lower() in CSV_SUFFIXES:
+            raise InvalidInput(
+                f"{source} is a CSV table, but `load` reads templates from a Parquet, Arrow or npy file; a CSV table of captures is for "
+                "`biodedup enroll-batch`, or for `biodedup dedup`"
             ) from None
         raise InvalidInput(
             f"{source} is not a Parquet, Arrow or npy file ({type(error).__name__}); write it with pyarrow, pandas or numpy"

@@ -112,8 +112,6 @@ def read_manifest(
             draft.problems.append(f"row {number}: {error.refusal.detail}")
         except InvalidInput as error:
             draft.problems.append(f"row {number}: {error}")
-    if not drafts:
-        raise InvalidInput(f"{manifest} has no rows; write one row for each capture")
     records = [_planned(draft) for draft in drafts.values()]
     return (
         [record for record in records if isinstance(record, Planned)],

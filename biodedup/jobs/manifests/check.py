@@ -43,6 +43,8 @@ class Checked(Described):
     form: str = ""
     notes: tuple[str, ...] = ()
     left_out: LeftOut = field(default_factory=LeftOut)
+    counted: str = "rows"
+    """What `rows` counts: `rows`, or `records` (encounters) where a record may have several rows."""
 
     def _left_out(self) -> LeftOut:
         return replace(self.left_out, rows=self.refused)
@@ -54,9 +56,10 @@ class Checked(Described):
         report += [f"columns: {', '.join(renamed)}"] if renamed else []
         report += self._left_out().sentences(rows_max)
         report += self.notes
+        counted = self.counted.removesuffix("s") if self.rows == 1 else self.counted
         return [
             *report,
-            f"{self.rows:,} rows, {self.rows - len(self.refused):,} can be used, {len(self.refused):,} refused; nothing was changed",
+            f"{self.rows:,} {counted}, {self.rows - len(self.refused):,} can be used, {len(self.refused):,} refused; nothing was changed",
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,10 +124,10 @@ def check_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) ->
     notes = []
     if first_unreadable is not None:
         notes.append(
-            f"captured_at is not a time in {unreadable_times:,} of {count:,} rows, first in row {first_unreadable.row}; state the date format, such as "
+            f"captured_at is not a time in {unreadable_times:,} of {count:,} records, first in row {first_unreadable.row}; state the date format, such as "
             "--date-format %d/%m/%Y, and write a spreadsheet's day numbers as dates"
         )
-    return _checked(TableFile(manifest, options), count, refused, notes)
+    return _checked(TableFile(manifest, options), count, refused, notes, counted="records")
 
 
 def accept_encounters(manifest: Path, options: TableOptions = DEFAULT_OPTIONS) -> None:
@@ -155,15 +158,19 @@ def _absent(number: int, subject_id: str | None, paths: Iterable[Any]) -> Refuse
     return None
 
 
-def _checked(table: TableFile, rows: int, refused: Iterable[RefusedRow], notes: Iterable[str] = ()) -> Checked:
-    form = ""
+def _checked(
+    table: TableFile, rows: int, refused: Iterable[RefusedRow], notes: Iterable[str] = (), *, counted: str = "rows"
+) -> Checked:
+    form, refused, notes = "", _in_order(refused), list(notes)
     if table.form is not None:
         encoding = _ENCODINGS.get(table.form.encoding, table.form.encoding)
         guessed = " (guessed from its letters; --encoding sets another)" if table.form.guessed else ""
         form = f"{encoding}{guessed}, separated by {_SEPARATORS.get(table.form.delimiter, repr(table.form.delimiter))}"
         if table.form.titles:
             form += f"; {table.form.titles} lines before the header are skipped as titles"
-    return Checked(str(table.path), rows, _in_order(refused), table.written, form, tuple(notes))
+        if refused:
+            notes.append(f"row 1 is line {table.form.lines_before + 2} of the file, below the header")
+    return Checked(str(table.path), rows, refused, table.written, form, tuple(notes), counted=counted)
 
 
 def _in_order(refused: Iterable[RefusedRow]) -> tuple[RefusedRow, ...]:

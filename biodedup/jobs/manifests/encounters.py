@@ -212,7 +212,11 @@ class Manifest:
         try:
             subject_id = subject_of(cells)
             groups = groups_of(row for _, row in rows)
-            captures = [self._capture(row) for _, row in rows] if self.by_capture else list(self._cells(cells))
+            captures = (
+                [self._capture(row, place, number) for place, row in rows]
+                if self.by_capture
+                else list(self._cells(cells))
+            )
             if not captures:
                 raise Unusable("no_capture", "all cells of captures are empty")
             if len(captures) > CAPTURES_MAX:
@@ -239,8 +243,17 @@ class Manifest:
                 problem=error.refusal,
             )
 
-    def _capture(self, row: Mapping[str, Any]) -> Cell | Missing:
-        """The capture of a row, in a table with one row for each capture."""
+    def _capture(self, row: Mapping[str, Any], place: int, first: int) -> Cell | Missing:
+        """The capture of a row, in a table with one row for each capture. place: the row's number, which an error names if it is not `first`,
+        the number of the record."""
+        try:
+            return self._capture_of(row)
+        except Unusable as error:
+            if place == first:
+                raise
+            raise Unusable(error.refusal.reason, f"row {place}: {error.refusal.detail}") from None
+
+    def _capture_of(self, row: Mapping[str, Any]) -> Cell | Missing:
         capture = capture_of(row, images=True)
         if capture is None:
             raise Unusable(

@@ -31,6 +31,7 @@ from biodedup.jobs.manifests.fields import (
     position_of,
 )
 from biodedup.jobs.manifests.options import DEFAULT_OPTIONS, TableOptions
+from biodedup.jobs.manifests.tables import no_rows, refuse_other_kinds
 from biodedup.jobs.manifests.text_form import open_text, refuse_undecodable_header, text_form
 from biodedup.jobs.shared.spreadsheet import unescaped_cells
 
@@ -62,6 +63,7 @@ class Roll:
 
 def read_roll(path: Path, options: TableOptions = DEFAULT_OPTIONS) -> Roll:
     """Reads a CSV or Parquet file that has the column subject_id or the column path. Raises InvalidInput."""
+    refuse_other_kinds(path)
     try:
         found, lines, refused = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path, options)
     except FileNotFoundError:
@@ -72,7 +74,10 @@ def read_roll(path: Path, options: TableOptions = DEFAULT_OPTIONS) -> Roll:
         ) from error
     reasons = np.full(len(lines), "", object)
     columns: dict[str, Any] = {}
-    for name, values in zip(_column_names(list(found), path, options), found.values(), strict=True):
+    names = _column_names(list(found), path, options)
+    if not len(lines) and not refused:
+        raise no_rows(path)
+    for name, values in zip(names, found.values(), strict=True):
         columns[name], unreadable = _texts(values, name, csv_file=path.suffix.lower() != ".parquet")
         reasons[unreadable] = f"{name} is not UTF-8 text"
     with_districts = "district" in columns

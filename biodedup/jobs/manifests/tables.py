@@ -31,6 +31,7 @@ Row: TypeAlias = tuple[int, Mapping[str, Any]]
 
 CSV_SUFFIXES = (".csv", ".tsv", ".txt")
 _BATCH_ROWS = 256
+_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"\xff\xa0\xff", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class TableFile:
@@ -51,18 +52,21 @@ class TableFile:
         return names
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        """All rows but blank ones. columns: the columns to read; None reads all. Raises InvalidInput if the file is cut short."""
-        names, number = list(columns or self.names), 0
+        """All rows but blank ones. columns: the columns to read; None reads all. Raises InvalidInput if the file is cut short, or has no row."""
+        names, number, empty = list(columns or self.names), 0, True
         try:
             for number, cells in enumerate(
                 self._parquet_rows(names) if self.form is None else self._csv_rows(names, self.form), 1
             ):
                 if cells is not None:
+                    empty = False
                     yield number, cells
         except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
             raise InvalidInput(
                 f"{self.path} cannot be read after row {number} ({type(error).__name__}); send the whole file again, finished rows are kept"
             ) from error
+        if empty:
+            raise no_rows(self.path)
 
     def _parquet_rows(self, names: list[str]) -> Iterator[dict[str, Any]]:
         written = [self.written[name] for name in names]
@@ -92,7 +96,7 @@ def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None
         if path.suffix.lower() == ".parquet":
             return None, pa.parquet.read_schema(path)
         if path.suffix.lower() in CSV_SUFFIXES:
-            _refuse_workbook(path)
+            refuse_other_kinds(path)
             form = text_form(path, options.encoding)
             refuse_undecodable_header(form, path)
             return form, pa.schema([(name, pa.string()) for name in header_of(path, form)])
@@ -102,12 +106,24 @@ def _form_and_schema(path: Path, options: TableOptions) -> tuple[TextForm | None
         raise InvalidInput(
             f"{path} is not a readable table ({type(error).__name__}); write it as Parquet or CSV"
         ) from error
-    _refuse_workbook(path)
-    raise InvalidInput(f"{path.name} does not end like a manifest; end the name with .parquet or .csv")
+    refuse_other_kinds(path)
+    raise InvalidInput(f"{path} does not end like a table; name a CSV or Parquet file (.csv, .tsv, .txt, .parquet)")
 
 
-def _refuse_workbook(path: Path) -> None:
-    """Raises InvalidInput for a file whose first bytes are those of a spreadsheet program's own formats, or of HTML."""
+def no_rows(path: Path) -> InvalidInput:
+    """The error for a table that has only a header."""
+    return InvalidInput(
+        f"{path} has no rows below its header; write one row for each capture or person, or check the export"
+    )
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raises InvalidInput for a folder, and for a file whose first bytes are those of a spreadsheet program's own formats, of HTML, or of an
+    image."""
+    if path.is_dir():
+        raise InvalidInput(
+            f"{path} is a folder, but a table is wanted; name a CSV or Parquet file (`biodedup dedup FOLDER` compares the images of a folder)"
+        )
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -116,6 +132,10 @@ def _refuse_workbook(path: Path) -> None:
         raise InvalidInput(f"{path} is a workbook (.xlsx, .xls, .ods), not a CSV file; save the sheet as CSV UTF-8")
     if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<html", b"<!doctype", b"<table", b"<?xml")):
         raise InvalidInput(f"{path} is an HTML or XML page, not a CSV file; export or save the table as CSV UTF-8")
+    if start.startswith(_IMAGES):
+        raise InvalidInput(
+            f"{path} is an image, but a table is wanted; name a CSV or Parquet file whose column path names the images"
+        )
 
 
 def _trimmed(cell: str, column: str) -> str | None:
