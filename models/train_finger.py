@@ -291,6 +291,11 @@ def export(network: FingerNetwork, path: Path) -> None:
         input_names=["directions", "minutiae"], output_names=["embedding", "pose"],
         dynamic_shapes={"directions": {0: dynamic}, "minutiae": {0: dynamic}},
     )  # fmt: skip
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]  # stack traces, with the paths of the machine
+    onnx.save(model, path)
 
 
 def main() -> None:

@@ -75,3 +75,8 @@ def test_a_private_attribute_of_an_engine_is_seen():
     name = "engine"  # this file is looked through as well
     content = f"{name}._gallery.seal()\nx = ({name}._searcher)\n{name}.__exit__(None)\n{name}.policy._x"
     assert len(reached(content, name)) == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.onnx")), ids=lambda path: path.name)
+def test_shipped_weights_hold_no_stack_trace_of_the_machine_that_made_them(path: Path):
+    assert b'File "/' not in path.read_bytes()
