@@ -109,8 +109,9 @@ def test_a_finger_alone_finds_its_subject_by_both_kinds_of_evidence(tmp_path):
         outcomes: list[str] = []
         for finger in range(4):
             found = asked(engine.identify, finger)
-            # in a gallery of four the cards are not checked: 130 dB are enough, 80 dB are for a person to judge
-            assert found.outcome == ("duplicate" if found.best.score_db > 100 else "review")
+            assert found.best.score_db > found.duplicate_db
+            # in a gallery of four the cards are not checked: a person judges a score that is not far above the threshold
+            assert (found.outcome, found.reasons) in (("duplicate", ()), ("review", ("uncalibrated",)))
             outcomes.append(found.outcome)
             assert found.best.subject_id == f"s{finger}"
             (part,) = found.best.evidence
