@@ -46,6 +46,8 @@ ADVICE: Mapping[str, tuple[str, str]] = {
     "too_large_area": ("there are more ridges than one finger has", "cut the picture into single fingers"),
     "too_large": ("the finger would be longer than any finger", "state the right dpi"),
     "few_minutiae": ("too few details of the finger are visible", "clean finger and scanner, recapture"),
+    "too_few_fingers": ("the encounter has too few fingers", "capture more fingers, or state why they cannot be had"),
+    "not_sent": ("a required capture was not sent", "capture it, or state why this is impossible"),
     "low_quality": (
         "the capture is of low quality",
         "recapture: a face in even light, looking into the camera; a finger clean and slightly moist",

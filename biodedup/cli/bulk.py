@@ -155,7 +155,7 @@ def status(
     chosen = configured(gallery, None)
     now = jobs.queue_status(gallery, time.time(), chosen)
     if report is not None:
-        jobs.write_status_page(report, now)
+        jobs.write_status_page(report, now, chosen.labels)
     if as_json:
         print_json(now.to_dict())
         return

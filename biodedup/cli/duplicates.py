@@ -242,11 +242,11 @@ def merge(
             executor=executor,
         )
         merged = in_turn(centre, wait, work, _MERGE_STEP_S) if apply and centre is not None else work()
-    _print_merge(merged, result, as_json)
+    _print_merge(merged, result, centre, as_json)
     raise typer.Exit(Exit.DUPLICATE if merged.summary["clusters"] and merged.applied is None else Exit.DONE)
 
 
-def _print_merge(merged: jobs.MergeResult, result: Path, as_json: bool) -> None:
+def _print_merge(merged: jobs.MergeResult, result: Path, centre: Path | None, as_json: bool) -> None:
     summary, applied = merged.summary, merged.applied
     if as_json:
         print_json(
@@ -262,8 +262,13 @@ def _print_merge(merged: jobs.MergeResult, result: Path, as_json: bool) -> None:
         say(
             f"applied: {applied.added:,} added, {applied.left_out:,} left out, {applied.removed:,} removed, "
             f"{applied.completed:,} survivors completed; {counted(applied.subjects, 'subject')}. "
-            f"To undo it: biodedup undo {applied.merge_id} --gallery FOLDER"
+            f"To undo it: biodedup undo {applied.merge_id} --gallery {centre}"
         )
+        if waiting := summary["clusters_to_adjudicate"]:
+            say(
+                f"{counted(waiting, 'cluster')} to be decided by hand: see the report; `biodedup explain A B --gallery {centre}` shows two "
+                "records, `biodedup remove ID` removes one"
+            )
     elif summary["clusters"]:
         say("nothing was changed; read the report, then run again with --into FOLDER --apply")
 

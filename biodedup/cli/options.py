@@ -217,6 +217,19 @@ def index_engines(texts: list[str] | None) -> str | dict[str, str] | None:
     return by_column or None
 
 
+def _position(written: str) -> str:
+    """A position by any name that tables may use, such as RI; a name that is not known is returned unchanged."""
+    from biodedup.jobs.manifests.fields import (
+        Unusable,
+        position_of,
+    )  # imported here, so that --help does not load pyarrow
+
+    try:
+        return position_of(written) if written else written
+    except Unusable:
+        return written
+
+
 def captures_of(
     faces: list[Path] | None, fingers: list[str] | None, missing: list[str] | None, dpi: float | None
 ) -> list[Capture]:
@@ -224,10 +237,10 @@ def captures_of(
     captures: list[Capture] = [Face(path) for path in faces or ()]
     for text in fingers or ():
         position, separator, path = text.partition("=")
-        captures.append(Finger(path, position, dpi) if separator else Finger(text, dpi=dpi))
+        captures.append(Finger(path, _position(position), dpi) if separator else Finger(text, dpi=dpi))
     for text in missing or ():
         position, _, reason = text.partition("=")
-        captures.append(Missing(position, reason or "not stated"))
+        captures.append(Missing(_position(position), reason or "not stated"))
     if all(isinstance(capture, Missing) for capture in captures):
         raise InvalidInput("no capture was given; pass --face PATH or --finger POSITION=PATH")
     return captures

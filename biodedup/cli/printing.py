@@ -64,6 +64,8 @@ def show_table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), tit
     )
     for row in rows:
         table.add_row(*map(_plain, row))
+    for column in table.columns:
+        column.overflow = "fold"  # an id that does not fit is broken, never cut
     _out.print(table)
 
 

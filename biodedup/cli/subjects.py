@@ -31,8 +31,8 @@ from biodedup.cli.options import (
     captures_of,
     index_engines,
 )
-from biodedup.cli.printing import finish, finish_decision, print_evidence, print_json, print_refusals, say
-from biodedup.errors import UnknownSubject
+from biodedup.cli.printing import complain, finish, finish_decision, print_evidence, print_json, print_refusals, say
+from biodedup.errors import InvalidInput, UnknownSubject
 from biodedup.values import Encounter
 
 _LATER_SIZE = 1_000_000
@@ -97,6 +97,11 @@ def identify(
     encounter = Encounter(None, captures_of(face, finger, None, dpi))
     chosen = configured(gallery, config, threads=threads)
     with looked_into(gallery, chosen, by, purpose, searched=True) as engine:
+        if group and not by:  # a caller's role may allow a search, but not the list of groups
+            known = engine.groups()
+            absent = [name for name in group if name not in known]
+            if absent:
+                complain(f"no subject is in the group {', '.join(map(repr, absent))}; `biodedup list` shows the groups")
         decision = engine.identify(
             encounter, groups=group or None, across_positions=across_positions or None, from_db=from_db
         )
@@ -164,6 +169,10 @@ def update(
 
     Otherwise it becomes a case for adjudication (exit code 11).
     """
+    if replace != bool(reason.strip()):
+        raise InvalidInput(
+            "--replace and --reason TEXT go together: state why everything enrolled of the subject is replaced"
+        )
     captures = captures_of(face, finger, missing, dpi)
     encounter = Encounter(subject_id, captures, encounter_id=encounter_id, groups=group or ())
     with existing(gallery, configured(gallery, config, threads=threads), wait) as engine:

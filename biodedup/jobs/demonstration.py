@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from skimage import data
 
 from biodedup.common.described import Described
-from biodedup.config import Config
+from biodedup.config import Config, LogConfig
 from biodedup.embed.cards import load_card
 from biodedup.engine import Engine
 from biodedup.synthetic import draw_impression, draw_master
@@ -120,7 +120,9 @@ def demo(
     say: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:
     """Runs the demonstration in an empty gallery folder. say: called with each line of the report."""
-    with Engine.open(folder, config or Config()) as engine:
+    with Engine.open(
+        folder, config or Config(log=LogConfig(slow_search_ms=600_000))
+    ) as engine:  # the first search compiles
         vectors = population(subjects)
         load_seconds = _load(engine, vectors)
         say(f"{len(engine):,} synthetic subjects loaded, durable, in {load_seconds:.1f} s")

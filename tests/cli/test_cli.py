@@ -426,3 +426,58 @@ def test_the_reason_of_a_duplicate_is_a_note_not_a_task(capsys):
         printing.finish_decision(replace(decision, outcome="review"), False, labels=bd.Config().labels)
     note, task = re.findall(r"^  (.+): another case is open", capsys.readouterr().out, re.M)
     assert (note, task) == ("note", "a person has to look")
+
+
+def loaded(folder: Path, vectors, ids) -> Path:
+    with bd.Engine.open(folder) as engine:
+        engine.add_templates(ids, {"face": vectors}, model_id=SFACE)
+    return folder
+
+
+def test_a_position_on_the_command_line_has_any_name_that_tables_know(tmp_path):
+    from biodedup.cli.options import captures_of
+
+    captures = captures_of(None, ["RI=a.png", "telunjuk kiri=b.png", "c.png"], ["Left Thumb=amputated"], None)
+    assert [c.column for c in captures[:3]] == ["right_index", "left_index", "unknown"]
+    assert captures[3].position == "left_thumb"
+    with pytest.raises(bd.InvalidInput, match="position 'toe' is not known"):
+        captures_of(None, ["toe=a.png"], None, None)
+
+
+def test_a_search_in_a_group_that_nobody_is_in_says_so(tmp_path):
+    loaded(tmp_path / "gallery", people(3), ["a", "b", "c"])
+    (tmp_path / "x.jpg").write_bytes(b"no picture")
+    _, _, err = run("identify", "--face", "x.jpg", "--group", "north", cwd=tmp_path)
+    assert "no subject is in the group 'north'" in err
+
+
+def test_a_replacement_without_a_reason_names_the_option(tmp_path):
+    loaded(tmp_path / "gallery", people(3), ["a", "b", "c"])
+    code, _, err = run("update", "a", "--face", "x.jpg", "--replace", cwd=tmp_path)
+    assert code == 2 and "--reason TEXT" in err
+
+
+def test_facts_are_words_and_long_ids_are_never_cut(tmp_path, monkeypatch):
+    loaded(tmp_path / "gallery", people(3), ["a", "b", "c"])
+    _, out, _ = run("info", cwd=tmp_path)
+    assert "None" not in out and "[]" not in out and "('sent',)" not in out and "…" not in out
+
+
+def test_a_merge_names_the_gallery_for_undo_and_how_to_decide_by_hand(tmp_path):
+    vectors = people(40)
+    loaded(tmp_path / "agam", vectors[:20], [f"a{i}" for i in range(20)])
+    loaded(tmp_path / "bantul", np.concatenate([vectors[:2], vectors[20:]]), [f"b{i}" for i in range(22)])
+    code, out, _ = run("merge", "agam", "bantul", "--into", "central", "--apply", cwd=tmp_path)
+    assert code == 0 and "--gallery central" in out and "2 clusters to be decided by hand" in out
+    assert "biodedup remove ID" in (tmp_path / "merge.html").read_text()
+
+
+def test_a_damaged_gallery_is_reported_with_the_command_that_restores_it(tmp_path):
+    with bd.Engine.open(loaded(tmp_path / "gallery", people(3), ["a", "b", "c"])) as engine:
+        engine.compact()
+    (column,) = (tmp_path / "gallery" / "segments").glob("*.face")
+    content = bytearray(column.read_bytes())
+    content[-8] ^= 1
+    column.write_bytes(content)
+    code, out, _ = run("doctor", "--gallery", "gallery", cwd=tmp_path)
+    assert code == 4 and "--gallery gallery --repair --backup COPY" in out and "run `biodedup doctor`" not in out

@@ -371,7 +371,7 @@ def test_entries_of_captures_stand_as_of_their_versions_which_the_report_states(
         ("name,district\na,b\n".encode("utf-16"), "wanted subject_id"),
         (b"subject_id,subject_id\na,b\n", "repeats a column name"),
         (b"subject_id,Subject_ID\na,b\n", "repeats a column name"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0", "not UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0", "is an image"),
     ],
 )
 def test_a_file_that_is_no_roll_is_the_callers_mistake(engine, tmp_path, content, text):

@@ -181,6 +181,7 @@ def test_the_page_says_when_the_queue_will_be_empty(gallery, tmp_path):
     page = (tmp_path / "s.html").read_text()
     assert "20 encounters wait" in page and "the queue is empty in 20 min" in page
     assert "<script" not in page
+    assert "<td>unique</td>" in page and "<td>review</td>" in page and "adjudicate" not in page
 
 
 def test_a_verdict_takes_an_encounter_out_of_adjudication_and_touches_no_other(gallery):

@@ -332,9 +332,16 @@ def info(
     rows = []
     for key, value in facts.items():
         for name, text in value.items() if isinstance(value, dict) else [("", value)]:
-            shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else str(text)
+            shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else _fact(text)
             rows.append((key.replace("_", " "), name, shown))
     show_table(rows)
+
+
+def _fact(value: object) -> str:
+    """A fact as text, as `policy show` and `config` print it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @app.command(rich_help_panel=Panel.CARE)

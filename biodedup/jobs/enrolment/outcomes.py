@@ -124,7 +124,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "wrong_type": ("a cell holds the wrong kind of value", "repair the manifest and run again"),
     "not_utf8": ("a cell is not UTF-8 text", "write the manifest in UTF-8 and run again"),
     "no_subject_id": ("the record names no subject", "repair the manifest and run again"),
-    "unusable_id": ("an identifier is too long, or cannot be printed", "repair the manifest and run again"),
+    "unusable_id": ("an identifier cannot be used; the detail says why", "repair the manifest and run again"),
     "unknown_position": ("the position is neither a finger nor the face", "repair the manifest and run again"),
     "no_capture": ("the record has no capture", "repair the manifest, or capture the person"),
     "invalid_input": ("a value cannot be used", "see the detail"),

@@ -21,7 +21,7 @@ from typing import Any
 
 from biodedup.common.arguments import checked
 from biodedup.common.described import Described
-from biodedup.config import Config
+from biodedup.config import Config, LabelConfig
 from biodedup.errors import NotAGallery
 from biodedup.gallery.files.faults import translated
 from biodedup.gallery.files.filesystem import LocalStorage, Storage
@@ -340,9 +340,10 @@ def note_verdict(gallery: Path, decision: Decision, now: float, config: Config |
             backlog.judge(decision.encounter_id, STATUS_OF[decision.outcome], now)
 
 
-def write_status_page(path: Path, status: QueueStatus) -> None:
-    """Writes the state as an HTML page for officials. Raises StorageUnavailable."""
-    write_page(path, "status.html", status=status, meanings=MEANINGS)
+def write_status_page(path: Path, status: QueueStatus, labels: LabelConfig | None = None) -> None:
+    """Writes the state as an HTML page for officials. labels: the words for outcomes; None: `unique`, `review`, .... Raises
+    StorageUnavailable."""
+    write_page(path, "status.html", status=status, meanings=MEANINGS, label=(labels or LabelConfig()).of)
 
 
 def _warning(waiting: int, oldest_s: float, received: int, decided: int, clear_s: float | None) -> str:

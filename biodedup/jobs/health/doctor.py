@@ -28,6 +28,9 @@ from biodedup.jobs.health.canaries import watch
 from biodedup.jobs.health.canary_report import Watch
 from biodedup.jobs.shared.progress import Progress, silent
 
+_ADVICE = "; run `biodedup doctor`"
+"""What errors of damage advise; omitted in the report of that command."""
+
 
 @dataclass(frozen=True)
 class Report(Described):
@@ -99,7 +102,11 @@ def examine(
         if exposed_files := exposed(gallery):
             reachable.append(advice_on_exposure(gallery, exposed_files))
         if damage:
-            problems.extend(f"gallery {gallery}: {problem}" for problem in damage)
+            problems.extend(f"gallery {gallery}: {str(problem).removesuffix(_ADVICE)}" for problem in damage)
+            if backup is None:
+                notes.append(
+                    f"`biodedup doctor --gallery {gallery} --repair --backup COPY` restores damaged files from a backup"
+                )
         else:
             with Engine.open(gallery, config, read_only=True) as engine:
                 checked.append(
