@@ -321,6 +321,9 @@ class Snapshot:
     version = 7
     streamed = frozenset()
 
+    def __init__(self):
+        self.parts = []
+
     def mask(self, part, groups=None, hidden=frozenset()):
         return None
 
@@ -344,11 +347,11 @@ def fan_out():
 
 def shards_of(vectors, scanner, pieces=2, codec=None):
     codec = codec or make_codec(vectors.shape[1], [vectors])
-    found, first = [], 0
+    snapshot, first = Snapshot(), 0
     for piece in np.array_split(vectors, pieces):
-        found.append(native.NativeShard(Snapshot(), [Part(piece, codec, first)], scanner))
+        snapshot.parts.append(Part(piece, codec, first))
         first += len(piece)
-    return found
+    return [native.NativeShard(snapshot, [part], scanner) for part in snapshot.parts]
 
 
 def exact(probes, shards, k):
@@ -447,6 +450,8 @@ def test_probes_are_searched_by_tables_and_find_the_pairs_of_a_scan_of_all_rows(
     shards = shards_of(vectors, scanner)
     probes = mates_of(vectors[:600], np.linspace(0.45, 0.95, 600))
     plan = ShardQuery("face", 0, len(vectors), 1e-3, min_similarity=np.full(600, 0.6, np.float32))
+    for some in (slice(None), slice(1)):  # one shard measures, and the other scans without tables meanwhile
+        fan_out.reached(shards, probes[some], replace(plan, min_similarity=plan.min_similarity[some]))
     calls = counting_scans(monkeypatch)
     by_tables = fan_out.reached(shards, probes, plan).found
     one = fan_out.reached(shards, probes[-1:], replace(plan, min_similarity=plan.min_similarity[:1])).found
@@ -468,7 +473,7 @@ def test_the_nearest_of_many_probes_are_those_of_an_exact_search(scanner, fan_ou
     shards = shards_of(vectors, scanner)
     probes = np.concatenate([mates_of(vectors[:30], np.linspace(0.4, 0.9, 30)), unit(11, dimension, 5)])
     calls = counting_scans(monkeypatch)
-    monkeypatch.setattr(native, "_cheapest_estimator", lambda column, *_: population.classes_of(column, tables))
+    monkeypatch.setattr(native, "_cheapest", lambda column, *_: population.classes_of(column, tables))
     found = fan_out.nearest(shards, probes, ShardQuery("face", 2, len(vectors), 1e-3))
     assert min(calls) > 0
     rows, similarity = exact(probes, shards, 2)
@@ -851,6 +856,33 @@ def test_a_sealed_column_holds_the_bits_and_nibbles_of_its_codes(tmp_path):
         assert not np.array_equal(stored.signs, stored.outer)
         assert np.array_equal(coding.high_nibbles(codes, 128), stored.high)
         assert np.array_equal(stored.norms[:9_000], norms) and stored.norm_min == norms.min()
+
+
+def test_while_one_search_measures_the_laws_of_tables_others_scan_without_them(monkeypatch):
+    class Column:
+        count = 1_000_000
+        codec = make_codec(128, [])
+
+    column, asked = Column(), []
+
+    def measured(*given):
+        asked.append(given)
+        if len(asked) == 1:  # another search comes meanwhile
+            assert native._cheapest(column, 0.5, 1, 1e-3, 1_000_000) is None
+        return "tables"
+
+    monkeypatch.setattr(native, "INSTRUCTIONS", "avx2")
+    monkeypatch.setattr(native, "_measured", measured)
+    monkeypatch.setattr(costs, "CLASSES_MEASURED_NS", 0)
+    assert [native._cheapest(column, 0.5, 1, 1e-3, 1_000_000) for _ in range(3)] == ["tables"] * 3
+    assert len(asked) == 1
+
+
+def test_the_largest_column_of_a_codec_stands_for_all_of_its_columns(scanner):
+    shards = shards_of(unit(30_001, 64), scanner)
+    columns = [part.columns["face"] for shard in shards for part in shard._parts]
+    assert columns[0].count > columns[1].count
+    assert all(shard._largest_like(column, "face") is columns[0] for shard, column in zip(shards, columns, strict=True))
 
 
 def test_laws_of_tables_are_measured_once_scans_have_cost_as_much(monkeypatch):
