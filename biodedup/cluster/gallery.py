@@ -16,7 +16,6 @@ never decides.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from biodedup.cluster.cache import SegmentCache, copies_of
 from biodedup.cluster.catalogue import Changes, PostgresCatalogue
+from biodedup.cluster.scratch import remove_scratch
 from biodedup.cluster.store import SegmentStore, stored_name
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import BiodedupError, GalleryBusy, GalleryDamaged, InvalidInput, StorageUnavailable
@@ -120,7 +120,7 @@ class ClusterGallery(Gallery):
             self._poller.join()
         super().close()
         if self.is_of_this_process and self._cluster.cache is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_scratch(self.folder)
 
     @property
     def key_file(self) -> str:

@@ -9,18 +9,16 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from biodedup.cluster.catalogue import Limits, PostgresCatalogue
 from biodedup.cluster.gallery import ClusterGallery
 from biodedup.cluster.key import new_key, place
+from biodedup.cluster.scratch import make_scratch, remove_scratch
 from biodedup.config import ClusterConfig, GalleryConfig
 from biodedup.errors import InvalidInput
 from biodedup.gallery.files.filesystem import Storage
@@ -74,7 +72,7 @@ def open_register(
         key = new_key(storage)
         new = key.content, key.chain_key
         catalogue.open(gallery_id, json.dumps(settings), create=not read_only, new=new)
-        folder = folder or Path(tempfile.mkdtemp(prefix="biodedup-cache-"))
+        folder = folder or make_scratch("biodedup-cache-")
         storage.make_folder(folder)
         place(storage, folder, key.key_id, catalogue.key_file)
         catalogue.take_key(storage.register_chain_key(folder))
@@ -94,5 +92,5 @@ def open_register(
     except BaseException:
         catalogue.close()
         if folder is not None and cluster.cache is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_scratch(folder)
         raise

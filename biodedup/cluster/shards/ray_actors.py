@@ -12,7 +12,6 @@ Owns all calls to Ray that concern actors and nodes. Ray holds no durable state:
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from biodedup.cluster.key import ActorKey, actor_storage
+from biodedup.cluster.scratch import make_scratch, remove_scratch
 from biodedup.cluster.shards import wire
 from biodedup.cluster.shards.asking import ReplicaFailed
 from biodedup.cluster.shards.host import ShardHost
@@ -61,14 +61,18 @@ class ShardActor:
     ) -> None:
         """cache: the folder of the local copies, None for a temporary one; key: from `ActorKey.sent`; the others: as in `ShardHost`."""
         os.nice(_NICE)
-        folder = Path(cache) if cache else Path(tempfile.mkdtemp(prefix="biodedup-shard-"))
+        self._scratch = None if cache else make_scratch("biodedup-shard-")
+        folder = self._scratch or Path(str(cache))
         self._host = ShardHost(partial(actor_storage, key), folder, segments, register_id, bytes_max, threads)
-        threading.Thread(target=self._end_when_idle, args=(_imported(),), daemon=True).start()
+        self._watching = threading.Thread(target=self._end_when_idle, args=(_imported(),), daemon=True)
+        self._watching.start()
 
     def _end_when_idle(self, ray: Any) -> None:
         itself = ray.get_runtime_context().current_actor
         while self._host.idle_s < _IDLE_S:
             time.sleep(_IDLE_S / 10)
+        if self._scratch is not None:
+            remove_scratch(self._scratch)
         ray.kill(itself, no_restart=True)
 
     def search(self, sent: wire.Sent) -> wire.Sent:
