@@ -186,6 +186,13 @@ def test_what_is_not_read_is_named_in_the_refusal(content, name):
         read_captures(content)
 
 
+def test_colours_of_a_face_that_are_no_rgb_are_refused_by_name_and_not_taken_for_grey(portrait):
+    side = {6: portrait.shape[1], 7: portrait.shape[0], 8: 0, 11: "NONE"}
+    content = itl([tagged(10, {2: 3, 3: "FACE", **side, 12: "YCC"}, portrait.tobytes())])
+    with pytest.raises(bd.InvalidInput, match="YCC"):
+        pictures_in(content)
+
+
 def test_a_record_of_an_unknown_version_is_refused_with_its_version():
     (refusal,) = EXTRACTOR.extract([bd.Finger(b"FIR\x00050\0" + bytes(60))])
     assert refusal.reason == "unsound_record"

@@ -308,3 +308,9 @@ def test_a_negative_has_the_minutiae_of_its_positive():
     mate, again = two_impressions(7)
     positive, negative = (minutiae_score(extract(mate), extract(one)) for one in (again, 255 - again))
     assert negative > 0.6 * positive > 5
+
+
+def test_a_print_of_2000_dpi_is_measured_at_a_scale_that_shows_its_ridges():
+    image = finger(1)
+    fine = cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+    assert minutiae_score(extract(image), extract(fine, dpi=2000)) > 30

@@ -56,6 +56,10 @@ def test_wsq_is_read_with_its_size(tmp_path):
     assert np.abs(pixels.grey.astype(int) - image).mean() < 12
 
 
+def test_bytes_behind_the_end_of_a_wsq_are_ignored():
+    assert isinstance(decode(encoded(finger(1), "WSQ") + bytes(3), "unknown", LIMITS), Pixels)
+
+
 def test_a_file_states_its_resolution():
     content = encoded(finger(1), "PNG", dpi=(1000, 1000))
     assert decode(content, "unknown", LIMITS).dpi == pytest.approx(1000, rel=0.01)

@@ -6,6 +6,7 @@ import io
 import itertools
 import struct
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -193,3 +194,70 @@ DEEP = [
     tiff(np.stack([GREY] * 3).astype(np.uint16), photometric="rgb", planarconfig="separate", metadata=None),
     tiff(GREY.astype(np.uint16), tile=(32, 32), photometric="miniswhite", metadata=None),
 ]
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_sixteen_bits_that_hold_fewer_are_refused_and_not_taken_for_a_dark_picture(bits):
+    few = GREY.astype(np.uint16) << (bits - 8)
+    colours = COLOUR.astype(np.uint16) << (bits - 8)
+    png = cv2.imencode(".png", colours)[1].tobytes()
+    for content in (
+        saved(Image.fromarray(few), "PNG"),
+        png,
+        tiff(few),
+        tiff(few, compression="zlib"),
+        tiff(colours),
+        few,
+        colours,
+    ):
+        detail = refused(content)
+        assert "16-bit" in detail and "65535" in detail
+    assert isinstance(decode(few << (16 - bits), "face", LIMITS), Pixels)
+
+
+def test_a_black_picture_of_sixteen_bits_is_a_picture():
+    assert not pixels_of(np.zeros((70, 90), np.uint16)).any()
+
+
+def test_transparent_pixels_of_a_deep_tiff_become_white():
+    alpha = np.where(GREY > 127, 0xFFFF, 0).astype(np.uint16)
+    wanted = np.where((GREY > 127)[..., None], COLOUR, 255)
+    for kind, planes in itertools.product(("unassalpha", "assocalpha"), ("contig", "separate")):
+        deep = COLOUR.astype(np.uint16) * 257
+        stored = np.dstack([deep * (alpha > 0)[..., None] if kind == "assocalpha" else deep, alpha])
+        stored = stored if planes == "contig" else stored.transpose(2, 0, 1)
+        content = tiff(stored, photometric="rgb", extrasamples=[kind], planarconfig=planes)
+        assert np.abs(pixels_of(content).astype(int) - wanted).max() <= 1, (kind, planes)
+
+
+def test_a_number_of_unknown_meaning_beside_the_colours_of_a_deep_tiff_is_ignored():
+    stored = np.dstack([COLOUR.astype(np.uint16) * 257, np.zeros(GREY.shape, np.uint16)])
+    assert (pixels_of(tiff(stored, photometric="rgb", extrasamples=["unspecified"])) == COLOUR).all()
+
+
+def several(content: bytes) -> bd.Refusal:
+    result = decode(content, "face", LIMITS)
+    assert isinstance(result, bd.Refusal), result
+    return result
+
+
+def test_a_file_of_several_pictures_is_refused_by_name():
+    first, second = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
+    for form, name in (("GIF", "GIF"), ("PNG", "PNG"), ("WEBP", "WEBP"), ("TIFF", "TIFF")):
+        refusal = several(saved(first, form, save_all=True, append_images=[second]))
+        assert (refusal.reason, name in refusal.detail) == ("several_pictures", True), refusal
+        assert isinstance(decode(saved(first, form, save_all=True), "face", LIMITS), Pixels)
+
+
+def test_a_thumbnail_beside_the_picture_of_a_tiff_is_no_second_picture():
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as writer:
+        writer.write(GREY)
+        writer.write(GREY[::4, ::4], subfiletype=1)
+    assert (pixels_of(out.getvalue()) == GREY).all()
+
+
+def test_a_tiff_whose_directories_form_a_circle_ends():
+    content = bytearray(directory(GREY.tobytes(), {258: 8, 262: 1}))
+    content[-4:] = struct.pack("<I", struct.unpack_from("<I", content, 4)[0])
+    assert (pixels_of(bytes(content)) == GREY).all()

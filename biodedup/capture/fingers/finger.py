@@ -113,12 +113,13 @@ class FingerReader:
         scan_dpi = dpi or scanner_dpi(pixels.dpi)
         picture = unframed(pixels.grey)
         found = judged(picture, scan_dpi)
+        said = "the stated" if scan_dpi in (dpi, pixels.dpi) else "the assumed"
         if found.doubtful if dpi is None else found.better is not None:
-            return _contradicted(found, position, scan_dpi)
+            return _contradicted(found, position, scan_dpi, said)
         notes: tuple[str, ...] = ()
         if found.better is not None:
-            said = "states" if pixels.dpi == scan_dpi else "would have"
-            notes = (f"{said} {scan_dpi:.0f} dpi, where its ridges are no finger's; taken as {found.better:g}",)
+            verb = "states" if pixels.dpi == scan_dpi else "would have"
+            notes = (f"{verb} {scan_dpi:.0f} dpi, where its ridges are no finger's; taken as {found.better:g}",)
             scan_dpi = found.better
         grey = self._at_500_dpi(picture, position, scan_dpi)
         if isinstance(grey, Refusal):
@@ -128,7 +129,7 @@ class FingerReader:
         if found.impossible and (
             found.mm(scan_dpi) < RIDGE_MM or print_.measures.certainty >= self._config.certainty_min
         ):
-            return _contradicted(found, position, scan_dpi)
+            return _contradicted(found, position, scan_dpi, said)
         return grey, print_, notes
 
     def _at_500_dpi(self, grey: NDArray[np.uint8], position: str, dpi: float) -> NDArray[np.uint8] | Refusal:
@@ -201,17 +202,16 @@ _REFUSALS = {
 }
 
 
-def _contradicted(found: Judged, position: str, dpi: float) -> Refusal:
-    """The refusal of a resolution that the ridges contradict. measured, limit: mm between ridges at it, and at the one that fits."""
-    better = found.better or DPI
-    at, fits = (round(found.mm(value), 3) for value in (dpi, better))
-    if found.better is None and found.impossible:
-        return Refusal(
-            position, "resolution", f"mm between ridges at {dpi:.0f} dpi; state the scanner's dpi", at, RIDGE_MM
-        )
-    return Refusal(
-        position, "resolution", f"mm between ridges at the stated {dpi:.0f} dpi; {better:g} dpi fits", at, fits
-    )
+def _contradicted(found: Judged, position: str, dpi: float, said: str) -> Refusal:
+    """The refusal of a resolution that the ridges contradict. measured, limit: mm between ridges at it, and at the one that fits, or of a
+    typical finger. said: whether the resolution is stated or assumed."""
+    detail, limit = f"mm between ridges at {said} {dpi:.0f} dpi", RIDGE_MM
+    better = found.better or (None if found.impossible else float(DPI))
+    if better is not None:
+        detail, limit = f"{detail}; {better:g} dpi fits", round(found.mm(better), 3)
+    else:
+        detail += "; state the scanner's dpi"
+    return Refusal(position, "resolution", detail, round(found.mm(dpi), 3), limit)
 
 
 def _checks(config: FingerConfig, **measured: float) -> tuple[tuple[str, str, float, float, bool], ...]:

@@ -6,7 +6,8 @@ Owns decoding and its limits. Never judges the content of a picture, and never l
 2. The size and the cost of decoding are checked in the header (`headers.py`), before a pixel is decoded.
 3. Only the formats in `FORMATS`, and WSQ, are tried. None of them starts another program or follows a reference.
 4. A truncated image is refused, never padded.
-5. Of several frames the first is used. A very large JPEG of a face is decoded at a fraction of its size.
+5. A file of several pictures is refused as `several_pictures`, except a JPEG, in which cameras store further pictures of the same moment. A
+   very large JPEG of a face is decoded at a fraction of its size.
 6. A picture is refused as `pixel_format` if the range or the meaning of its numbers is unknown, so that 8-bit levels would be a guess.
 """
 
@@ -85,7 +86,11 @@ def decode(data: CaptureData, column: str, limits: CaptureConfig) -> Pixels | Re
         check_array(data)
         height, width = data.shape[:2]
         declined = _size_refusal(column, "array", width, height, limits)
-        return declined or Pixels(_from_array(data))
+        if declined:
+            return declined
+        pixels = _from_array(data)
+        few = data.dtype.itemsize == 2 and _few_bits(pixels)
+        return _pixel_format(column, "array", _FEW) if few else Pixels(pixels)
     content = read(data, column, limits)
     if isinstance(content, Refusal):
         return content
@@ -137,6 +142,8 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
     unread = layout.unread if layout is not None else unread_jpeg(content) if name == "JPEG" else None
     if unread is not None:
         return _pixel_format(column, name, unread)
+    if layout is not None and layout.pages > 1:
+        return _several_pictures(column, name)
     if layout is not None and layout.is_decoded_here:
         return _decode_tiff(content, layout, column, limits)
     content = content if layout is None else layout.for_pillow(content)
@@ -149,8 +156,10 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
                 declined = _size_refusal(column, name, *image.size, limits)
                 if declined:
                     return declined
+                if name not in ("JPEG", "TIFF") and getattr(image, "is_animated", False):
+                    return _several_pictures(column, name)
                 image.load()
-                dpi, mode = image.info.get("dpi"), image.mode
+                dpi, mode = _resolution(image), image.mode
                 orientation = _orientation(image)
                 turn = _TURNS.get(orientation)
                 pixels = eight_bits(image if turn is None else image.transpose(turn), name)
@@ -164,6 +173,8 @@ def _decode_pillow(content: bytes, column: str, limits: CaptureConfig) -> Pixels
         return _pixel_format(column, name, _MODES.get(mode, f"numbers of Pillow's mode {mode}"))
     if layout is not None:
         pixels, orientation = 255 - pixels if layout.inverted else pixels, layout.orientation
+    if (layout.bits[0] if layout is not None else _png_depth(name, content)) == 16 and _few_bits(pixels):
+        return _pixel_format(column, name, _FEW)
     return _with_dpi(pixels, dpi, orientation in _SIDEWAYS)
 
 
@@ -175,6 +186,8 @@ def _decode_tiff(content: bytes, layout: Layout, column: str, limits: CaptureCon
     levels = layout.levels(content)
     if levels is None:
         return _broken(column, "TIFF")
+    if layout.bits[0] == 16 and _few_bits(levels):
+        return _pixel_format(column, "TIFF", _FEW)
     turn = _TURNS.get(layout.orientation)
     if turn is not None:
         levels = np.array(Image.fromarray(levels).transpose(turn))
@@ -188,6 +201,31 @@ def _sniff(content: bytes) -> str | None:
         if accept is not None and accept(content[:16]) is True:
             return name
     return None
+
+
+def _png_depth(name: str, content: bytes) -> int:
+    """The bits of a number in a PNG, from its header; 8 for other formats."""
+    return content[24] if name == "PNG" and len(content) > 24 else 8
+
+
+def _few_bits(pixels: NDArray[np.uint8]) -> bool:
+    """Whether numbers of 16 bits use 14 bits or fewer, as some cameras store them. pixels: their higher 8 bits."""
+    return 0 < int(pixels.max()) < 64
+
+
+def _resolution(image: Image.Image) -> object:
+    """The resolution in a file. If the file states only the ratio of both axes: the ratio, with 500 dpi for the lesser axis."""
+    stated = image.info.get("dpi")
+    if stated is not None:
+        return stated
+    ratio = image.info.get("aspect") or image.info.get("resolution")
+    if ratio is None and image.info.get("jfif_unit") == 0:
+        ratio = image.info.get("jfif_density")
+    try:
+        x, y = (float(value) for value in ratio or (1, 1))
+        return (500 * x / min(x, y), 500 * y / min(x, y)) if x != y else None
+    except (TypeError, ValueError, ArithmeticError):
+        return None
 
 
 def _shrink(image: Image.Image, pixels_max: int) -> None:
@@ -256,6 +294,13 @@ def _size_refusal(column: str, name: str, width: int, height: int, limits: Captu
     if min(width, height) < limits.side_px_min:
         return Refusal(column, "too_small", detail, min(width, height), limits.side_px_min)
     return None
+
+
+_FEW = "16-bit numbers that use 14 bits or fewer (white is not 65535)"
+
+
+def _several_pictures(column: str, name: str) -> Refusal:
+    return Refusal(column, "several_pictures", f"{name} of several pictures; save the right one in a file of its own")
 
 
 def _pixel_format(column: str, name: str, content: str) -> Refusal:

@@ -32,7 +32,7 @@ _BINARY_TYPES = range(3, 9)
 _TYPE_4 = struct.Struct(">IBB6sBHHB")
 _MM_PER_INCH, _CM_PER_INCH = 25.4, 2.54
 _RAW_CODES = ("NONE", "0", "")
-_SPACES = {"RGB": 3, "SRGB": 3, "GRAY": 1, "GREY": 1}
+_SPACES = {"RGB": 3, "SRGB": 3, "GRAY": 1, "GREY": 1, "": 1}
 _MINUTIAE, _FINGERS, _FACE, _PALM = 9, (13, 14), 10, 15
 _FACE_KINDS = ("", "FACE")
 PALM = "a palm"
@@ -168,7 +168,11 @@ def _tagged(kind: int, fields: Mapping[int, bytes]) -> Picture | None:
     if _text(fields, 11) not in _RAW_CODES:
         return Picture(column, data, dpi, what=what)
     depth = _text(fields, 12)
-    planes = _SPACES.get(depth, 1) if kind == _FACE else (3 if depth == "24" else 1)
+    if kind == _FACE and depth not in _SPACES:
+        raise InvalidInput(
+            f"{_NAME}: colours in space {depth!r} that are not compressed, wanted SRGB or GRAY; convert them"
+        )
+    planes = _SPACES[depth] if kind == _FACE else (3 if depth == "24" else 1)
     if kind != _FACE and depth not in ("8", "24", ""):
         raise InvalidInput(f"{_NAME}: a picture of {depth} bits a pixel that is not compressed, wanted 8; convert it")
     return Picture(column, raw_pixels(data, (_int(fields, 6), _int(fields, 7)), planes, _NAME), dpi, what=what)

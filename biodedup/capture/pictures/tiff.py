@@ -10,8 +10,8 @@ content of the bytes. Only the first directory is read.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ _FORMATS = {2: "signed numbers", 3: "floating-point numbers", 5: "complex number
 _DEPTHS = (1, 2, 4, 8, 12, 16)
 _CODES = {1: "B", 3: "H", 4: "I", 5: "II", 13: "I", 16: "Q"}
 _NUMBERS_MAX = 100_000
+_PAGES_MAX = 100
+_NO_PAGE, _SMALLER = 1 | 4, 2
+"""Bits of tag 254 (a smaller copy, a mask), and the value of its predecessor, tag 255, for a smaller copy."""
 _ROWS = 64
 """Rows that are unpacked at a time. A number of 12 bits takes 12 bytes while it is unpacked."""
 
@@ -47,6 +50,10 @@ class Layout:
     sizes: tuple[int, ...]
     block: tuple[int, int]
     dpi: tuple[float, float] | None
+    alpha: int = 0
+    """The meaning of the number after the colours: 1 and 2 for transparency, multiplied into the colours or not; 0 for anything else."""
+    pages: int = 1
+    """Number of pictures in the file, smaller copies and masks left out."""
 
     @property
     def unread(self) -> str | None:
@@ -93,12 +100,14 @@ class Layout:
         bits, colours = self.bits[0], _SAMPLES[self.photometric]
         if min(*self.size, *self.block) < 1 or len(self.starts) != len(self.sizes):
             return None
-        out = np.zeros((height, width, colours), np.uint8)
+        alpha = self.alpha in (1, 2) and self.samples > colours
+        channels = colours + alpha
+        out = np.zeros((height, width, channels), np.uint8)
         down, across = -(-height // self.block[0]), -(-width // self.block[1])
         if len(self.starts) < down * across * (self.samples if self.planes else 1):
             return None
         held = 1 if self.planes else self.samples
-        for index, start in enumerate(self.starts[: down * across * (colours if self.planes else 1)]):
+        for index, start in enumerate(self.starts[: down * across * (channels if self.planes else 1)]):
             plane, place = divmod(index, down * across)
             top, left = (place // across) * self.block[0], (place % across) * self.block[1]
             rows = min(self.block[0], height - top)
@@ -113,15 +122,27 @@ class Layout:
                 if self.planes:
                     part[..., plane] = block[..., 0]
                 else:
-                    part[...] = block[..., :colours]
-        out = 255 - out if self.photometric == WHITE_IS_ZERO else out
+                    part[...] = block[..., :channels]
+        if self.photometric == WHITE_IS_ZERO:
+            out[..., :colours] = 255 - out[..., :colours]
+        out = _on_white(out, multiplied=self.alpha == 1) if alpha else out
         return out[..., 0] if colours == 1 else out
+
+
+def _on_white(levels: NDArray[np.uint8], *, multiplied: bool) -> NDArray[np.uint8]:
+    """The colours of a picture on white. levels: uint8 (h, w, colours + 1), transparency last. multiplied: whether colours are multiplied by it."""
+    clear = 255 - levels[..., -1:].astype(np.uint16)
+    colours = levels[..., :-1].astype(np.uint16)
+    colours = colours if multiplied else (colours * (255 - clear) + 127) // 255
+    return np.asarray(np.minimum(colours + clear, 255).astype(np.uint8), np.uint8)
 
 
 def read_layout(content: bytes) -> Layout | None:
     """The layout of the first picture, or None if its directory cannot be read."""
     try:
-        return _layout(content, _tags(content))
+        first = _first_directory(content)
+        tags, following = _tags(content, first)
+        return replace(_layout(content, tags), pages=1 + _further_pages(content, first, following))
     except (struct.error, IndexError, ValueError, OverflowError, ZeroDivisionError):
         return None
 
@@ -137,11 +158,39 @@ def _unpacked(data: bytes, rows: int, columns: int, bits: int, order: str) -> It
         yield first, np.packbits(each.reshape(len(each), columns, bits)[..., :8], axis=2)[..., 0]
 
 
-def _tags(content: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """Tag -> (position of its numbers, its numbers)."""
+def _kind(content: bytes) -> tuple[str, bool]:
+    """(byte order, whether positions have 64 bits)."""
     order = "<" if content[:2] == b"II" else ">"
-    big = struct.unpack_from(order + "H", content, 2)[0] == 43
-    at = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)[0]
+    return order, struct.unpack_from(order + "H", content, 2)[0] == 43
+
+
+def _first_directory(content: bytes) -> int:
+    order, big = _kind(content)
+    return int(struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)[0])
+
+
+def _further_pages(content: bytes, first: int, at: int) -> int:
+    """The number of pictures from the directory at `at`, smaller copies and masks left out; at most `_PAGES_MAX`. first: the position of the
+    first directory."""
+    pages, seen = 0, {0, first}
+    while at not in seen and len(seen) <= _PAGES_MAX:
+        seen.add(at)
+        try:
+            tags, at = _tags(content, at)
+        except (struct.error, OverflowError):
+            break  # the first picture is sound
+        pages += not (_one(tags, 254, 0) & _NO_PAGE or _one(tags, 255, 1) == _SMALLER) and 256 in tags
+    return pages
+
+
+def _one(tags: Mapping[int, tuple[int, tuple[int, ...]]], tag: int, default: int) -> int:
+    numbers = tags[tag][1] if tag in tags else ()
+    return numbers[0] if numbers else default
+
+
+def _tags(content: bytes, at: int) -> tuple[dict[int, tuple[int, tuple[int, ...]]], int]:
+    """(tag -> (position of its numbers, its numbers), the position of the next directory or 0)."""
+    order, big = _kind(content)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), content, at)
     at += 8 if big else 2
     entry, room = struct.Struct(order + ("HHQ" if big else "HHI")), 8 if big else 4
@@ -156,7 +205,8 @@ def _tags(content: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
         if numbers.size > room:
             where = struct.unpack_from(order + ("Q" if big else "I"), content, where)[0]
         tags[tag] = where, numbers.unpack_from(content, where)
-    return tags
+    following = struct.unpack_from(order + ("Q" if big else "I"), content, at)[0] if count <= 1000 else 0
+    return tags, int(following)
 
 
 def _layout(content: bytes, tags: dict[int, tuple[int, tuple[int, ...]]]) -> Layout:
@@ -184,6 +234,7 @@ def _layout(content: bytes, tags: dict[int, tuple[int, tuple[int, ...]]]) -> Lay
         starts=all_of(324 if tiled else 273, ()),
         sizes=all_of(325 if tiled else 279, ()),
         block=(first(323, 0), first(322, 0)) if tiled else (min(first(278, height), height), width),
+        alpha=first(338, 0),
         dpi=_dpi(all_of(282, ()), all_of(283, ()), first(296, 2)),
     )
 

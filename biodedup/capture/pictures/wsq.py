@@ -30,6 +30,7 @@ MEMORY_BYTES_MAX = 1 << 30
 _MARKERS_MAX = 100
 _INHERITED = {"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR"}
 
+_END = b"\xff\xa1"
 _LENGTH = struct.Struct("<Q")
 _HEADER = struct.Struct("<QQd")
 
@@ -91,8 +92,10 @@ def read_size(content: bytes) -> tuple[int, int] | None:
 
 def decode_wsq(content: bytes) -> WsqImage | None:
     """The image, or None if the bytes cannot be decoded. Callers check `read_size` first, because it determines the memory use."""
-    if not content.endswith(b"\xff\xa1"):  # a file without its end marker is truncated; the decoder may not notice
+    end = content.rfind(_END)
+    if end < 0:  # a file without its end marker is truncated; the decoder may not notice
         return None
+    content = content[: end + len(_END)]  # some writers pad files
     while _idle:
         try:
             child = _idle.pop()
