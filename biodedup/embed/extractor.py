@@ -193,17 +193,7 @@ class Extractor:
         if (steps := tracing()) is not None:
             steps.add("pixels", capture.column, image=pixels.rgb_or_grey, dpi=pixels.dpi)
         if isinstance(capture, Finger):
-            with_resolution = pixels if capture.dpi is not None else settled(pixels, capture.column)
-            if isinstance(with_resolution, Refusal):
-                return with_resolution
-            sample = self._reader.read(with_resolution, capture.position, capture.dpi)
-            if isinstance(sample, Refusal):
-                return sample
-            network_input = (
-                None if self._finger_network is None else finger_input(sample.print.ridges, sample.print.thin)
-            )
-            fields = (None, sample.minutiae, sample.quality, with_resolution.provenance + sample.provenance)
-            return Template(sample.position, self.model_ids["finger"], *fields), network_input
+            return self._finger(pixels, capture)
         assert self._detector is not None, "loaded before the first face"
         aligned = self._detector.align(pixels)
         if isinstance(aligned, AlignedFace) and proofs:

@@ -592,6 +592,7 @@ def test_the_list_is_a_table_and_a_page_oldest_first(engine, tmp_path):
     page = (tmp_path / "all.html").read_text()
     assert "B. Officer" in page and "&lt;b&gt;other ears" in page and "<b>other ears" not in page
     assert "<script" not in page and "http" not in page
+    assert f"Gallery {engine.info()['gallery_id']}, 1970-01-02 00:16 UTC." in page
     before = (tmp_path / "all.csv").read_bytes(), page
     jobs.list_cases(engine, tmp_path / "all.csv", page=tmp_path / "all.html", closed=True, clock=lambda: 87_404.0)
     assert before == ((tmp_path / "all.csv").read_bytes(), (tmp_path / "all.html").read_text())

@@ -10,7 +10,7 @@ Owns the tables and pages of cases. Never decides: `Engine.adjudicate` records a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def list_cases(
     if page is not None:
         make_private_folder(page.parent)
         shown = [_page_entry(case, result.now) for case in cases[:PAGE_CASES_MAX]]
-        write_page(page, "cases.html", label=engine.config.labels.of, title="Cases to judge", cases=shown, summary=result.summary(), more=len(cases) - len(shown))  # fmt: skip
+        _write_page(engine, result, page, "Cases to judge", shown)
     return result
 
 
@@ -148,15 +148,7 @@ def show_case(
     make_private_folder(page.parent)
     links = _explain_candidates(engine, case, page) if explained else {}
     shown = _page_entry(case, result.now, links)
-    write_page(
-        page,
-        "cases.html",
-        label=engine.config.labels.of,
-        title=f"Case {encounter_id}",
-        cases=[shown],
-        summary=result.summary(),
-        more=0,
-    )
+    _write_page(engine, result, page, f"Case {encounter_id}", [shown])
     return case
 
 
@@ -236,6 +228,22 @@ def _candidates(case: Case) -> list[tuple[Candidate | None, Verdict | None]]:
     waiting: list[tuple[Candidate | None, Verdict | None]] = [(candidate, None) for candidate in case.undecided]
     judged = [(known.get(verdict.candidate or ""), verdict) for verdict in case.verdicts]
     return waiting + judged or [(None, None)]
+
+
+def _write_page(
+    engine: Engine, result: CasesResult, page: Path, title: str, entries: Sequence[Mapping[str, Any]]
+) -> None:
+    write_page(
+        page,
+        "cases.html",
+        label=engine.config.labels.of,
+        title=title,
+        cases=entries,
+        summary=result.summary(),
+        more=len(result.cases) - len(entries),
+        gallery=engine.info()["gallery_id"],
+        made=result.now,
+    )
 
 
 def _page_entry(case: Case, now: float, links: dict[str, str] | None = None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from biodedup.values import Capture, Encounter, Face, Finger, Missing, Refusal, 
 PASSED = ""
 """The reason in the verdict on a capture that passed the gate."""
 _NO_CAPTURE = frozenset(
-    ("not_an_image", "pixel_format", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "too_many_scans", "too_complex", *FAILURES)
+    ("not_an_image", "pixel_format", "truncated", "too_many_pixels", "too_large_file", "empty_file", "unreadable", "not_a_file", "missing_file", "unsound_record", "several_pictures", "too_many_scans", "too_complex", *FAILURES)
 )  # fmt: skip
 """Reasons that mean that a decoder could not open the file: a truncated image, or not a capture at all."""
 Judged: TypeAlias = tuple[Planned, tuple[Capture, ...], tuple[Refusal, ...], Mapping[str, Template]]
