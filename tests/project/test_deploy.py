@@ -41,3 +41,10 @@ def test_only_nodes_for_shards_have_processors():
         "ray-worker-1",
         "ray-worker-2",
     }
+
+
+def test_the_head_keeps_its_state_in_a_redis_that_compose_starts_and_that_stores_it_on_disk():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    host, port = services["ray-head"]["environment"]["RAY_REDIS_ADDRESS"].split(":")
+    assert port == "6379" and "--appendonly yes" in services[host]["command"] and services[host]["volumes"]
+    assert services["ray-head"]["depends_on"] == {host: {"condition": "service_healthy"}}
