@@ -34,7 +34,7 @@ def unframed(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
     factor = -(-max(grey.shape) // _SIDE_PX_MAX)
     size = -(-grey.shape[1] // factor), -(-grey.shape[0] // factor)
     small = grey if factor == 1 else np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), np.uint8)
-    frame = _frame(small.astype(np.float32))
+    frame = _frame(small)
     if not frame.any() or frame.all():
         return grey
     filled = _surroundings(small.astype(np.float32), frame)
@@ -45,18 +45,21 @@ def unframed(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.where(frame, filled.astype(np.uint8), grey)
 
 
-def _frame(grey: Float32) -> NDArray[np.bool_]:
+def _frame(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Whether each pixel belongs to a frame or to its step, bool (h, w)."""
     frame = np.zeros(grey.shape, bool)
     box = (_BOX_PX, _BOX_PX)
-    variance = cv2.blur(grey * grey, box) - np.square(cv2.blur(grey, box))
+    variance = cv2.sqrBoxFilter(grey, cv2.CV_32F, box) - np.square(cv2.boxFilter(grey, cv2.CV_32F, box))
     even = (variance < _DEVIATION_MAX**2).astype(np.uint8)
-    _, labels, statistics, _ = cv2.connectedComponentsWithStats(even)
+    # Grana's algorithm takes half the time of the default
+    _, labels, statistics, _ = cv2.connectedComponentsWithStatsWithAlgorithm(even, 8, cv2.CV_32S, cv2.CCL_GRANA)
     edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     for label in edge[(edge > 0) & (statistics[edge, cv2.CC_STAT_AREA] >= _SHARE_MIN * grey.size)]:
         region = (labels == label).astype(np.uint8)
+        if not _ends_straight(region):
+            continue
         grown = np.asarray(cv2.dilate(region, _disc(_REACH_PX)), np.uint8)
-        if _ends_straight(region) and _step(grey, region, grown) >= _STEP_MIN:
+        if _step(grey.astype(np.float32), region, grown) >= _STEP_MIN:
             frame |= grown > 0
     return frame
 
