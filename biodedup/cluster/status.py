@@ -23,7 +23,8 @@ _ANSWER_S = 5.0
 class ReplicaStatus(Described):
     """One actor. state: `serving`, `opening` (it lacks segments that another replica of its group has) or `silent` (it does not answer);
     segments: the number of the manifest's segments that it has open; lacking: that it still has to open; old: open segments that are not in
-    the manifest any more; searching, waiting: numbers of searches; scanned_bytes: bytes that a scan of its segments reads."""
+    the manifest any more; searching, waiting: numbers of searches; scanned_bytes: bytes that a scan of its segments reads; p50_ms, p99_ms: quantiles of
+    its last thousand searches, in milliseconds, from arrival to answer; None before the first."""
 
     group: int
     node: str
@@ -37,6 +38,8 @@ class ReplicaStatus(Described):
     waiting: int = 0
     process_id: int | None = None
     scanned_bytes: int = 0
+    p50_ms: float | None = None
+    p99_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def replicas_of(
         lacking = len(groups[place.group, release] - has)
         counts = len(has & manifest), lacking, len(has - manifest), about["searching"], about["waiting"]
         state = "opening" if lacking else "serving"
-        held = int(about.get("scanned_bytes", 0))  # actors of older releases do not send it
-        replicas.append(ReplicaStatus(*place, release, state, *counts, about["process_id"], held))
+        # actors of older releases do not send all of these
+        held, times = int(about.get("scanned_bytes", 0)), (about.get("p50_ms"), about.get("p99_ms"))
+        replicas.append(ReplicaStatus(*place, release, state, *counts, about["process_id"], held, *times))
     return replicas

@@ -511,15 +511,15 @@ def test_a_keeper_whose_step_fails_goes_on(monkeypatch):
 def test_status_says_what_each_replica_has_lacks_and_has_for_nothing():
     told = {"searching": 1, "waiting": 2, "process_id": 7, "scanned_bytes": 50}
     seen = [
-        (Place(0, "a", 0), "1/1", {"segments": [1, 2, 9], **told}),
+        (Place(0, "a", 0), "1/1", {"segments": [1, 2, 9], **told, "p50_ms": 3.5, "p99_ms": 40.0}),
         (Place(0, "b", 0), "1/1", {"segments": [1], **told}),
         (Place(0, "c", 0), "1/1", None),
         (Place(1, "a", 0), "1/1", {"segments": [3], **told}),
         (Place(0, "b", 0), "2/1", {"segments": [2], **told}),  # of another release, whose places may differ
     ]
-    found = [
-        (one.node, one.state, one.segments, one.lacking, one.old) for one in status.replicas_of({1, 2, 3, 4}, seen)
-    ]
+    replicas = status.replicas_of({1, 2, 3, 4}, seen)
+    assert [(one.p50_ms, one.p99_ms) for one in replicas[:3]] == [(3.5, 40.0), (None, None), (None, None)]
+    found = [(one.node, one.state, one.segments, one.lacking, one.old) for one in replicas]
     assert found == [
         ("a", "serving", 2, 0, 1),
         ("b", "opening", 1, 1, 0),

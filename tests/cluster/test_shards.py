@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,6 +341,19 @@ def test_a_host_with_a_full_queue_refuses(host, indexed, monkeypatch):
     monkeypatch.setattr(host, "_present", hosting._SEARCHES - 1)
     assert wire.received(host.search(message.sent()))[0]["status"] == "outdated"
     assert host.about()["waiting"] == 0 and host.idle_s == 0
+
+
+@on_native
+def test_a_host_tells_how_long_its_last_searches_took(host, indexed, monkeypatch):
+    monkeypatch.setattr(host, "_seconds", deque())
+    assert host.about()["p50_ms"] is host.about()["p99_ms"] is None
+    message = wire.view_message(indexed.snapshot, wire.generation_of("other"), 0, 10)
+    moments = iter([1.0, 1.002, 2.0, 2.004, 3.0, 3.1])
+    clock = SimpleNamespace(perf_counter=lambda: next(moments), monotonic=time.monotonic)
+    monkeypatch.setattr(hosting, "time", clock)
+    for _ in range(3):
+        host.search(message.sent())
+    assert host.about()["p50_ms"] == 4.0 and 90 < host.about()["p99_ms"] <= 100
 
 
 def test_nodes_without_processors_hold_no_shards_and_others_what_they_state_and_the_settings_allow():

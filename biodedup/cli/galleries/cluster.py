@@ -41,7 +41,7 @@ def status(
     """Show the nodes and the replicas that search a register's segments. Changes nothing.
 
     MB: the size of a node's segments; MB at most: the memory that the node may use. has, lacks: segments of the register; old: segments that no
-    search needs any more; queue: searches that run or wait.
+    search needs any more; queue: searches that run or wait; p50 ms, p99 ms: of the replica's last thousand searches.
     """
     stated = _stated(ray, config)
     with _extra():
@@ -60,10 +60,13 @@ def status(
     )
     show_table(
         [
-            [r.group, r.node[:12], r.release, r.state, r.segments, r.lacking, r.old, r.searching + r.waiting]
+            [
+                *(r.group, r.node[:12], r.release, r.state, r.segments, r.lacking, r.old, r.searching + r.waiting),
+                *("" if ms is None else f"{ms:.1f}" for ms in (r.p50_ms, r.p99_ms)),
+            ]
             for r in found.replicas
         ],
-        ["group", "node", "release", "state", "has", "lacks", "old", "queue"],
+        ["group", "node", "release", "state", "has", "lacks", "old", "queue", "p50 ms", "p99 ms"],
     )
     if found.unserved:
         say(f"no replica has {counted(len(found.unserved), 'segment')}; front-ends search such segments themselves")

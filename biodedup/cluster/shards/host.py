@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ _VIEWS_MOST = 32
 _KEPT_MOST = 1_000
 _SEARCHES = 4  # searches at the same time; each uses all threads of the scanner
 _WAITING_MOST = 32  # searches in the queue; more are refused
+_TIMED = 1_000  # the last searches, whose times the status shows
 _SELF_SIMILARITY = 0.99  # at least the similarity of a stored vector with itself; eight bits per number preserve more
 
 
@@ -81,6 +82,8 @@ class ShardHost:
         self._slots = threading.Semaphore(_SEARCHES)
         self._present = 0
         """The number of searches that run or wait."""
+        self._seconds: deque[float] = deque(maxlen=_TIMED)
+        """From the arrival of a search to its answer."""
         self._asked_at = time.monotonic()
 
     def close(self) -> None:
@@ -134,8 +137,15 @@ class ShardHost:
             "process_id": os.getpid(),
             "searching": min(self._present, _SEARCHES),
             "waiting": max(self._present - _SEARCHES, 0),
+            "p50_ms": self._quantile_ms(0.5),
+            "p99_ms": self._quantile_ms(0.99),
             "idle_s": self.idle_s,
         }
+
+    def _quantile_ms(self, share: float) -> float | None:
+        with self._lock:
+            seconds = list(self._seconds)
+        return round(1000 * float(np.quantile(seconds, share)), 2) if seconds else None
 
     @property
     def idle_s(self) -> float:
@@ -168,12 +178,14 @@ class ShardHost:
             if self._present >= _SEARCHES + _WAITING_MOST:
                 return wire.Message({"status": "busy"}).sent()
             self._present += 1
+        started = time.perf_counter()
         try:
             with self._slots:
                 return self._answer(sent)
         finally:
             with self._lock:
                 self._present -= 1
+                self._seconds.append(time.perf_counter() - started)
 
     def _answer(self, sent: wire.Sent) -> wire.Sent:
         try:
