@@ -28,6 +28,7 @@ pytestmark = pytest.mark.bench
         (["nodes.py", "upgrade", "--smoke"], "incomplete                               0", False),
         (["nodes.py", "overhead", "--smoke"], "same answers                             True", False),
         (["nodes.py", "rebuild", "--smoke"], "all replicas serve, first search complete, s", False),
+        (["cluster_scaling.py", "--smoke"], "most nodes that make a search faster", False),
         (["replay.py", "--smoke"], "the same picture: share found", False),
         (["renewable.py", "--rows", "1000", "--rounds", "1"], "linked by comparing rows: 0.0", False),
         (["face_gate.py", "--smoke"], "negative {'accepted': 0", False),
