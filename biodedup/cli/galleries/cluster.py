@@ -41,7 +41,7 @@ def status(
     """Show the nodes and the replicas that search a register's segments. Changes nothing.
 
     MB: the size of a node's segments; MB at most: the memory that the node may use. has, lacks: segments of the register; old: segments that no
-    search needs any more; queue: searches that run or wait; p50 ms, p99 ms: of the replica's last thousand searches.
+    search needs any more; queue: searches that run or wait; p50/p99: of the replica's last thousand searches, in ms.
     """
     stated = _stated(ray, config)
     with _extra():
@@ -53,7 +53,7 @@ def status(
     say(f"version {found.version}, {counted(found.rows, 'row')}, {counted(found.segments, 'segment')}")
     show_table(
         [
-            [n.node[:12], n.address, _state(n), n.replicas, _megabytes(n.scanned_bytes), _megabytes(n.bytes_max)]
+            [n.node[:8], n.address, _state(n), n.replicas, _megabytes(n.scanned_bytes), _megabytes(n.bytes_max)]
             for n in found.nodes
         ],
         ["node", "address", "state", "replicas", "MB", "MB at most"],
@@ -61,12 +61,12 @@ def status(
     show_table(
         [
             [
-                *(r.group, r.node[:12], r.release, r.state, r.segments, r.lacking, r.old, r.searching + r.waiting),
-                *("" if ms is None else f"{ms:.1f}" for ms in (r.p50_ms, r.p99_ms)),
+                *(r.group, r.node[:8], r.release, r.state, r.segments, r.lacking, r.old, r.searching + r.waiting),
+                "" if r.p50_ms is None or r.p99_ms is None else f"{r.p50_ms:.3g}/{r.p99_ms:.3g}",
             ]
             for r in found.replicas
         ],
-        ["group", "node", "release", "state", "has", "lacks", "old", "queue", "p50 ms", "p99 ms"],
+        ["group", "node", "release", "state", "has", "lacks", "old", "queue", "p50/p99"],
     )
     if found.unserved:
         say(f"no replica has {counted(len(found.unserved), 'segment')}; front-ends search such segments themselves")
