@@ -23,8 +23,8 @@ _ANSWER_S = 5.0
 class ReplicaStatus(Described):
     """One actor. state: `serving`, `opening` (it lacks segments that another replica of its group has) or `silent` (it does not answer);
     segments: the number of the manifest's segments that it has open; lacking: that it still has to open; old: open segments that are not in
-    the manifest any more; searching, waiting: numbers of searches; scanned_bytes: bytes that a scan of its segments reads; p50_ms, p99_ms: quantiles of
-    its last thousand searches, in milliseconds, from arrival to answer; None before the first."""
+    the manifest any more; searching, waiting: numbers of searches; scanned_bytes: bytes that a scan of its segments reads; p50_ms, p99_ms:
+    quantiles of its last thousand searches, in milliseconds, from arrival to answer; None before the first."""
 
     group: int
     node: str

@@ -98,7 +98,7 @@ class ModelCard:
             self.verified_weights()
 
     def verified_weights(self) -> bytes:
-        """The content of the weights, which has the digest in the card. The file is read once, so that nobody can replace it between the check
+        """The content of the weights, which has the digest in the card. The file is read once, so that no other file can take its place between the check
         and the use. Raises ModelCardError."""
         assert self.weights is not None, "the caller needs weights"
         try:

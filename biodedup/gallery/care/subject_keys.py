@@ -32,7 +32,7 @@ def check_subject_keys(snapshot: Snapshot) -> tuple[list[str], list[str]]:
     if destroyed:
         notes.append(
             f"the keys of the minutiae of {_listed(snapshot, destroyed)} are destroyed: in a backup, their subjects were removed later; in a "
-            "gallery in use, somebody has overwritten them: restore the keys from their mirror"
+            "gallery in use, they were overwritten: restore the keys from their mirror"
         )
     return problems, notes
 

@@ -194,8 +194,6 @@ def _code_scan(ranges: Sequence[CellRange], largest: Column, vectors: Float32, q
 _spent: WeakKeyDictionary[Column, float] = WeakKeyDictionary()
 """Column -> nanoseconds that its scans without tables have taken."""
 _chosen: WeakKeyDictionary[Column, dict[tuple[float, int, float], TableEstimator | None]] = WeakKeyDictionary()
-
-
 _measuring = threading.Lock()
 
 
