@@ -63,59 +63,60 @@ class _Tile:
     def summed(self, builder: Any, addresses: tuple[Any, Any, Any], first: Any, end: Any) -> list[Any]:
         """Returns the sums over places [first, end), in `vectors` registers."""
         indices, places, tables = addresses
-        kind = ir.FunctionType(self.octets, [self.octets] * 2)
-        shuffle = cgutils.get_or_insert_function(builder.module, kind, self._shuffle)
-        before = builder.block
-        loop, after = builder.append_basic_block("table"), builder.append_basic_block("quarter")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        at = builder.phi(_I64)
-        sums = [builder.phi(self.octets) for _ in range(self.vectors)]
-        place = builder.zext(builder.load(builder.gep(places, [at])), _I64)
-        rows = builder.gep(indices, [builder.mul(place, ir.Constant(_I64, self.vectors))])
-        entry = builder.load(builder.gep(tables, [at]))
-        entry.align = 1
-        spread = ir.Constant(ir.VectorType(_I32, self.lanes), [i % ENTRIES for i in range(self.lanes)])
-        entry = builder.shuffle_vector(entry, entry, spread)
-        grown = []
-        for v, total in enumerate(sums):
-            some = builder.load(builder.gep(rows, [ir.Constant(_I64, v)]))
-            some.align = self.lanes
-            grown.append(builder.add(total, builder.call(shuffle, [entry, some])))
-        following = builder.add(at, ir.Constant(_I64, 1))
-        at.add_incoming(first, before)
-        at.add_incoming(following, loop)
-        for total, new in zip(sums, grown, strict=True):
-            total.add_incoming(ir.Constant(self.octets, None), before)
-            total.add_incoming(new, loop)
-        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-        builder.position_at_end(after)
-        return grown
+
+        def added(at: Any, sums: list[Any]) -> list[Any]:
+            place = builder.zext(builder.load(builder.gep(places, [at])), _I64)
+            rows = builder.gep(indices, [builder.mul(place, ir.Constant(_I64, self.vectors))])
+            entry, grown = self._entry(builder, tables, at), []
+            for v, total in enumerate(sums):
+                some = builder.load(builder.gep(rows, [ir.Constant(_I64, v)]))
+                some.align = self.lanes
+                grown.append(builder.add(total, self._looked_up(builder, entry, some)))
+            return grown
+
+        return self._loop(builder, (first, end), self.vectors, added)
 
     def summed_signs(self, builder: Any, addresses: tuple[Any, Any], first: Any, end: Any) -> list[Any]:
         """Returns the sums over the tables of octets [first, end) for the 64 rows of a block, whose indices are taken from the signs."""
         signs, tables = addresses
+        count = 64 // self.lanes
+
+        def added(at: Any, sums: list[Any]) -> list[Any]:
+            twice, grown = builder.add(at, at), []
+            entries = [self._entry(builder, tables, builder.add(twice, ir.Constant(_I64, i))) for i in range(2)]
+            for v, total in enumerate(sums):
+                place = builder.add(builder.mul(at, ir.Constant(_I64, count)), ir.Constant(_I64, v))
+                bits = builder.load(builder.gep(signs, [place]))
+                bits.align = 1
+                low, high = (_shifted(builder, bits, left, 15) for left in (0, -4))
+                with_low = builder.add(total, self._looked_up(builder, entries[0], low))
+                grown.append(builder.add(with_low, self._looked_up(builder, entries[1], high)))
+            return grown
+
+        return self._loop(builder, (first, end), count, added)
+
+    def _entry(self, builder: Any, tables: Any, at: Any) -> Any:
+        """Loads a table into each sixteen lanes of a register."""
+        entry = builder.load(builder.gep(tables, [at]))
+        entry.align = 1
+        spread = ir.Constant(ir.VectorType(_I32, self.lanes), [i % ENTRIES for i in range(self.lanes)])
+        return builder.shuffle_vector(entry, entry, spread)
+
+    def _looked_up(self, builder: Any, entry: Any, indices: Any) -> Any:
         kind = ir.FunctionType(self.octets, [self.octets] * 2)
-        shuffle = cgutils.get_or_insert_function(builder.module, kind, self._shuffle)
-        before, count = builder.block, 64 // self.lanes
-        loop, after = builder.append_basic_block("octet"), builder.append_basic_block("quarter")
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, self._shuffle), [entry, indices])
+
+    def _loop(self, builder: Any, span: tuple[Any, Any], count: int, added: Callable[..., list[Any]]) -> list[Any]:
+        """Generates a loop over a span, [first, end), that is not empty. Returns `count` sums, which start from zero. added(at, sums): the sums
+        after one more step."""
+        first, end = span
+        before = builder.block
+        loop, after = builder.append_basic_block("some"), builder.append_basic_block("sums")
         builder.branch(loop)
         builder.position_at_end(loop)
         at = builder.phi(_I64)
         sums = [builder.phi(self.octets) for _ in range(count)]
-        spread = ir.Constant(ir.VectorType(_I32, self.lanes), [i % ENTRIES for i in range(self.lanes)])
-        twice, entries, grown = builder.add(at, at), list[Any](), list[Any]()
-        for i in range(2):
-            entry = builder.load(builder.gep(tables, [builder.add(twice, ir.Constant(_I64, i))]))
-            entry.align = 1
-            entries.append(builder.shuffle_vector(entry, entry, spread))
-        for v, total in enumerate(sums):
-            place = builder.add(builder.mul(at, ir.Constant(_I64, count)), ir.Constant(_I64, v))
-            bits = builder.load(builder.gep(signs, [place]))
-            bits.align = 1
-            for i, entry in enumerate(entries):
-                total = builder.add(total, builder.call(shuffle, [entry, _shifted(builder, bits, -4 * i, 15)]))
-            grown.append(total)
+        grown = added(at, sums)
         following = builder.add(at, ir.Constant(_I64, 1))
         at.add_incoming(first, before)
         at.add_incoming(following, loop)
